@@ -1,0 +1,65 @@
+"""Which backend serves a call, and why another cannot."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("triton", "torch", "reference")
+_MODULES = {"torch": "harmonic_triton._torch", "triton": "harmonic_triton._triton"}
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module behind a fast backend; Triton is imported here and nowhere else."""
+    return importlib.import_module(_MODULES[name])
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1 before they are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unsupported_reasons(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, *, mixed_smoothing: bool = False
+) -> list[str]:
+    """Why ``backend`` cannot serve tensors of this device and dtype; an empty list where it can."""
+    if backend != "triton":
+        return []
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed (pip install triton, on Linux)")
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        reasons.append(
+            f"tensors are on {device.type!r}; Triton kernels need a GPU (or TRITON_INTERPRET=1 set before the first"
+            " call, for checks on small shapes)"
+        )
+    elif device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        reasons.append(f"compute capability {major}.{minor} is below 8.0")
+    if dtype == torch.float64:
+        reasons.append("float64 is computed by the torch backend only")
+    if mixed_smoothing:
+        reasons.append("label_smoothing together with uniform_mix is computed by the torch backend only")
+    return reasons
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, *, mixed_smoothing: bool = False) -> str:
+    """The backend that serves; only ``"auto"`` may fall back.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or was asked for by name and cannot serve (with the reasons).
+    """
+    if backend == "auto":
+        if device.type == "cpu":
+            return "torch"
+        return "torch" if unsupported_reasons("triton", device, dtype, mixed_smoothing=mixed_smoothing) else "triton"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    reasons = unsupported_reasons(backend, device, dtype, mixed_smoothing=mixed_smoothing)
+    if reasons:
+        raise ValueError(f"backend={backend!r} cannot serve this call: {'; '.join(reasons)}. backend='auto' falls back")
+    return backend

@@ -1,0 +1,206 @@
+"""Registered operators with their fakes and vmap rules, and the autograd Functions around them.
+
+Imports torch only; a backend is imported when an operator runs on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonic_triton._dispatch import backend_module
+from harmonic_triton._numerics import Rows, compute_dtype, exponent_gradient
+
+_LIBRARY = torch.library.Library("harmonic_triton", "FRAGMENT")
+
+_ROWS = ", ".join(f"Tensor {name}" for name in Rows._fields)
+
+_LIBRARY.define(
+    "rows_forward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, float eps, float alpha, int ignore_index,"
+    " bool moments, str backend, int budget)"
+    f" -> ({_ROWS})"
+)
+_LIBRARY.define(
+    "rows_backward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, Tensor g, Tensor? g_smooth, Tensor[] rows,"
+    " float eps, float alpha, int ignore_index, bool need_x, bool need_w, str backend, int budget)"
+    " -> (Tensor dx, Tensor dw)"
+)
+_LIBRARY.define(
+    "reduced_forward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, Tensor a, Tensor? b, float eps,"
+    " float alpha, int ignore_index, bool need_x, bool need_w, bool need_n, bool moments, str backend, int budget)"
+    f" -> (Tensor loss, Tensor dx, Tensor dw, Tensor dn, {_ROWS})"
+)
+
+
+def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor) -> None:
+    """The checks that need values: at once on the CPU, by a device-side assert on a GPU."""
+    ok = ((target >= 0) & (target < classes)) | (target == ignore_index)
+    if target.device.type == "cpu":
+        if not bool(ok.all()):
+            worst = target[~ok][0].item()
+            raise ValueError(
+                f"target holds {worst}, outside 0 ... {classes - 1} (linear_weight has {classes} rows);"
+                f" mark tokens to skip with ignore_index={ignore_index}"
+            )
+    else:
+        torch._assert_async(ok.all(), "harmonic_triton: target out of range")
+    good = (n > 0) & n.isfinite()
+    if n.device.type == "cpu":
+        if not bool(good):
+            raise ValueError(f"n must be a finite harmonic exponent > 0, got {n.item()}")
+    else:
+        torch._assert_async(good, "harmonic_triton: n must be finite and > 0")
+
+
+@torch.no_grad()
+def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
+    check_values(target, len(w), ignore_index, n)
+    rows = backend_module(backend).rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, budget)
+    return tuple(rows)
+
+
+@torch.no_grad()
+def _rows_backward(x, w, target, n, v, g, g_smooth, rows, eps, alpha, ignore_index, need_x, need_w, backend, budget):  # type: ignore[no-untyped-def]
+    run = backend_module(backend).rows_backward
+    return run(x, w, target, n, v, g, g_smooth, Rows(*rows), eps, alpha, ignore_index, need_x, need_w, budget)
+
+
+@torch.no_grad()
+def _reduced_forward(  # type: ignore[no-untyped-def]
+    x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, backend, budget
+):
+    check_values(target, len(w), ignore_index, n)
+    run = backend_module(backend).reduced_forward
+    *out, rows = run(x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, budget)
+    return *out, *rows
+
+
+def _rows_forward_fake(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
+    like = x.new_empty((), dtype=compute_dtype(x.dtype))
+    return tuple(Rows.zeros(x.shape[0], like, moments, v is not None))
+
+
+def _rows_backward_fake(x, w, target, n, v, g, g_smooth, rows, eps, alpha, ignore_index, need_x, need_w, *_):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape if need_x else (0,)), w.new_empty(w.shape if need_w else (0,))
+
+
+def _reduced_forward_fake(  # type: ignore[no-untyped-def]
+    x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, *_
+):
+    dx, dw = x.new_empty(x.shape if need_x else (0,)), w.new_empty(w.shape if need_w else (0,))
+    like = x.new_empty((), dtype=compute_dtype(x.dtype))
+    return like, dx, dw, n.new_empty(()), *Rows.zeros(x.shape[0], like, moments, v is not None)
+
+
+def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The vmap rule: run the operator for each member of the batch and stack what it returns."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        def member(arg: Any, dim: Any, i: int) -> Any:
+            if isinstance(arg, (list, tuple)):
+                return [member(a, d, i) for a, d in zip(arg, dim, strict=True)]
+            return arg if dim is None else arg.select(dim, i)
+
+        calls = [
+            operator(*(member(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        out = tuple(torch.stack(results) for results in zip(*calls, strict=True))
+        return out, (0,) * len(out)
+
+    return rule
+
+
+for _name, _run, _fake in (
+    ("rows_forward", _rows_forward, _rows_forward_fake),
+    ("rows_backward", _rows_backward, _rows_backward_fake),
+    ("reduced_forward", _reduced_forward, _reduced_forward_fake),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
+    _operator = getattr(torch.ops.harmonic_triton, _name).default
+    torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_operator), lib=_LIBRARY)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Passes gradients through; differentiating them again is an error instead of a silent zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dx: Tensor, dw: Tensor, dn: Tensor, x: Tensor, w: Tensor, n: Tensor, *upstream: Tensor):  # type: ignore[no-untyped-def]
+        return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(
+            "linear_harmonic_loss: its gradient cannot be differentiated again by the fused backends;"
+            ' use backend="reference" (dense, fp64) for second derivatives'
+        )
+
+
+class RowsFunction(torch.autograd.Function):
+    """Per-token losses (nll, smooth) and the sums beside them; the distances are computed again in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, n, v, target, *options):  # type: ignore[no-untyped-def]
+        return torch.ops.harmonic_triton.rows_forward(x, w, target, n, v, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, w, n, v, target, *ctx.options = inputs
+        ctx.mark_non_differentiable(*(field for name, field in zip(Rows._fields, output, strict=True)
+                                      if name not in ("nll", "smooth")))  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w, n, v, target, *output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _mean: Any, g_smooth: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
+        x, w, n, v, target, *fields = ctx.saved_tensors
+        eps, alpha, ignore_index, _, backend, budget = ctx.options
+        rows = Rows(*fields)
+        need_x, need_w, need_n = ctx.needs_input_grad[:3]
+        g = torch.zeros_like(rows.nll) if g is None else g
+        if v is None:
+            g_smooth = None
+        elif g_smooth is None:
+            g_smooth = torch.zeros_like(rows.nll)
+        dx, dw = torch.ops.harmonic_triton.rows_backward(
+            x, w, target, n, v, g, g_smooth, list(rows), eps, alpha, ignore_index, need_x, need_w, backend, budget
+        )
+        dn = exponent_gradient(rows, n, g, g_smooth).to(n.dtype) if need_n else torch.zeros_like(n)
+        upstream = (g,) if g_smooth is None else (g, g_smooth)
+        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, *upstream)
+        return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 8
+
+
+class ReducedFunction(torch.autograd.Function):
+    """A weighted sum of token losses whose gradients are formed in the forward pass: three products, not four."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, n, v, target, a, b, *options):  # type: ignore[no-untyped-def]
+        return torch.ops.harmonic_triton.reduced_forward(x, w, target, n, v, a, b, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[1:4])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any):  # type: ignore[no-untyped-def, override]
+        x, w, n, *saved = ctx.saved_tensors
+        dx, dw, dn = (d * g.to(d.dtype) for d in saved)
+        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g)
+        need_x, need_w, need_n = ctx.needs_input_grad[:3]
+        return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 13

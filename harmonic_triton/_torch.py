@@ -1,0 +1,340 @@
+"""The PyTorch backend: chunks of tokens inside a memory budget, leave-one-out numerics, never N x V whole.
+
+With ``s_j = ||x - w_j||^2 + eps`` and ``c`` the target: ``r_j = s_j/s_c - 1``, the log-score relative to the target
+``z_j = -(n/2) log1p(r_j)``, and ``nll = softplus(logsumexp_{j != c} z_j)``. Two classes of every row are measured by
+direct differences and kept out of the matrix products: the target and the *rival*, its nearest competitor.
+With ``G_j = d loss / d z_j`` and ``A_j = -n G_j / s_j``: ``dX = sum_j A_j (x - w_j)``, ``dW_j = -A_j (x - w_j)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from harmonic_triton._numerics import (
+    IDENTICAL,
+    SMALLEST_SQ,
+    Rows,
+    compute_dtype,
+    exponent_gradient,
+    full_fp32,
+    mixed_nll,
+    mixed_slope,
+)
+
+DEFAULT_BUDGET = 128 * 2**20  # bytes of scratch for the chunk; about 600 tokens at GPT-2's vocabulary
+TILE_ELEMENTS = 3 * 2**19  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
+
+
+@dataclass
+class Head:
+    """The classes and the options of one call."""
+
+    weight: Tensor  # (V, D) compute dtype
+    norms: Tensor  # (V,) ||w_j||^2
+    n: Tensor  # () harmonic exponent
+    eps: float
+    smoothing: Tensor | None  # (V,) v_j
+    mix: float  # alpha/V for the smoothing term
+
+    @classmethod
+    def of(cls, w: Tensor, n: Tensor, v: Tensor | None, eps: float, alpha: float) -> Head:
+        weight = w.to(compute_dtype(w.dtype))
+        v = None if v is None else v.to(weight.dtype)
+        norms = torch.cat([block.square().sum(1) for block in weight.split(4096)])
+        return cls(weight, norms, n.to(weight.dtype), eps, v, alpha / len(w))
+
+    def direct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """x - w_index (C, D) and its squared norm (C, 1) fp64, by differences."""
+        diff = x - self.weight[index.squeeze(1)]
+        return diff, diff.double().square().sum(1, keepdim=True)
+
+    def share(self, p: Tensor, v: Tensor) -> Tensor:
+        """v p/(p + alpha/V): how much of a class's smoothing weight its score can still move."""
+        return v * p / (p + self.mix) if self.mix else v.expand_as(p)
+
+
+class Chunk:
+    """Some tokens against every class. Per-token values are fp64 columns (C, 1); ``ratio`` is the only (C, V) array."""
+
+    def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> None:
+        self.head, self.x, self.target, self.ratio, self.work = head, x, target.unsqueeze(1), ratio, work
+        info = torch.finfo(x.dtype)
+        self.x_sq = x.double().square().sum(1, keepdim=True)
+        self.target_diff, self.target_sq = head.direct(x, self.target)
+        self.on_target = self.target_sq + head.eps == 0
+        self.scale = (self.target_sq + head.eps).clamp_min(100 * info.tiny)  # s_c, able to divide
+        self.scale = torch.maximum(self.scale, info.eps**2 * 1e-6 * self.x_sq)
+        # r_j = (u_j - u_c)/s_c with u_j = ||w_j||^2 - 2 x.w_j; ||x||^2 has dropped out
+        inverse = self.scale.reciprocal()
+        torch.mul(inverse.to(x.dtype), head.norms, out=ratio).addmm_(x * (-2 * inverse).to(x.dtype), head.weight.t())
+        self.shift = ((self.x_sq - self.target_sq) * inverse).to(x.dtype)  # -u_c/s_c, added tile by tile
+        # below this the expansion is rounding noise
+        floor = 4 * info.eps * torch.maximum(self.x_sq, self.scale)
+        self.ratio_floor = ((floor - self.scale) * inverse).to(x.dtype)
+
+    def tiles(self) -> Iterator[slice]:
+        """Slices of tokens whose entries fit in cache."""
+        rows, step = len(self.x), len(self.work[0])
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def rival(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """The nearest class beside the target, and its ratio by expansion; leaves the target's ratio at +inf."""
+        ratio = self.ratio[tile].add_(self.shift[tile]).scatter_(1, self.target[tile], math.inf)
+        nearest, rival = ratio.min(1, keepdim=True)
+        return rival, torch.maximum(nearest, self.ratio_floor[tile])
+
+    def rival_geometry(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """x - w_r, its s_r >= floor, and z_r (-inf where the target is the only class)."""
+        head = self.head
+        diff, squared = head.direct(self.x[tile], rival)
+        floor = IDENTICAL * (self.x_sq[tile] + head.norms[rival].double()) + SMALLEST_SQ
+        s = torch.maximum(squared + head.eps, floor)
+        score = -0.5 * head.n.double() * torch.log(s / self.scale[tile])
+        return diff, s, score.masked_fill(rival == self.target[tile], -math.inf)
+
+    def exp_scores(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
+        """exp(z_j - offset) for every class but the target and the rival, which get 0."""
+        ratio = self.ratio[tile]
+        torch.maximum(ratio, self.ratio_floor[tile], out=ratio).scatter_(1, rival, math.inf)
+        score = torch.log1p(ratio, out=self.work[0, : len(ratio)])
+        return score.mul_(-0.5 * self.head.n).sub_(offset.to(ratio.dtype)).exp_()
+
+    def reduce(self, tile: slice, moments: bool) -> tuple[Rows, Tensor]:
+        """Forward of one tile: its per-token results, and p_j of every class but target and rival."""
+        head, target, target_sq = self.head, self.target[tile], self.target_sq[tile]
+        rival, nearest = self.rival(tile)
+        _, rival_s, rival_score = self.rival_geometry(rival, tile)
+        offset = -0.5 * head.n.double() * torch.log1p(nearest.double())
+        offset = offset.masked_fill(offset == -math.inf, 0.0)  # V = 1
+        rest = self.exp_scores(rival, offset, tile)
+        total = torch.logaddexp(rival_score, offset + rest.sum(1, keepdim=True).double().log())
+        identical = rival_s <= IDENTICAL * (self.x_sq[tile] + head.norms[rival].double()) + SMALLEST_SQ
+        on_target = torch.where(identical & (rival != target), math.log(2.0), 0.0)
+        nll = torch.where(self.on_target[tile], on_target, softplus(total, threshold=50.0))
+        p = rest.mul_((offset - nll).exp().to(rest.dtype))
+        rows = Rows.zeros(len(p), p, moments, head.smoothing is not None)
+        rows.nll.copy_(nll.squeeze(1))
+        rows.target_sq.copy_(target_sq.squeeze(1))
+        rows.rival.copy_(rival.squeeze(1))
+        rows.rival_score.copy_(rival_score.squeeze(1))
+        if moments or head.smoothing is not None:
+            score = torch.log1p(self.ratio[tile], out=self.work[1, : len(p)]).mul_(-0.5 * head.n)
+            score.scatter_(1, target, 0.0).scatter_(1, rival, rival_score.to(p.dtype).nan_to_num(neginf=0.0))
+            every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
+            every.scatter_(1, target, (-nll).exp().to(p.dtype))
+            if moments:
+                rows.score_mean.copy_((every * score).sum(1).masked_fill_(self.on_target[tile].squeeze(1), 0.0))
+            if head.smoothing is not None:
+                share = head.share(every, head.smoothing)
+                rows.share_score.copy_((share * score).sum(1))
+                rows.share_sum.copy_(share.sum(1))
+                rows.smooth.copy_(-torch.log(every + head.mix) @ head.smoothing if head.mix
+                                  else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
+        return rows, p
+
+    def coefficients(self, tile: slice, p: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None) -> Tensor:
+        """Backward of one tile: ratio becomes s_c G_j/s_j, 0 at target and rival; returns its plain and r-weighted sums.
+
+        Without smoothing the upstream gradient is left out, to be multiplied per token.
+        """
+        ratio, special = self.ratio[tile], torch.cat([self.target[tile], rows.rival.unsqueeze(1)], 1)
+        if g_smooth is not None:
+            head = self.head
+            slope = p * (g + g_smooth * rows.share_sum).unsqueeze(1)
+            p = slope.sub_(g_smooth.unsqueeze(1) * head.share(p, head.smoothing)).scatter_(1, special, 0.0)
+        ratio.scatter_(1, special, 0.0)
+        p.div_(torch.add(ratio, 1, out=self.work[1, : len(p)]))
+        sums = torch.stack([p.sum(1), torch.mul(p, ratio, out=self.work[1, : len(p)]).sum(1)], 1)
+        ratio.copy_(p)
+        return sums
+
+
+class Gradients:
+    """dX and dW over chunks, each only where it is asked for."""
+
+    def __init__(self, head: Head, tokens: int, need_x: bool, need_w: bool) -> None:
+        new, (classes, width) = head.weight.new_zeros, head.weight.shape
+        self.head = head
+        self.dx = new(tokens, width) if need_x else None
+        self.dw = new(classes, width) if need_w else None
+        self.column_sum = new(classes) if need_w else None
+
+    def add(self, chunk: Chunk, at: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None, sums: Tensor) -> None:
+        """Add a chunk whose ``ratio`` holds its coefficients."""
+        head, x, s_c, target = self.head, chunk.x, chunk.scale, chunk.target
+        n, everyone, rival = head.n.double(), slice(0, len(x)), rows.rival.unsqueeze(1)
+        nll, g = rows.nll.double().unsqueeze(1), g.double().unsqueeze(1)
+        rival_diff, s_r, rival_score = chunk.rival_geometry(rival, everyone)
+        others, rival_p = -torch.expm1(-nll), (rival_score - nll).exp()
+        factor = n / s_c * (g if g_smooth is None else 1.0)
+        if g_smooth is None:
+            g_others, g_rival = g * others, g * rival_p  # sum of G_j over j != c; G_r
+        else:
+            g_smooth, mass = g_smooth.double().unsqueeze(1), rows.share_sum.double().unsqueeze(1)
+            v = head.smoothing.double()
+            g_others = (g + g_smooth * mass) * others - g_smooth * (mass - head.share((-nll).exp(), v[target]))
+            g_rival = (g + g_smooth * mass) * rival_p - g_smooth * head.share(rival_p, v[rival])
+        floored = s_r <= IDENTICAL * (chunk.x_sq + head.norms[rival].double()) + SMALLEST_SQ
+        skip_rival = chunk.on_target | floored | (rival == target)
+        factor = factor.masked_fill(chunk.on_target, 0.0)
+        a_target = (n * g_others / s_c).masked_fill(chunk.on_target, 0.0)
+        a_rival = (-n * g_rival / s_r).masked_fill(skip_rival, 0.0)
+        scale = factor.to(x.dtype)
+        special = ((a_target, target, chunk.target_diff), (a_rival, rival, rival_diff))
+        if self.dx is not None:
+            # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.
+            far = (s_c > head.norms[target].double()) & (s_r > head.norms[rival].double())
+            r_form = (n * g_rival * (s_r - s_c) / (s_r * s_c)).masked_fill(skip_rival, 0.0) + factor * sums[:, 1:]
+            on_x = torch.where(far, r_form, -factor * sums[:, :1]).to(x.dtype)
+            dx = torch.mm(chunk.ratio, head.weight).mul_(scale).addcmul_(on_x, x)
+            for a, index, diff in special:
+                dx.addcmul_(a.to(x.dtype), torch.where(far, -head.weight[index.squeeze(1)], diff))
+            self.dx[at] = dx
+        if self.dw is not None:
+            self.dw.addmm_(chunk.ratio.t(), x * scale)
+            self.column_sum.addmv_(chunk.ratio.t(), scale.squeeze(1))
+            for a, index, diff in special:
+                _scatter_add(self.dw, index.squeeze(1), diff * -a.to(x.dtype))
+
+    def finish(self, dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(dX, dW) in the inputs' dtypes; empty where not asked for."""
+        empty = self.head.weight.new_empty(0)
+        if self.dw is not None:
+            self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
+        dx, dw = (empty if d is None else d for d in (self.dx, self.dw))
+        return dx.to(dtype), dw.to(w_dtype)
+
+
+def _scatter_add(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index] += values, in the same order every run."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, values)
+    else:
+        out.index_put_((index,), values, accumulate=True)  # sorts; index_add_ would use atomics
+
+
+def _chunks(head: Head, x: Tensor, target: Tensor, kept: Tensor, budget: int) -> Iterator[tuple[Tensor, Chunk]]:
+    """The kept tokens in equal chunks that fit the budget, each with its indices."""
+    classes = len(head.weight)
+    most = max(1, min(len(kept), (budget or DEFAULT_BUDGET) // (classes * head.weight.element_size())))
+    count = -(-len(kept) // most)
+    size = -(-len(kept) // max(count, 1))
+    tile = min(size, max(1, TILE_ELEMENTS // classes)) if x.device.type == "cpu" else size
+    if count:
+        ratio, work = head.weight.new_empty(size, classes), head.weight.new_empty(2, tile, classes)
+    for start in range(0, len(kept), max(size, 1)):
+        at = kept[start : start + size]
+        yield at, Chunk(head, x[at].to(head.weight.dtype), target[at], ratio[: len(at)], work)
+
+
+def rows_forward(
+    x: Tensor,  # (N, D)
+    w: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    n: Tensor,  # ()
+    v: Tensor | None,  # (V,)
+    eps: float,
+    alpha: float,
+    ignore_index: int,
+    moments: bool,
+    budget: int,
+) -> Rows:
+    """Per-token results; O(N + V) memory beside the chunk."""
+    head = Head.of(w, n, v, eps, alpha)
+    out = Rows.zeros(len(x), head.weight, moments, v is not None)
+    with full_fp32():
+        for at, chunk in _chunks(head, x, target, (target != ignore_index).nonzero().squeeze(1), budget):
+            for tile in chunk.tiles():
+                _store(out, at[tile], chunk.reduce(tile, moments)[0])
+    return out
+
+
+def _store(out: Rows, at: Tensor | slice, rows: Rows) -> None:
+    for field, values in zip(out, rows, strict=True):
+        if len(values):
+            field[at] = values
+
+
+def rows_backward(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    n: Tensor,
+    v: Tensor | None,
+    g: Tensor,  # (N,) upstream gradient of nll
+    g_smooth: Tensor | None,  # (N,) of smooth
+    rows: Rows,
+    eps: float,
+    alpha: float,
+    ignore_index: int,
+    need_x: bool,
+    need_w: bool,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """(dX, dW), distances computed again. Tokens without upstream gradient contribute nothing, not even their NaN."""
+    head = Head.of(w, n, v, eps, alpha)
+    out = Gradients(head, len(x), need_x, need_w)
+    used = g != 0 if g_smooth is None else (g != 0) | (g_smooth != 0)
+    with full_fp32():
+        for at, chunk in _chunks(head, x, target, (used & (target != ignore_index)).nonzero().squeeze(1), budget):
+            mine, up = rows.select(at), g[at]
+            up_smooth = None if g_smooth is None else g_smooth[at]
+            sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
+            for tile in chunk.tiles():
+                chunk.ratio[tile].add_(chunk.shift[tile]).scatter_(1, chunk.target[tile], math.inf)
+                p = chunk.exp_scores(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile)
+                smooth = None if up_smooth is None else up_smooth[tile]
+                sums[tile] = chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth)
+            out.add(chunk, at, mine, up, up_smooth, sums)
+    return out.finish(x.dtype, w.dtype)
+
+
+def reduced_forward(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    n: Tensor,
+    v: Tensor | None,
+    a: Tensor,  # (N,) weight of a token's mixed nll in the loss
+    b: Tensor | None,  # (N,) weight of its smoothing term
+    eps: float,
+    alpha: float,
+    ignore_index: int,
+    need_x: bool,
+    need_w: bool,
+    need_n: bool,
+    moments: bool,
+    budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Rows]:
+    """(sum_i a_i mixed_nll_i + b_i smooth_i, dX, dW, dn, rows): one pass, three products instead of four."""
+    head = Head.of(w, n, v, eps, alpha)
+    out, mix = Gradients(head, len(x), need_x, need_w), alpha / len(w)
+    loss, dn = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
+    every = Rows.zeros(len(x), head.weight, moments, v is not None)
+    with full_fp32():
+        for at, chunk in _chunks(head, x, target, (target != ignore_index).nonzero().squeeze(1), budget):
+            mine = Rows.zeros(len(at), head.weight, moments, v is not None)
+            up, up_smooth = head.weight.new_zeros(len(at)), None if b is None else b[at].to(head.weight.dtype)
+            sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
+            for tile in chunk.tiles():
+                rows, p = chunk.reduce(tile, moments)
+                _store(mine, tile, rows)
+                up[tile] = a[at[tile]] * mixed_slope(rows.nll, mix)
+                if need_x or need_w:
+                    smooth = None if up_smooth is None else up_smooth[tile]
+                    sums[tile] = chunk.coefficients(tile, p, rows, up[tile], smooth)
+            _store(every, at, mine)
+            loss += (a[at].double() * mixed_nll(mine.nll.double(), mix)).sum()
+            if up_smooth is not None:
+                loss += (up_smooth.double() * mine.smooth.double()).sum()
+            if need_n:
+                dn += exponent_gradient(mine, head.n, up, up_smooth)
+            if need_x or need_w:
+                out.add(chunk, at, mine, up, up_smooth, sums)
+    return loss.to(head.weight.dtype), *out.finish(x.dtype, w.dtype), dn.to(n.dtype), every

@@ -1,0 +1,299 @@
+"""The public functions. Their docstrings are the specification of what they compute.
+
+Notation: D features, V classes, N tokens; ``d_j = ||w_j - x||`` and p_j = d_j^-n / sum_k d_k^-n, the HarMax of the
+distances (Baek et al., *Harmonic Loss Trains Interpretable AI Models*, Eq. 2).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmonic_triton import _ops, _validate, reference
+from harmonic_triton._dispatch import resolve
+from harmonic_triton._numerics import IDENTICAL, SMALLEST_SQ, Rows, compute_dtype, full_fp32, mixed_nll
+
+
+class HarmonicStats(NamedTuple):
+    """What a model predicted, one entry for each token and no gradient. Ignored tokens hold 0, False or ignore_index."""
+
+    entropy: Tensor  # of p over the classes, in nats
+    predicted: Tensor  # int64, the nearest class; of equally near ones the first
+    correct: Tensor  # bool, predicted == target
+    target_distance: Tensor  # ||w_c - x||
+    target_log_prob: Tensor  # log p_c, without smoothing and mix
+
+
+def linear_harmonic_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    n: float | Tensor | None = None,
+    eps: float = 0.0,
+    uniform_mix: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    shift: bool = False,
+    return_stats: bool = False,
+    process_group: object | None = None,
+    backend: str = "auto",
+    deterministic: bool | None = None,
+    memory_budget: int | None = None,
+) -> Tensor | tuple[Tensor, HarmonicStats]:
+    """Harmonic loss of a linear head, -log HarMax(||w - x||)_target, without the N x V matrix (paper, section 3).
+
+    Args:
+        input: (..., D) hidden states x; bfloat16, float16, float32 or float64 (float64: torch backend).
+        linear_weight: (V, D) class vectors w, same dtype and device. Under ``torch.autocast`` both are cast first.
+        target: (...) int64 classes.
+        n: harmonic exponent on the *distance* (the paper's n; the authors' code raises the squared distance, so its
+            exponent is n/2). ``None`` is sqrt(D). A 0-d tensor gets a gradient.
+        eps: added to every squared distance, the target's included (the authors use 1e-4).
+        uniform_mix: alpha in -log((p + alpha/V)/(1 + alpha)), the authors' GPT-2 loss.
+        class_weight: (V,) weight of each class, as in ``F.cross_entropy``.
+        ignore_index: tokens with this target give loss 0 and no gradient.
+        reduction: "none" (shape of target), "sum", or "mean" over the tokens not ignored (weighted by class_weight).
+            The mean over no token at all is 0, with zero gradients.
+        num_items: divide the sum by this instead, for gradient accumulation: over micro-batches with one total
+            ``num_items`` the gradients add up to those of the whole batch.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``; with ``uniform_mix`` it smooths the mixed probabilities.
+        shift: next-token loss: input[..., :-1, :] against target[..., 1:], without copying input.
+        return_stats: return ``(loss, HarmonicStats)``, from the same pass.
+        process_group: reserved for vocabulary-parallel weights; must be None.
+        backend: "auto", "triton", "torch" or "reference". Only "auto" falls back.
+        deterministic: every backend gives bitwise the same result on every run; the argument is there so that
+            code written for backends with atomics keeps working.
+        memory_budget: bytes of scratch for the chunk of the N x V matrix that is held at a time; None chooses.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or the shape of target for "none" (last dimension one shorter
+        with ``shift``). With ``return_stats`` a pair.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it was and the mend. Targets out of
+            range raise on the CPU and stop the device on a GPU.
+
+    An x exactly on its class vector has loss 0 and gradient 0; if another class lies there too, p = 1/2. Other classes
+    are never nearer than 1.2e-7 of sqrt(||x||^2 + ||w_j||^2), so that the loss stays finite. A second derivative needs
+    ``backend="reference"``; the fused ones raise.
+    """
+    _validate.tensors(input=input, linear_weight=linear_weight, target=target)
+    input, linear_weight = _autocast(input, linear_weight)
+    _validate.features(input, linear_weight)
+    _validate.labels(input, target, shift)
+    _validate.exponent(n)
+    _validate.between("eps", eps, 0.0)
+    _validate.between("uniform_mix", uniform_mix, 0.0)
+    _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
+    _validate.class_weight(class_weight, linear_weight)
+    _validate.reduction(reduction, num_items)
+    _validate.budget(memory_budget)
+    if process_group is not None:
+        raise ValueError("process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first")
+    mixed_smoothing = bool(uniform_mix and label_smoothing)
+    backend = resolve(backend, input.device, input.dtype, mixed_smoothing=mixed_smoothing)
+
+    width, classes = input.shape[-1], len(linear_weight)
+    x, labels = input.reshape(-1, width), target.long()
+    if shift:
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    labels = labels.reshape(-1)
+    dtype = compute_dtype(x.dtype)
+    n = exponent_tensor(n, width, x.device, dtype)
+    v = None
+    if label_smoothing:
+        v = (torch.ones(classes, device=x.device) if class_weight is None else class_weight).to(dtype) / classes
+    token, smooth = _token_weights(labels, class_weight, ignore_index, reduction, num_items, label_smoothing, dtype)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, linear_weight, n)]
+    moments = return_stats or wanted[2]
+    options = (float(eps), float(uniform_mix), ignore_index)
+    constant = math.log1p(uniform_mix)
+    if backend == "reference":
+        _ops.check_values(labels, classes, ignore_index, n)
+        loss = reference.linear_harmonic_loss(
+            x, linear_weight, labels, n=n, eps=eps, uniform_mix=uniform_mix, class_weight=class_weight,
+            ignore_index=ignore_index, reduction=reduction, num_items=num_items, label_smoothing=label_smoothing,
+        ).to(dtype)  # fmt: skip
+        stats = reference.statistics(x, linear_weight, labels, n, eps, ignore_index) if return_stats else ()
+    elif reduction != "none" and any(wanted) and backend == "torch":
+        loss, _, _, _, *fields = _ops.ReducedFunction.apply(
+            x, linear_weight, n, v, labels, token, smooth, *options, *wanted, moments, backend, memory_budget or 0
+        )
+        stats = _stats(Rows(*fields), labels, ignore_index) if return_stats else ()
+        loss = loss + constant * (token.sum() + (smooth.sum() * v.sum() if v is not None else 0.0)) if constant else loss
+    else:
+        rows = Rows(*_ops.RowsFunction.apply(
+            x, linear_weight, n, v, labels, *options, moments, backend, memory_budget or 0))  # fmt: skip
+        stats = _stats(rows, labels, ignore_index) if return_stats else ()
+        losses = token * (mixed_nll(rows.nll, uniform_mix / classes) + constant)
+        if v is not None:
+            losses = losses + smooth * (rows.smooth + constant * v.sum())
+        losses = torch.where(labels == ignore_index, 0.0, losses)
+        loss = losses if reduction == "none" else losses.sum()
+
+    def shaped(values: Tensor) -> Tensor:
+        values = values.reshape(target.shape)
+        return values[..., :-1] if shift else values
+
+    loss = shaped(loss) if reduction == "none" else loss
+    return (loss, HarmonicStats(*map(shaped, stats))) if return_stats else loss
+
+
+def harmonic_logits(
+    input: Tensor, linear_weight: Tensor, *, n: float | Tensor | None = None, eps: float = 0.0, normalize: bool = True
+) -> Tensor:
+    """Log-probabilities log HarMax(||w - x||) of every class, (..., V): for sampling and evaluation (paper, Eq. 2).
+
+    Sampling at temperature T is ``n / T`` (the same as dividing the result by T and normalising again). With
+    ``normalize=False`` the log-scores -n log d_j less those of the nearest class: the nearest has 0, softmax gives
+    the same probabilities. Differentiable any number of times.
+
+    Args:
+        input: (..., D); linear_weight: (V, D); n, eps: as in :func:`linear_harmonic_loss`.
+
+    Returns:
+        (..., V), float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+    _validate.tensors(input=input, linear_weight=linear_weight)
+    input, linear_weight = _autocast(input, linear_weight)
+    _validate.features(input, linear_weight)
+    _validate.exponent(n)
+    _validate.between("eps", eps, 0.0)
+    dtype = compute_dtype(input.dtype)
+    n = exponent_tensor(n, input.shape[-1], input.device, dtype)
+    scores = _scores_from_nearest(input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype), n, eps)
+    return (scores.log_softmax(-1) if normalize else scores).reshape(*input.shape[:-1], len(linear_weight))
+
+
+def harmonic_topk(
+    input: Tensor, linear_weight: Tensor, k: int, *, n: float | Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The k most probable (nearest) classes of every token, without the N x V matrix and without gradient.
+
+    Args:
+        input: (..., D); linear_weight: (V, D); k: 1 ... V; n, eps: as in :func:`linear_harmonic_loss`.
+
+    Returns:
+        log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+    _validate.tensors(input=input, linear_weight=linear_weight)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if linear_weight.dim() == 2 and not 1 <= k <= len(linear_weight):
+        raise ValueError(f"k must be between 1 and V = {len(linear_weight)}, got {k}")
+    with torch.no_grad():
+        rows = max(1, 2**25 // max(1, len(linear_weight)))
+        flat = input.reshape(-1, input.shape[-1]) if input.dim() else input
+        chunks = [
+            harmonic_logits(chunk, linear_weight, n=n, eps=eps).topk(k, dim=-1) for chunk in flat.split(rows)
+        ]
+        values, indices = (torch.cat(parts).reshape(*input.shape[:-1], k) for parts in zip(*chunks, strict=True))
+    return values, indices
+
+
+def harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
+    """HarMax of distances along ``dim``: d_i^-n / sum_j d_j^-n (paper, Eq. 2). See :func:`log_harmax`."""
+    return log_harmax(distances, n, dim).exp()
+
+
+def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
+    """log HarMax along ``dim``, in the log domain: no distance or exponent overflows.
+
+    Distances of 0 share the probability equally. Invariant to the scale of the distances.
+
+    Args:
+        distances: floating, >= 0 (a negative one gives NaN); n: harmonic exponent, a number or a 0-d tensor.
+
+    Returns:
+        Same shape and dtype.
+
+    Raises:
+        TypeError, ValueError: distances not a floating tensor, n not positive and finite.
+    """
+    _validate.tensors(distances=distances)
+    _validate.exponent(n)
+    if n is None:
+        raise TypeError("n must be a number or a 0-d tensor; a default needs the width D, which distances do not show")
+    if not distances.is_floating_point():
+        raise TypeError(f"distances must be floating, got {_validate.describe(distances)}")
+    at_zero = distances == 0
+    scores = -n * torch.where(at_zero, 1.0, distances).log()
+    collided = at_zero.any(dim, keepdim=True)
+    scores = torch.where(collided, torch.where(at_zero, 0.0, -math.inf), scores)
+    return scores.log_softmax(dim)
+
+
+def exponent_tensor(n: float | Tensor | None, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient."""
+    if isinstance(n, Tensor):
+        return n.to(device, dtype)
+    return torch.full((), math.sqrt(width) if n is None else float(n), device=device, dtype=dtype)
+
+
+def _autocast(*values: Tensor) -> list[Tensor]:
+    """Cast as F.linear would inside torch.autocast; float64 is left alone."""
+    device = values[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(values)
+    dtype = torch.get_autocast_dtype(device)
+    return [v.to(dtype) if v.is_floating_point() and v.dtype != torch.float64 else v for v in values]
+
+
+def _token_weights(
+    labels: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str,
+    num_items: float | Tensor | None, label_smoothing: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(N,) weights of a token's loss and of its smoothing term in the result."""
+    kept = (labels != ignore_index).to(dtype)
+    token = kept
+    if class_weight is not None:
+        token = kept * class_weight.to(dtype)[labels.clamp(0, len(class_weight) - 1)]
+    divisor: float | Tensor = 1.0
+    if reduction != "none" and num_items is not None:
+        divisor = num_items.to(kept.device, dtype) if isinstance(num_items, Tensor) else num_items
+    elif reduction == "mean":
+        total = token.sum()
+        divisor = torch.where(total == 0, 1.0, total)
+    smooth = kept * label_smoothing / divisor if label_smoothing else None
+    return token * (1 - label_smoothing) / divisor, smooth
+
+
+def _stats(rows: Rows, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+    """The fields of HarmonicStats from a fused pass."""
+    rows = Rows(*(field.detach() for field in rows))
+    kept = labels != ignore_index
+    first = torch.where(rows.rival_score == 0, torch.minimum(rows.rival, labels), rows.rival)
+    predicted = torch.where(rows.rival_score < 0, labels, first)  # a NaN score predicts the rival
+    entropy = torch.where(kept, rows.nll - rows.score_mean, 0.0)
+    shown = torch.where(kept, predicted, ignore_index)
+    return entropy, shown, kept & (predicted == labels), rows.target_sq.sqrt(), -rows.nll
+
+
+def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> Tensor:
+    """-(n/2) log(s_j/s_nearest), (N, V): the expansion of NUMERICS with the nearest class measured directly."""
+    norms = w.square().sum(1)
+    with nullcontext() if torch.compiler.is_compiling() else full_fp32():
+        u = norms - 2 * (x @ w.t())
+    nearest = u.detach().argmin(1)
+    close = w[nearest]
+    x_sq = x.square().sum(1)
+    floor = (IDENTICAL * (x_sq + norms[nearest]) + SMALLEST_SQ).detach()
+    s = torch.maximum((x - close).square().sum(1) + eps, floor).unsqueeze(1)
+    ratio = (u - u.gather(1, nearest.unsqueeze(1))) / s
+    own = F.one_hot(nearest, len(w)).bool()
+    return torch.where(own, 0.0, -0.5 * n * torch.log1p(ratio.clamp_min(0.0)))

@@ -1,0 +1,90 @@
+"""The functions as modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonic_triton import _validate
+from harmonic_triton.functional import HarmonicStats, harmonic_logits, linear_harmonic_loss
+
+
+class HarmonicHead(nn.Module):
+    """The harmonic layer of the paper (section 3): an ``nn.Linear`` without bias that measures distances.
+
+    ``head(x)`` gives log-probabilities (..., V); ``head(x, target=t)`` gives the loss without the N x V matrix.
+    Tie it to an embedding by ``head.weight = embedding.weight``.
+
+    Args:
+        in_features: D; out_features: V.
+        n: harmonic exponent on the distance, None for sqrt(D).
+        eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
+        learnable_n: make n a 0-d parameter, initialised with the value given.
+        std: standard deviation of the initial class vectors (GPT-2's 0.02; scale matters little: HarMax ignores it).
+        device, dtype: of the weight.
+        loss_options: further options of :func:`linear_harmonic_loss` for ``head(x, target=t)``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        n: float | None = None,
+        eps: float = 0.0,
+        learnable_n: bool = False,
+        std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **loss_options: Any,
+    ) -> None:
+        super().__init__()
+        _validate.exponent(n)
+        _validate.between("eps", eps, 0.0)
+        self.in_features, self.out_features, self.std = in_features, out_features, std
+        self.eps, self.loss_options = eps, loss_options
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        value = float(in_features) ** 0.5 if n is None else float(n)
+        self.n: float | nn.Parameter = nn.Parameter(torch.tensor(value, device=device)) if learnable_n else value
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the class vectors from N(0, std^2)."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(
+        self, input: Tensor, target: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, HarmonicStats]:
+        """Log-probabilities, or the loss where a target is given (``options`` override the module's)."""
+        if target is None:
+            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps)
+        options = {**self.loss_options, **options}
+        return linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **options)
+
+    def extra_repr(self) -> str:
+        n = self.n.item() if isinstance(self.n, Tensor) else self.n
+        return f"in_features={self.in_features}, out_features={self.out_features}, n={n:g}, eps={self.eps:g}"
+
+
+class LinearHarmonicLoss(nn.Module):
+    """:func:`linear_harmonic_loss` with its options fixed; the class vectors are passed with every call.
+
+    Args:
+        **options: keyword arguments of :func:`linear_harmonic_loss`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, linear_weight: Tensor, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, HarmonicStats]:
+        """The loss of input (..., D) against linear_weight (V, D) and target (...)."""
+        return linear_harmonic_loss(input, linear_weight, target, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,166 @@
+"""The specification: dense fp64 losses by direct differences, gradients by autograd.
+
+Everything here holds the N x V matrix and is meant for checking, not for training. The fast backends never import it,
+and it imports nothing of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = 2.0**-46
+"""A non-target's squared distance is at least this share of ||x||^2 + ||w_j||^2 (and at least 1e-36)."""
+
+_BROADCAST_LIMIT = 2**24  # N*V*D up to which differences are held whole; that form can be differentiated twice
+
+
+def squared_distances(x: Tensor, w: Tensor) -> Tensor:
+    """||x_i - w_j||^2 by direct differences: (N, D), (V, D) -> (N, V), in fp64."""
+    x, w = x.double(), w.double()
+    if x.numel() * len(w) <= _BROADCAST_LIMIT:
+        return (x.unsqueeze(-2) - w).square().sum(-1)
+    return torch.cdist(x, w, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def log_scores(x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """z_j = -(n/2) log(s_j/s_c), relative to the target's, and the target's squared distance s_c (paper, Eq. 2).
+
+    Returns (N, V) and (N,), fp64. The floor applies to every class but the target. Where x lies exactly on its class
+    vector every z_j is -inf, or 0 for one other class that lies there as well (p = 1/2 each); no gradient flows then.
+    """
+    s = squared_distances(x, w)
+    own = F.one_hot(target, len(w)).bool()
+    norms = x.double().square().sum(-1, keepdim=True) + w.double().square().sum(-1)
+    floor = (FLOOR * norms + 1e-36).detach()
+    s_c = s.gather(1, target.unsqueeze(1)) + eps
+    others = torch.maximum(s + eps, floor)
+    on_target = s_c == 0
+    z = -0.5 * n * (torch.where(own, 1.0, others).log() - torch.where(on_target, 1.0, s_c).log())
+    z = torch.where(own, 0.0, z)
+    if bool(on_target.any()):
+        there = ((s + eps <= floor) & ~own).long()
+        double = (there.cumsum(1) == 1) & (there == 1)
+        z = torch.where(on_target & ~own, torch.where(double, 0.0, -math.inf), z)
+    return z, s_c.squeeze(1)
+
+
+def negative_log_likelihood(z: Tensor, target: Tensor) -> Tensor:
+    """-log p of the target from relative log-scores, right also where p is within 1e-300 of 1: (N, V) -> (N,)."""
+    if z.shape[1] == 1:
+        return z.sum(1) * 0.0
+    others = z.scatter(1, target.unsqueeze(1), -math.inf)
+    best = others.amax(1, keepdim=True).detach()
+    best = torch.where(best.isinf(), 0.0, best)
+    total = (others - best).exp().sum(1)
+    nonzero = torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, F.softplus(nonzero.log() + best.squeeze(1), threshold=700.0), 0.0)
+
+
+def linear_harmonic_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    n: Tensor | float | None = None,
+    eps: float = 0.0,
+    uniform_mix: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The harmonic loss as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
+    n = math.sqrt(input.shape[-1]) if n is None else n
+    n = n.to(input.device, torch.float64) if isinstance(n, Tensor) else n
+    kept = target != ignore_index
+    losses = input.new_zeros(len(target), dtype=torch.float64)
+    if bool(kept.any()):
+        z, _ = log_scores(input[kept], linear_weight, target[kept], n, eps)
+        log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
+        losses = losses.index_put((kept.nonzero().squeeze(1),), _row_losses(
+            log_p, z, target[kept], uniform_mix, class_weight, label_smoothing))  # fmt: skip
+    weights = kept.double() if class_weight is None else class_weight.double()[target.clamp_min(0)] * kept
+    return reduce(losses, weights, reduction, num_items)
+
+
+def _row_losses(
+    log_p: Tensor, z: Tensor, target: Tensor, uniform_mix: float, class_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    own, classes = target.unsqueeze(1), log_p.shape[1]
+    loss = negative_log_likelihood(z, target)
+    if uniform_mix:
+        log_p = ((log_p.exp() + uniform_mix / classes) / (1 + uniform_mix)).log()
+        loss = -log_p.gather(1, own).squeeze(1)
+    v = log_p.new_ones(classes) if class_weight is None else class_weight.double()
+    loss = loss * v[target]
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing / classes * (log_p * v).sum(1)
+    return loss
+
+
+def reduce(losses: Tensor, weights: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor:
+    """As F.cross_entropy, except that a mean over no token is 0."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum" and num_items is None:
+        return losses.sum()
+    count = weights.sum() if num_items is None else num_items
+    total = losses.sum()
+    return torch.where(weights.sum() == 0, total, total / count) if num_items is None else total / count
+
+
+@torch.no_grad()
+def statistics(
+    x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(entropy, predicted, correct, target distance, target log-probability) of every token, each (N,)."""
+    kept = target != ignore_index
+    z, s_c = log_scores(x, w, target.where(kept, 0), n, eps)
+    log_p = z - negative_log_likelihood(z, target.where(kept, 0)).unsqueeze(1)
+    entropy = -(log_p.exp() * log_p.clamp_min(-1e300)).sum(1)
+    nearest = z.argmax(1)
+    predicted = nearest.where(kept, ignore_index)
+    log_prob = log_p.gather(1, target.where(kept, 0).unsqueeze(1)).squeeze(1)
+    distance = (s_c - eps).clamp_min(0.0).sqrt()
+    entropy, distance, log_prob = (value.where(kept, 0.0).float() for value in (entropy, distance, log_prob))
+    return entropy, predicted, kept & (nearest == target), distance, log_prob
+
+
+def authors_probabilities(x: Tensor, w: Tensor, exponent: float, eps: float = 1e-4) -> Tensor:
+    """The published layer: p ~ s^-exponent with s = ||w||^2 + ||x||^2 - 2 w.x + eps, in the input's dtype: (N, V).
+
+    ``exponent`` acts on the squared distance, so it is half of the paper's n.
+    """
+    s = w.square().sum(-1) + x.square().sum(-1, keepdim=True) - 2 * x @ w.t() + eps
+    s = s / s.amin(-1, keepdim=True)
+    p = s ** (-exponent)
+    return p / p.sum(-1, keepdim=True)
+
+
+def authors_loss(
+    x: Tensor, w: Tensor, target: Tensor, exponent: float, eps: float = 1e-4, uniform_mix: float = 0.0
+) -> Tensor:
+    """-log((p + alpha/V)/(1 + alpha)), mean over tokens, as in the authors' GPT-2 file (alpha = uniform_mix)."""
+    p = authors_probabilities(x, w, exponent, eps).gather(1, target.unsqueeze(1)).squeeze(1)
+    return -((p + uniform_mix / len(w)) / (1 + uniform_mix)).log().mean()
+
+
+def distance_softmax_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """The paper's first ablation (section 7): softmax over -||x - w_j||, fp64, mean."""
+    s = squared_distances(x, w)
+    return F.cross_entropy(-torch.where(s > 0, s, 1.0).sqrt() * (s > 0), target)
+
+
+def dot_product_harmax_loss(x: Tensor, w: Tensor, target: Tensor, n: float) -> Tensor:
+    """The paper's second ablation (section 7): HarMax (Eq. 2) over |w_j . x| in place of the distance, fp64, mean."""
+    return F.cross_entropy(-n * (x.double() @ w.double().t()).abs().clamp_min(1e-30).log(), target)
+
+
+def cross_entropy_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """The ordinary loss (Eq. 1), fp64, mean."""
+    return F.cross_entropy(x.double() @ w.double().t(), target)
