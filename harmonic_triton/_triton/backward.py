@@ -1,0 +1,185 @@
+"""Backward kernels: token coefficients, a slice of the class coefficients A, and the finish of dX and dW.
+
+A of a slice of classes is the only N x V-like array, and only that slice of it is ever held. The two products with it
+are the library's; target and rival are outside of them, in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from harmonic_triton._triton.forward import IDENTICAL, LOG2E, SMALLEST_SQ
+from harmonic_triton._triton.tile import log_scores, ratio_tile, scale_of
+
+
+@triton.jit
+def coefficient_kernel(
+    target_ptr, target_sq_ptr, x_sq_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
+    g_ptr, g_smooth_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
+    p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr,  # out (N,)
+    far_ptr,  # out (N,) int8
+    N, eps, SMOOTHING: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + ratio_j) for the classes in the products.
+
+    ``a_target`` and ``a_rival`` multiply x - w_c and x - w_r; ``r_part`` is the rival's share of the r-form row sum.
+    With SCALED (fp16) a power of two keeps A in range; ``unscale`` undoes it.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    target = tl.load(target_ptr + rows, mask=inside, other=-1)
+    alive = target >= 0
+    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=1.0)
+    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=1.0)
+    rival = tl.load(rival_ptr + rows, mask=alive, other=0)
+    rival_score = tl.load(rival_score_ptr + rows, mask=alive, other=float("-inf")).to(tl.float64)
+    nll = tl.load(nll_ptr + rows, mask=alive, other=0.0).to(tl.float64)
+    g = tl.load(g_ptr + rows, mask=alive, other=0.0).to(tl.float64)
+    n = tl.load(n_ptr).to(tl.float64)
+    scale, _, _ = scale_of(target_sq, x_sq, eps)
+    s_c = scale.to(tl.float64)
+    alone = rival_score == float("-inf")
+    s_r = tl.where(alone, s_c, s_c * tl.exp2(tl.where(alone, 0.0, rival_score) * (-2.0 * LOG2E) / n))
+    others = tl.where(nll < 1e-3, nll * (1.0 - nll * (0.5 - nll * (1.0 / 6 - nll / 24))), 1.0 - tl.exp2(-nll * LOG2E))
+    rival_p = tl.exp2((rival_score - nll) * LOG2E)
+    g_p = g
+    g_others = g * others
+    g_rival = g * rival_p
+    g_v = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    if SMOOTHING:
+        g_v = tl.load(g_smooth_ptr + rows, mask=alive, other=0.0).to(tl.float64)
+        mass = tl.load(v_sum_ptr).to(tl.float64)
+        v_c = tl.load(v_ptr + target, mask=alive, other=0.0).to(tl.float64)
+        v_r = tl.load(v_ptr + rival, mask=alive, other=0.0).to(tl.float64)
+        g_p = g + g_v * mass
+        g_others = g_p * others - g_v * (mass - v_c)
+        g_rival = g_p * rival_p - g_v * v_r
+    norm_c = tl.load(norms_ptr + target, mask=alive, other=0.0)
+    norm_r = tl.load(norms_ptr + rival, mask=alive, other=0.0)
+    dead = (target_sq + eps == 0.0) | (alive == 0)
+    floored = s_r <= 1.0001 * ((x_sq + norm_r) * IDENTICAL + SMALLEST_SQ)
+    skip_rival = dead | floored | alone
+    factor = tl.where(dead, 0.0, n / s_c)
+    a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
+    r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
+    far = (scale > norm_c) & (s_r > norm_r)
+    unscale = tl.full((BLOCK_N,), 1.0, dtype=tl.float64)
+    if SCALED:
+        # No class in the products has a larger A than the rival's bound; leave 5 bits of room below fp16's maximum.
+        bound = factor * (tl.abs(g_p) * rival_p + tl.abs(g_v)) * tl.maximum(s_c / s_r, 1e-30)
+        power = tl.floor(tl.log2(tl.maximum(bound, 1e-300)))
+        unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(tl.maximum(power - 10.0, -120.0), 120.0)), 1.0)
+    tl.store(p_coef_ptr + rows, (factor * g_p / unscale).to(tl.float32), mask=inside)
+    tl.store(v_coef_ptr + rows, (factor * g_v / unscale).to(tl.float32), mask=inside)
+    tl.store(a_target_ptr + rows, (factor * g_others).to(tl.float32), mask=inside)
+    tl.store(a_rival_ptr + rows, a_rival.to(tl.float32), mask=inside)
+    tl.store(r_part_ptr + rows, r_part.to(tl.float32), mask=inside)
+    tl.store(unscale_ptr + rows, unscale.to(tl.float32), mask=inside)
+    tl.store(far_ptr + rows, far.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, x_sq_ptr, n_ptr, v_ptr,
+    nll_ptr, rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr,  # in (N,)
+    a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
+    N, V, D, eps, first, width, stride_an,  # the slice is classes first ... first + width
+    stride_xn, stride_xd, stride_wv, stride_wd,
+    SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding."""
+    row_tile = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = first + local
+    inside = rows < N
+    target = tl.load(target_ptr + rows, mask=inside, other=-1)
+    alive = target >= 0
+    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
+    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
+    _, inverse, floor = scale_of(target_sq, x_sq, eps)
+    ratio = ratio_tile(
+        x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, target_sq - x_sq, inverse, floor,
+        D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
+    )  # fmt: skip
+    half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
+    nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
+    rival = tl.load(rival_ptr + rows, mask=alive, other=-1)
+    p_coef = tl.load(p_coef_ptr + rows, mask=alive, other=0.0)
+    slope = p_coef[:, None] * tl.exp2(log_scores(ratio, half_n) - nll[:, None])
+    if SMOOTHING:
+        v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
+        slope -= tl.load(v_coef_ptr + rows, mask=alive, other=0.0)[:, None] * v[None, :]
+    counted = alive[:, None] & (local < width)[None, :]
+    counted = counted & (cols[None, :] != target[:, None]) & (cols[None, :] != rival[:, None])
+    a = tl.where(counted, slope / (1.0 + ratio), 0.0)
+    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], a.to(a_ptr.dtype.element_ty),
+             mask=inside[:, None] & (local < width)[None, :])  # fmt: skip
+    a *= tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
+    tiles = tl.num_programs(1).to(tl.int64)
+    tl.store(row_sums_ptr + tile * N + rows, tl.sum(a, 1), mask=inside)
+    weighted = tl.sum(tl.where(counted, a * ratio, 0.0), 1)
+    tl.store(row_sums_ptr + (tiles + tile) * N + rows, weighted, mask=inside)
+    tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
+
+
+@triton.jit
+def finish_x_kernel(
+    x_ptr, w_ptr, target_ptr, rival_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, far_ptr, unscale_ptr,
+    row_sums_ptr, product_ptr, dx_ptr,  # (2, N), (N, D) fp32, out (N, D)
+    N, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    alive = target >= 0
+    rival = tl.load(rival_ptr + rows, mask=alive, other=0)
+    inside = alive[:, None] & (features < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    w_c = tl.load(w_ptr + target[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
+    w_r = tl.load(w_ptr + rival[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
+    far = tl.load(far_ptr + rows, mask=alive, other=0) != 0
+    plain = tl.load(row_sums_ptr + rows, mask=alive, other=0.0)
+    r_form = tl.load(row_sums_ptr + N + rows, mask=alive, other=0.0)
+    on_x = tl.where(far, tl.load(r_part_ptr + rows, mask=alive, other=0.0) + r_form, -plain)
+    a_c = tl.load(a_target_ptr + rows, mask=alive, other=0.0)
+    a_r = tl.load(a_rival_ptr + rows, mask=alive, other=0.0)
+    near_x = tl.where(far[:, None], 0.0, x)
+    product = tl.load(product_ptr + rows[:, None] * D + features[None, :], mask=inside, other=0.0)
+    dx = product * tl.load(unscale_ptr + rows, mask=alive, other=1.0)[:, None] + on_x[:, None] * x
+    dx += a_c[:, None] * (near_x - w_c.to(tl.float32))
+    dx += tl.where(a_r == 0.0, 0.0, a_r)[:, None] * (near_x - w_r.to(tl.float32))
+    all_ = (rows < N)[:, None] & (features < D)[None, :]
+    tl.store(dx_ptr + rows[:, None] * D + features[None, :], dx.to(dx_ptr.dtype.element_ty), mask=all_)
+
+
+@triton.jit
+def finish_w_kernel(
+    x_ptr, w_ptr, product_ptr, column_sums_ptr,  # (N, D), (V, D), (width, D) fp32, (width,)
+    starts_ptr, tokens_ptr, coefficients_ptr,  # (V + 1,), (2N,), (2N,): tokens of each class, in a fixed order
+    dw_ptr,  # out (V, D)
+    unproduct_ptr,  # () what the product was multiplied by
+    D, first, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j."""
+    local = tl.program_id(0).to(tl.int64)
+    j = first + local
+    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = features < D
+    w = tl.load(w_ptr + j * stride_wv + features * stride_wd, mask=inside, other=0.0).to(tl.float32)
+    product = tl.load(product_ptr + local * D + features, mask=inside, other=0.0) / tl.load(unproduct_ptr)
+    dw = product - tl.load(column_sums_ptr + local) * w
+    begin = tl.load(starts_ptr + j)
+    end = tl.load(starts_ptr + j + 1)
+    special = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        entries = start + tl.arange(0, BLOCK_N)
+        token = tl.load(tokens_ptr + entries, mask=entries < end, other=0)
+        a = tl.load(coefficients_ptr + entries, mask=entries < end, other=0.0)
+        used = (a != 0.0)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + token[:, None] * stride_xn + features[None, :] * stride_xd, mask=used, other=0.0)
+        special += tl.sum(tl.where(used, a[:, None] * (x.to(tl.float32) - w[None, :]), 0.0), 0)
+    tl.store(dw_ptr + j * D + features, (dw - special).to(dw_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,50 @@
+"""Stored tile configurations, by architecture and operand width. One place, so that tuning changes only this table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ROW_BLOCK, FEATURE_BLOCK = 16, 128  # of the per-token and per-class kernels, which do no products
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch parameters of the kernels that compute a tile of ratios."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# (architecture, bytes per operand) -> configuration
+CONFIGS = {
+    ("sm80", 2): TileConfig(128, 128, 32, 8, 3),
+    ("sm90", 2): TileConfig(128, 128, 64, 8, 3),
+    ("sm100", 2): TileConfig(128, 128, 64, 8, 3),
+    ("gfx942", 2): TileConfig(128, 128, 32, 8, 2),
+    ("sm80", 4): TileConfig(64, 64, 32, 8, 2),
+    ("sm90", 4): TileConfig(64, 64, 32, 8, 2),
+    ("sm100", 4): TileConfig(64, 64, 32, 8, 2),
+    ("gfx942", 4): TileConfig(64, 64, 32, 8, 2),
+    ("interpreter", 2): TileConfig(32, 64, 64, 4, 1),
+    ("interpreter", 4): TileConfig(32, 64, 64, 4, 1),
+}
+
+
+def architecture(device: torch.device) -> str:
+    """The table's name of a device; an unknown one gets the most modest configuration of its vendor."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
+
+
+def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
+    """The stored configuration for operands of ``dtype`` on ``device``."""
+    return CONFIGS[architecture(device), dtype.itemsize]

@@ -1,0 +1,188 @@
+"""Forward kernels: norms and target geometry, the online pass over the classes, and the per-token finish."""
+
+import triton
+import triton.language as tl
+
+from harmonic_triton._triton.tile import difference_sq, log_scores, ratio_tile, scale_of
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+IDENTICAL = tl.constexpr(2.0**-46)
+SMALLEST_SQ = tl.constexpr(1e-36)
+
+
+@triton.jit
+def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """norms[j] = ||w_j||^2 in fp32, from the operands that the products use."""
+    classes = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        inside = (classes < V)[:, None] & (features < D - start)[None, :]
+        offset = (start + features)[None, :]
+        w = tl.load(w_ptr + classes[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(w * w, 1)
+    tl.store(norms_ptr + classes, total, mask=classes < V)
+
+
+@triton.jit
+def geometry_kernel(
+    x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
+    target_sq_ptr, x_sq_ptr,  # out (N,) fp32
+    N, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """||x - w_c||^2 and ||x||^2 of every token, 0 for those that do not count."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    apart, x_sq, _ = difference_sq(
+        x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+    )
+    tl.store(target_sq_ptr + rows, apart, mask=rows < N)
+    tl.store(x_sq_ptr + rows, x_sq, mask=rows < N)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, x_sq_ptr, n_ptr, v_ptr,
+    best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # out (SPLITS, N)
+    N, V, D, eps, classes_per_split,
+    stride_xn, stride_xd, stride_wv, stride_wd,
+    MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    alive = target >= 0
+    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
+    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
+    _, inverse, floor = scale_of(target_sq, x_sq, eps)
+    half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
+
+    best = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    index = tl.zeros((BLOCK_N,), dtype=tl.int64)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    smooth = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first = split * classes_per_split
+    last = tl.minimum(first + classes_per_split, V)
+    for start in range(first, last, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        ratio = ratio_tile(
+            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, target_sq - x_sq, inverse, floor,
+            D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        counted = (cols < last)[None, :] & (cols[None, :] != target[:, None])
+        score = tl.where(counted, log_scores(ratio, half_n), float("-inf"))
+        tile_best = tl.max(score, 1)
+        nearest = tl.min(tl.where(score == tile_best[:, None], cols[None, :], V), 1)
+        index = tl.where(tile_best > best, nearest, index)
+        new = tl.maximum(best, tile_best)
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+        rescale = tl.exp2(best - anchor)
+        power = tl.exp2(score - anchor[:, None])
+        total = total * rescale + tl.sum(power, 1)
+        finite = tl.where(counted, score, 0.0)
+        if MOMENTS:
+            mean = mean * rescale + tl.sum(power * finite, 1)
+        if SMOOTHING:
+            v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
+            smooth += tl.sum(v[None, :] * finite, 1)
+        best = new
+    out = split * N + rows
+    tl.store(best_ptr + out, best, mask=rows < N)
+    tl.store(index_ptr + out, index, mask=rows < N)
+    tl.store(total_ptr + out, total, mask=rows < N)
+    if MOMENTS:
+        tl.store(mean_ptr + out, mean, mask=rows < N)
+    if SMOOTHING:
+        tl.store(smooth_ptr + out, smooth, mask=rows < N)
+
+
+@triton.jit
+def log1p_small(y):
+    """log(1 + y) for y >= 0, right in relative terms where y is tiny: 2 atanh(y/(2 + y)). fp64."""
+    t = y / (2.0 + y)
+    t2 = t * t
+    series = 2.0 * t * (1.0 + t2 * (1.0 / 3 + t2 * (1.0 / 5 + t2 * (1.0 / 7 + t2 * (1.0 / 9 + t2 / 11)))))
+    return tl.where(y < 0.25, series, tl.log(1.0 + y))
+
+
+@triton.jit
+def finish_kernel(
+    x_ptr, w_ptr, target_ptr, target_sq_ptr, x_sq_ptr, n_ptr, v_ptr, v_sum_ptr,
+    best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
+    nll_ptr, score_mean_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, rival_score_ptr, rival_ptr,  # out (N,)
+    N, D, eps, SPLITS, stride_xn, stride_xd, stride_wv, stride_wd,
+    MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits, measure the rival directly, and turn the sums into per-token results, in fp64."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    alive = target >= 0
+    best = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    rival = tl.zeros((BLOCK_N,), dtype=tl.int64)
+    at = rows
+    for _ in range(SPLITS):
+        here = tl.load(best_ptr + at, mask=alive, other=float("-inf"))
+        rival = tl.where(here > best, tl.load(index_ptr + at, mask=alive, other=0), rival)
+        best = tl.maximum(best, here)
+        at += N
+    alone = best == float("-inf")  # no class beside the target
+    anchor = tl.where(alone, 0.0, best)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    mean = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    smooth = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    at = rows
+    for _ in range(SPLITS):
+        here = tl.load(best_ptr + at, mask=alive, other=float("-inf"))
+        weight = tl.exp2((here - anchor).to(tl.float64))
+        total += tl.load(total_ptr + at, mask=alive, other=0.0).to(tl.float64) * weight
+        if MOMENTS:
+            mean += tl.load(mean_ptr + at, mask=alive, other=0.0).to(tl.float64) * weight
+        if SMOOTHING:
+            smooth += tl.load(smooth_ptr + at, mask=alive, other=0.0).to(tl.float64)
+        at += N
+
+    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
+    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
+    scale, _, _ = scale_of(target_sq, x_sq, eps)
+    rival_sq, _, rival_norm = difference_sq(
+        x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+    )
+    half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
+    least = (x_sq + rival_norm) * IDENTICAL + SMALLEST_SQ
+    s_r = tl.maximum(rival_sq + eps, least)
+    rival_score = tl.where(alone, float("-inf"), -half_n * tl.log2(s_r.to(tl.float64) / scale.to(tl.float64)))
+
+    # The rival's own term in the sums is exactly 1 (relative to itself): what is left belongs to the others.
+    base = anchor.to(tl.float64)
+    rest = tl.where(alone, 0.0, tl.maximum(total - 1.0, 0.0))
+    top = tl.maximum(base, tl.where(alone, base, rival_score))
+    sum_ = tl.exp2(rival_score - top) + rest * tl.exp2(base - top)
+    # nll = log(1 + y) with y = 2^top * sum; from above where y is large
+    y = tl.exp2(-tl.abs(top)) * tl.where(top > 0, 1.0 / sum_, sum_)
+    nll = log1p_small(y) + tl.where(top > 0, top * LN2 + tl.log(sum_), 0.0)
+    on_target = target_sq + eps == 0.0
+    nll = tl.where(on_target, tl.where((s_r <= least) & (alone == 0), LN2, 0.0), nll)
+    nll = tl.where(x_sq < float("inf"), nll, float("nan"))  # a NaN or an infinity in x
+    nll = tl.where(alive, nll, 0.0)
+    inside = rows < N
+    tl.store(nll_ptr + rows, nll.to(tl.float32), mask=inside)
+    tl.store(rival_ptr + rows, rival, mask=inside)
+    tl.store(rival_score_ptr + rows, tl.where(alive, rival_score * LN2, 0.0).to(tl.float32), mask=inside)
+    finite_score = tl.where(alone, 0.0, rival_score)
+    if MOMENTS:
+        others = tl.where(alone, 0.0, mean - base) * tl.exp2(base - nll * LOG2E)
+        moment = (others + finite_score * tl.exp2(rival_score - nll * LOG2E)) * LN2
+        tl.store(score_mean_ptr + rows, tl.where(alive & (on_target == 0), moment, 0.0).to(tl.float32), mask=inside)
+    if SMOOTHING:
+        v_r = tl.load(v_ptr + rival, mask=alive, other=0.0).to(tl.float64)
+        v_sum = tl.load(v_sum_ptr).to(tl.float64)
+        score = (smooth + v_r * tl.where(alone, 0.0, rival_score - base)) * LN2
+        tl.store(out_smooth_ptr + rows, tl.where(alive, v_sum * nll - score, 0.0).to(tl.float32), mask=inside)
+        tl.store(share_score_ptr + rows, tl.where(alive, score, 0.0).to(tl.float32), mask=inside)
+        tl.store(share_sum_ptr + rows, tl.where(alive, v_sum, 0.0).to(tl.float32), mask=inside)

@@ -1,0 +1,76 @@
+"""The only numerics that the Triton kernels share: one tile of relative squared distances and log-scores.
+
+``ratio[i, j] = s_ij/s_ic - 1`` where ``s_ij = ||x_i - w_j||^2 + eps`` and ``c`` is the target of token i. Log-scores are
+in base 2 and relative to the target: ``z2 = -(n/2) log2(1 + ratio)``, 0 for the target itself.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def ratio_tile(
+    x_ptr, w_ptr, norms_ptr,  # (N, D), (V, D), (V,)
+    rows, alive,  # (BLOCK_N,) int64 token indices, and which of them count
+    cols, V,  # (BLOCK_V,) int64 class indices
+    own, inverse, floor,  # (BLOCK_N,) u_c = s_c - ||x||^2, 1/s_c, the ratio below which the expansion is noise
+    D, stride_xn, stride_xd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_V) ratios in fp32; the product runs on the operands' own dtype with fp32 accumulation."""
+    dot = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    features = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd
+    w_ptrs = w_ptr + cols[None, :] * stride_wv + features[:, None] * stride_wd
+    for start in range(0, D, BLOCK_D):
+        left = features < D - start
+        x = tl.load(x_ptrs, mask=alive[:, None] & left[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=(cols < V)[None, :] & left[:, None], other=0.0)
+        if UPCAST:  # the interpreter's products of bf16 are wrong
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        dot = tl.dot(x, w, dot, input_precision=PRECISION)
+        x_ptrs += BLOCK_D * stride_xd
+        w_ptrs += BLOCK_D * stride_wd
+    norms = tl.load(norms_ptr + cols, mask=cols < V, other=0.0)
+    # u_j - u_c with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
+    ratio = ((norms[None, :] - 2.0 * dot) - own[:, None]) * inverse[:, None]
+    return tl.maximum(ratio, floor[:, None], propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log_scores(ratio, half_n):
+    """z2 of a tile of ratios."""
+    return -half_n * tl.log2(1.0 + ratio)
+
+
+@triton.jit
+def scale_of(target_sq, x_sq, eps):
+    """s_c, floored where x lies on its class vector so that it can divide; (1/s_c, u_c, floor of the ratio)."""
+    s = target_sq + eps
+    scale = tl.maximum(s, tl.maximum(1.2e-36, 1.4e-20 * x_sq))
+    inverse = 1.0 / scale
+    noise = 4.8e-7 * tl.maximum(x_sq, scale)
+    return scale, inverse, (noise - scale) * inverse
+
+
+@triton.jit
+def difference_sq(
+    x_ptr, w_ptr, rows, index, alive, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(||x - w_index||^2, ||x||^2, ||w_index||^2) by direct differences in fp32, (BLOCK_N,) each."""
+    apart = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    x_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    w_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    features = tl.arange(0, BLOCK_D)
+    for start in range(0, D, BLOCK_D):
+        inside = alive[:, None] & (features < D - start)[None, :]
+        offset = (start + features)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + offset * stride_xd, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float32)
+        apart += tl.sum((x - w) * (x - w), 1)
+        x_sq += tl.sum(x * x, 1)
+        w_sq += tl.sum(w * w, 1)
+    return apart, x_sq, w_sq
