@@ -90,8 +90,8 @@ def _rows_backward_fake(x, w, target, n, v, g, g_smooth, rows, eps, alpha, ignor
 def _reduced_forward_fake(  # type: ignore[no-untyped-def]
     x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, *_
 ):
-    dx, dw = x.new_empty(x.shape if need_x else (0,)), w.new_empty(w.shape if need_w else (0,))
     like = x.new_empty((), dtype=compute_dtype(x.dtype))
+    dx, dw = like.new_empty(x.shape if need_x else (0,)), like.new_empty(w.shape if need_w else (0,))
     return like, dx, dw, n.new_empty(()), *Rows.zeros(x.shape[0], like, moments, v is not None)
 
 
@@ -200,7 +200,7 @@ class ReducedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any):  # type: ignore[no-untyped-def, override]
         x, w, n, *saved = ctx.saved_tensors
-        dx, dw, dn = (d * g.to(d.dtype) for d in saved)
+        dx, dw, dn = ((d * g).to(like.dtype) for d, like in zip(saved, (x, w, n), strict=True))
         dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g)
         need_x, need_w, need_n = ctx.needs_input_grad[:3]
         return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 13

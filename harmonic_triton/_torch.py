@@ -202,13 +202,12 @@ class Gradients:
             for a, index, diff in special:
                 _scatter_add(self.dw, index.squeeze(1), diff * -a.to(x.dtype))
 
-    def finish(self, dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(dX, dW) in the inputs' dtypes; empty where not asked for."""
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(dX, dW) in the compute dtype; empty where not asked for."""
         empty = self.head.weight.new_empty(0)
         if self.dw is not None:
             self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
-        dx, dw = (empty if d is None else d for d in (self.dx, self.dw))
-        return dx.to(dtype), dw.to(w_dtype)
+        return empty if self.dx is None else self.dx, empty if self.dw is None else self.dw
 
 
 def _scatter_add(out: Tensor, index: Tensor, values: Tensor) -> None:
@@ -292,7 +291,8 @@ def rows_backward(
                 smooth = None if up_smooth is None else up_smooth[tile]
                 sums[tile] = chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth)
             out.add(chunk, at, mine, up, up_smooth, sums)
-    return out.finish(x.dtype, w.dtype)
+    dx, dw = out.finish()
+    return dx.to(x.dtype), dw.to(w.dtype)
 
 
 def reduced_forward(
@@ -312,7 +312,10 @@ def reduced_forward(
     moments: bool,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Rows]:
-    """(sum_i a_i mixed_nll_i + b_i smooth_i, dX, dW, dn, rows): one pass, three products instead of four."""
+    """(sum_i a_i mixed_nll_i + b_i smooth_i, dX, dW, dn, rows): one pass, three products instead of four.
+
+    dX and dW are in the compute dtype: a gradient scaler's factor comes before the rounding to 16 bits.
+    """
     head = Head.of(w, n, v, eps, alpha)
     out, mix = Gradients(head, len(x), need_x, need_w), alpha / len(w)
     loss, dn = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
@@ -337,4 +340,4 @@ def reduced_forward(
                 dn += exponent_gradient(mine, head.n, up, up_smooth)
             if need_x or need_w:
                 out.add(chunk, at, mine, up, up_smooth, sums)
-    return loss.to(head.weight.dtype), *out.finish(x.dtype, w.dtype), dn.to(n.dtype), every
+    return loss.to(head.weight.dtype), *out.finish(), dn.to(n.dtype), every

@@ -41,9 +41,9 @@ class _Call:
             w, self.norms, self.classes, self.width, *w.stride(), **self.rows
         )
         self.target_sq = new(self.tokens, dtype=torch.float32)
-        self.x_sq = torch.empty_like(self.target_sq)
+        self.own = torch.empty_like(self.target_sq)
         forward.geometry_kernel[self.row_grid](
-            x, w, target, self.target_sq, self.x_sq, self.tokens, self.width, *self.strides, **self.rows
+            x, w, target, self.target_sq, self.own, self.tokens, self.width, *self.strides, **self.rows
         )
 
 
@@ -73,16 +73,16 @@ def rows_forward(
         call = _Call(x, w, torch.where(target == ignore_index, -1, target), n, v, eps)
         shares, each = _splits(call)
         partial = x.new_empty((3 + smoothing, shares, call.tokens), dtype=torch.float32)
-        index = target.new_empty((shares, call.tokens))
+        index = target.new_empty((shares, call.tokens), dtype=torch.int32)
         best, total, mean = partial[:3]
         smooth = partial[3] if smoothing else None
         forward.forward_kernel[(triton.cdiv(call.tokens, call.config.block_n), shares)](
-            x, w, call.norms, call.target, call.target_sq, call.x_sq, n, v, best, index, total, mean, smooth,
+            x, w, call.norms, call.target, call.target_sq, call.own, n, v, best, index, total, mean, smooth,
             call.tokens, call.classes, call.width, eps, each, *call.strides,
             MOMENTS=moments, SMOOTHING=smoothing, **call.tile,
         )  # fmt: skip
         forward.finish_kernel[call.row_grid](
-            x, w, call.target, call.target_sq, call.x_sq, n, v, call.v_sum, best, index, total, mean, smooth,
+            x, w, call.target, call.target_sq, call.own, n, v, call.v_sum, best, index, total, mean, smooth,
             out.nll, out.score_mean, out.smooth, out.share_score, out.share_sum, out.rival_score, out.rival,
             call.tokens, call.width, eps, shares, *call.strides,
             MOMENTS=moments, SMOOTHING=smoothing, **call.rows,
@@ -116,7 +116,7 @@ def rows_backward(
         p_coef, v_coef, a_target, a_rival, r_part, unscale = token_factors
         far = x.new_empty(call.tokens, dtype=torch.int8)
         backward.coefficient_kernel[(triton.cdiv(call.tokens, 128),)](
-            call.target, call.target_sq, call.x_sq, call.norms, n, v, call.v_sum, g, g_smooth,
+            call.target, call.target_sq, call.own, call.norms, n, v, call.v_sum, g, g_smooth,
             rows.nll, rows.rival, rows.rival_score, p_coef, v_coef, a_target, a_rival, r_part, unscale, far,
             call.tokens, eps, SMOOTHING=smoothing, SCALED=scaled, BLOCK_N=128,
         )  # fmt: skip
@@ -143,7 +143,7 @@ def rows_backward(
             partial = x.new_empty((2, tiles, call.tokens), dtype=torch.float32)
             columns = x.new_empty((row_tiles, here), dtype=torch.float32)
             backward.gradient_kernel[(row_tiles, tiles)](
-                x, w, call.norms, call.target, call.target_sq, call.x_sq, n, v, rows.nll, rows.rival,
+                x, w, call.norms, call.target, call.target_sq, call.own, n, v, rows.nll, rows.rival,
                 p_coef, v_coef, unscale, a, partial, columns,
                 call.tokens, call.classes, call.width, eps, first, here, a.stride(0), *call.strides,
                 SMOOTHING=smoothing, **call.tile,
@@ -154,11 +154,11 @@ def rows_backward(
             if need_w:
                 backward.finish_w_kernel[(here, triton.cdiv(call.width, FEATURE_BLOCK))](
                     x, w, _product(a[:, :here].t(), operand), columns.sum(0), starts, tokens, coefficients, dw,
-                    unproduct, call.width, first, *call.strides, **call.rows,
+                    unproduct, call.width, first, *call.strides, UPCAST=call.tile["UPCAST"], **call.rows,
                 )  # fmt: skip
         if need_x:
             backward.finish_x_kernel[(*call.row_grid, triton.cdiv(call.width, FEATURE_BLOCK))](
                 x, w, call.target, rows.rival, a_target, a_rival, r_part, far, unscale, row_sums, product, dx,
-                call.tokens, call.width, *call.strides, **call.rows,
+                call.tokens, call.width, *call.strides, UPCAST=call.tile["UPCAST"], **call.rows,
             )  # fmt: skip
     return dx, dw

@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 from harmonic_triton._triton.forward import IDENTICAL, LOG2E, SMALLEST_SQ
-from harmonic_triton._triton.tile import log_scores, ratio_tile, scale_of
+from harmonic_triton._triton.tile import log_scores, narrow, ratio_tile, scale_of
 
 
 @triton.jit
 def coefficient_kernel(
-    target_ptr, target_sq_ptr, x_sq_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
+    target_ptr, target_sq_ptr, own_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
     g_ptr, g_smooth_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
     p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr,  # out (N,)
     far_ptr,  # out (N,) int8
@@ -29,13 +29,14 @@ def coefficient_kernel(
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     alive = target >= 0
     target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=1.0)
-    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=1.0)
+    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
+    x_sq = tl.maximum(target_sq - own, 0.0)
     rival = tl.load(rival_ptr + rows, mask=alive, other=0)
     rival_score = tl.load(rival_score_ptr + rows, mask=alive, other=float("-inf")).to(tl.float64)
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0).to(tl.float64)
     g = tl.load(g_ptr + rows, mask=alive, other=0.0).to(tl.float64)
     n = tl.load(n_ptr).to(tl.float64)
-    scale, _, _ = scale_of(target_sq, x_sq, eps)
+    scale, _, _ = scale_of(target_sq, own, eps)
     s_c = scale.to(tl.float64)
     alone = rival_score == float("-inf")
     s_r = tl.where(alone, s_c, s_c * tl.exp2(tl.where(alone, 0.0, rival_score) * (-2.0 * LOG2E) / n))
@@ -79,7 +80,7 @@ def coefficient_kernel(
 
 @triton.jit
 def gradient_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, x_sq_ptr, n_ptr, v_ptr,
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr,
     nll_ptr, rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr,  # in (N,)
     a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
     N, V, D, eps, first, width, stride_an,  # the slice is classes first ... first + width
@@ -89,7 +90,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding."""
     row_tile = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     local = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     cols = first + local
@@ -97,10 +98,10 @@ def gradient_kernel(
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     alive = target >= 0
     target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
-    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
-    _, inverse, floor = scale_of(target_sq, x_sq, eps)
+    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
+    _, inverse, floor = scale_of(target_sq, own, eps)
     ratio = ratio_tile(
-        x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, target_sq - x_sq, inverse, floor,
+        x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
         D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
     half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
@@ -112,15 +113,16 @@ def gradient_kernel(
         v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
         slope -= tl.load(v_coef_ptr + rows, mask=alive, other=0.0)[:, None] * v[None, :]
     counted = alive[:, None] & (local < width)[None, :]
-    counted = counted & (cols[None, :] != target[:, None]) & (cols[None, :] != rival[:, None])
+    counted = counted & (cols[None, :] != target.to(tl.int32)[:, None])
+    counted = counted & (cols[None, :] != rival.to(tl.int32)[:, None])
     a = tl.where(counted, slope / (1.0 + ratio), 0.0)
-    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], a.to(a_ptr.dtype.element_ty),
+    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST),
              mask=inside[:, None] & (local < width)[None, :])  # fmt: skip
     a *= tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
-    tiles = tl.num_programs(1).to(tl.int64)
-    tl.store(row_sums_ptr + tile * N + rows, tl.sum(a, 1), mask=inside)
+    tiles = tl.num_programs(1)
+    tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
     weighted = tl.sum(tl.where(counted, a * ratio, 0.0), 1)
-    tl.store(row_sums_ptr + (tiles + tile) * N + rows, weighted, mask=inside)
+    tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, weighted, mask=inside)
     tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
 
 
@@ -128,7 +130,8 @@ def gradient_kernel(
 def finish_x_kernel(
     x_ptr, w_ptr, target_ptr, rival_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, far_ptr, unscale_ptr,
     row_sums_ptr, product_ptr, dx_ptr,  # (2, N), (N, D) fp32, out (N, D)
-    N, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -153,7 +156,7 @@ def finish_x_kernel(
     dx += a_c[:, None] * (near_x - w_c.to(tl.float32))
     dx += tl.where(a_r == 0.0, 0.0, a_r)[:, None] * (near_x - w_r.to(tl.float32))
     all_ = (rows < N)[:, None] & (features < D)[None, :]
-    tl.store(dx_ptr + rows[:, None] * D + features[None, :], dx.to(dx_ptr.dtype.element_ty), mask=all_)
+    tl.store(dx_ptr + rows[:, None] * D + features[None, :], narrow(dx, dx_ptr.dtype.element_ty, UPCAST), mask=all_)
 
 
 @triton.jit
@@ -162,7 +165,8 @@ def finish_w_kernel(
     starts_ptr, tokens_ptr, coefficients_ptr,  # (V + 1,), (2N,), (2N,): tokens of each class, in a fixed order
     dw_ptr,  # out (V, D)
     unproduct_ptr,  # () what the product was multiplied by
-    D, first, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D, first, stride_xn, stride_xd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j."""
     local = tl.program_id(0).to(tl.int64)
@@ -182,4 +186,4 @@ def finish_w_kernel(
         used = (a != 0.0)[:, None] & inside[None, :]
         x = tl.load(x_ptr + token[:, None] * stride_xn + features[None, :] * stride_xd, mask=used, other=0.0)
         special += tl.sum(tl.where(used, a[:, None] * (x.to(tl.float32) - w[None, :]), 0.0), 0)
-    tl.store(dw_ptr + j * D + features, (dw - special).to(dw_ptr.dtype.element_ty), mask=inside)
+    tl.store(dw_ptr + j * D + features, narrow(dw - special, dw_ptr.dtype.element_ty, UPCAST), mask=inside)

@@ -22,12 +22,12 @@ class TileConfig:
 
 # (architecture, bytes per operand) -> configuration
 CONFIGS = {
-    ("sm80", 2): TileConfig(128, 128, 32, 8, 3),
-    ("sm90", 2): TileConfig(128, 128, 64, 8, 3),
-    ("sm100", 2): TileConfig(128, 128, 64, 8, 3),
+    ("sm80", 2): TileConfig(128, 64, 32, 8, 3),
+    ("sm90", 2): TileConfig(128, 64, 64, 8, 3),
+    ("sm100", 2): TileConfig(128, 64, 64, 8, 3),
     ("gfx942", 2): TileConfig(128, 128, 32, 8, 2),
     ("sm80", 4): TileConfig(64, 64, 32, 8, 2),
-    ("sm90", 4): TileConfig(64, 64, 32, 8, 2),
+    ("sm90", 4): TileConfig(64, 32, 32, 4, 2),
     ("sm100", 4): TileConfig(64, 64, 32, 8, 2),
     ("gfx942", 4): TileConfig(64, 64, 32, 8, 2),
     ("interpreter", 2): TileConfig(32, 64, 64, 4, 1),

@@ -28,23 +28,23 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 @triton.jit
 def geometry_kernel(
     x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
-    target_sq_ptr, x_sq_ptr,  # out (N,) fp32
+    target_sq_ptr, own_ptr,  # out (N,) fp32
     N, D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """||x - w_c||^2 and ||x||^2 of every token, 0 for those that do not count."""
+    """s_c = ||x - w_c||^2 and u_c = ||w_c||^2 - 2 x.w_c of every token, 0 for those that do not count."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
-    apart, x_sq, _ = difference_sq(
+    apart, own, _ = difference_sq(
         x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
     )
     tl.store(target_sq_ptr + rows, apart, mask=rows < N)
-    tl.store(x_sq_ptr + rows, x_sq, mask=rows < N)
+    tl.store(own_ptr + rows, own, mask=rows < N)
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, x_sq_ptr, n_ptr, v_ptr,
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # out (SPLITS, N)
     N, V, D, eps, classes_per_split,
     stride_xn, stride_xd, stride_wv, stride_wd,
@@ -54,28 +54,29 @@ def forward_kernel(
 ):  # fmt: skip
     """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     alive = target >= 0
     target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
-    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
-    _, inverse, floor = scale_of(target_sq, x_sq, eps)
+    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
+    _, inverse, floor = scale_of(target_sq, own, eps)
     half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
+    own_class = target.to(tl.int32)
 
     best = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    index = tl.zeros((BLOCK_N,), dtype=tl.int64)
+    index = tl.zeros((BLOCK_N,), dtype=tl.int32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
     smooth = tl.zeros((BLOCK_N,), dtype=tl.float32)
     first = split * classes_per_split
     last = tl.minimum(first + classes_per_split, V)
     for start in range(first, last, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        cols = start + tl.arange(0, BLOCK_V)
         ratio = ratio_tile(
-            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, target_sq - x_sq, inverse, floor,
+            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
             D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
-        counted = (cols < last)[None, :] & (cols[None, :] != target[:, None])
+        counted = (cols < last)[None, :] & (cols[None, :] != own_class[:, None])
         score = tl.where(counted, log_scores(ratio, half_n), float("-inf"))
         tile_best = tl.max(score, 1)
         nearest = tl.min(tl.where(score == tile_best[:, None], cols[None, :], V), 1)
@@ -92,7 +93,7 @@ def forward_kernel(
             v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
             smooth += tl.sum(v[None, :] * finite, 1)
         best = new
-    out = split * N + rows
+    out = split.to(tl.int64) * N + rows
     tl.store(best_ptr + out, best, mask=rows < N)
     tl.store(index_ptr + out, index, mask=rows < N)
     tl.store(total_ptr + out, total, mask=rows < N)
@@ -113,7 +114,7 @@ def log1p_small(y):
 
 @triton.jit
 def finish_kernel(
-    x_ptr, w_ptr, target_ptr, target_sq_ptr, x_sq_ptr, n_ptr, v_ptr, v_sum_ptr,
+    x_ptr, w_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr, v_sum_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
     nll_ptr, score_mean_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, rival_score_ptr, rival_ptr,  # out (N,)
     N, D, eps, SPLITS, stride_xn, stride_xd, stride_wv, stride_wd,
@@ -148,12 +149,13 @@ def finish_kernel(
         at += N
 
     target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
-    x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
-    scale, _, _ = scale_of(target_sq, x_sq, eps)
+    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
+    scale, _, _ = scale_of(target_sq, own, eps)
     rival_sq, _, rival_norm = difference_sq(
         x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
     )
     half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
+    x_sq = tl.maximum(target_sq - own, 0.0)
     least = (x_sq + rival_norm) * IDENTICAL + SMALLEST_SQ
     s_r = tl.maximum(rival_sq + eps, least)
     rival_score = tl.where(alone, float("-inf"), -half_n * tl.log2(s_r.to(tl.float64) / scale.to(tl.float64)))
@@ -168,7 +170,7 @@ def finish_kernel(
     nll = log1p_small(y) + tl.where(top > 0, top * LN2 + tl.log(sum_), 0.0)
     on_target = target_sq + eps == 0.0
     nll = tl.where(on_target, tl.where((s_r <= least) & (alone == 0), LN2, 0.0), nll)
-    nll = tl.where(x_sq < float("inf"), nll, float("nan"))  # a NaN or an infinity in x
+    nll = tl.where(target_sq - own < float("inf"), nll, float("nan"))  # a NaN or an infinity in x
     nll = tl.where(alive, nll, 0.0)
     inside = rows < N
     tl.store(nll_ptr + rows, nll.to(tl.float32), mask=inside)

@@ -12,7 +12,7 @@ import triton.language as tl
 def ratio_tile(
     x_ptr, w_ptr, norms_ptr,  # (N, D), (V, D), (V,)
     rows, alive,  # (BLOCK_N,) int64 token indices, and which of them count
-    cols, V,  # (BLOCK_V,) int64 class indices
+    cols, V,  # (BLOCK_V,) int32 class indices
     own, inverse, floor,  # (BLOCK_N,) u_c = s_c - ||x||^2, 1/s_c, the ratio below which the expansion is noise
     D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -22,7 +22,7 @@ def ratio_tile(
     dot = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     features = tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd
-    w_ptrs = w_ptr + cols[None, :] * stride_wv + features[:, None] * stride_wd
+    w_ptrs = w_ptr + cols.to(tl.int64)[None, :] * stride_wv + features[:, None] * stride_wd
     for start in range(0, D, BLOCK_D):
         left = features < D - start
         x = tl.load(x_ptrs, mask=alive[:, None] & left[None, :], other=0.0)
@@ -46,9 +46,10 @@ def log_scores(ratio, half_n):
 
 
 @triton.jit
-def scale_of(target_sq, x_sq, eps):
-    """s_c, floored where x lies on its class vector so that it can divide; (1/s_c, u_c, floor of the ratio)."""
+def scale_of(target_sq, own, eps):
+    """(s_c floored so that it can divide, 1/s_c, the ratio below which the expansion is noise), from s_c and u_c."""
     s = target_sq + eps
+    x_sq = tl.maximum(target_sq - own, 0.0)
     scale = tl.maximum(s, tl.maximum(1.2e-36, 1.4e-20 * x_sq))
     inverse = 1.0 / scale
     noise = 4.8e-7 * tl.maximum(x_sq, scale)
@@ -60,9 +61,9 @@ def difference_sq(
     x_ptr, w_ptr, rows, index, alive, D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(||x - w_index||^2, ||x||^2, ||w_index||^2) by direct differences in fp32, (BLOCK_N,) each."""
+    """(||x - w_index||^2, ||w_index||^2 - 2 x.w_index, ||w_index||^2), each summed by itself in fp32, (BLOCK_N,)."""
     apart = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    x_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    expanded = tl.zeros((BLOCK_N,), dtype=tl.float32)
     w_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
     features = tl.arange(0, BLOCK_D)
     for start in range(0, D, BLOCK_D):
@@ -71,6 +72,16 @@ def difference_sq(
         x = tl.load(x_ptr + rows[:, None] * stride_xn + offset * stride_xd, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float32)
         apart += tl.sum((x - w) * (x - w), 1)
-        x_sq += tl.sum(x * x, 1)
+        expanded += tl.sum(w * (w - 2.0 * x), 1)
         w_sq += tl.sum(w * w, 1)
-    return apart, x_sq, w_sq
+    return apart, expanded, w_sq
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """Round fp32 to the nearest value of ``dtype``; the interpreter's own conversion to bf16 truncates."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -65536).to(tl.float32, bitcast=True)
+    return value.to(dtype)

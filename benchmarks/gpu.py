@@ -1,0 +1,152 @@
+"""Everything to run once on a GPU machine, in one call of under ten minutes: ``python -m benchmarks.gpu``.
+
+Verification against fp64, the benchmarks at GPT-2's and Llama-3-8B's heads, a profile and the memory checker; all of it
+under one folder of benchmarks/results.  ``--tiny`` is the rehearsal for a machine without a GPU: the same steps on tiny
+shapes, the kernels through the Triton interpreter, nothing measured.  It reports what it finds and expects no figure.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import ROOT, describe
+from benchmarks.report import RESULTS
+
+BUDGET_SECONDS = 580
+NO_GPU = "no GPU: nothing measured on a GPU"
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple[str, ...]  # words after "python", or a program and its words
+    seconds: int  # its own limit
+    environment: dict[str, str] = field(default_factory=dict)
+    skip: str | None = None
+
+
+def _verify(shapes: Sequence[str], dtypes: Sequence[str]) -> tuple[str, ...]:
+    words = ["-m", "harmonic_triton", "verify"]
+    for shape in shapes:
+        words += ["--shape", shape]
+    for dtype in dtypes:
+        words += ["--dtype", dtype]
+    return tuple(words)
+
+
+def steps(tiny: bool, folder: Path) -> list[Step]:
+    """What is run, in order; the limits of the steps add up to the budget."""
+    checker = shutil.which("compute-sanitizer")
+    out = ("--out", str(folder))
+    if tiny:
+        interpreter = {"TRITON_INTERPRET": "1"}
+        named = ("--baselines", "ours_triton", "ours_torch", "authors_dense", "cross_entropy")
+        rehearsal = ("-m", "benchmarks", "--workload", "tiny", "--n", "32", "--repeats", "2", "--device", "cpu", *named)
+        return [
+            Step("doctor", ("-m", "harmonic_triton", "doctor"), 30, interpreter),
+            Step("verify", _verify(["16x32x300"], ["fp32", "bf16"]), 180, interpreter),
+            Step("benchmarks-tiny", (*rehearsal, *out), 180, interpreter),
+            Step("profile-tiny", ("-m", "benchmarks.profiling", "--workload", "tiny", "--n", "64"), 60),
+            Step("memcheck", (), 0, skip=f"compute-sanitizer checks GPU kernels; {NO_GPU}"),
+        ]
+    bench = ("-m", "benchmarks", "--device", "cuda", "--n", "8192", "--dtype", "bf16", "--repeats", "20")
+    profiling = ("-m", "benchmarks.profiling", "--n", "8192", "--dtype", "bf16", "--workload")
+    small = _verify(["64x64x1000", "33x80x517"], ["bf16", "fp32"])
+    check = (checker or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "python", *small)
+    return [
+        Step("doctor", ("-m", "harmonic_triton", "doctor"), 30),
+        Step("verify", _verify(["8192x768x50257", "8192x4096x128256"], ["bf16", "fp16", "fp32"]), 150),
+        Step("benchmarks-gpt2", (*bench, "--workload", "gpt2", *out), 130),
+        Step("benchmarks-llama-3-8b", (*bench, "--workload", "llama-3-8b", *out), 150),
+        Step("profile-gpt2", (*profiling, "gpt2"), 30),
+        Step("profile-llama-3-8b", (*profiling, "llama-3-8b"), 30),
+        Step(
+            "memcheck",
+            check,
+            60,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            None if checker else "compute-sanitizer is not on the PATH: install the CUDA toolkit's sanitizer",
+        ),
+    ]
+
+
+def run_step(step: Step, folder: Path, seconds_left: float) -> dict[str, Any]:
+    """Run one step, its output in ``<name>.log``; its outcome as a record."""
+    record: dict[str, Any] = {"step": step.name, "status": "skipped", "reason": step.skip, "seconds": None}
+    if step.skip is not None:
+        return record
+    limit = min(step.seconds, seconds_left)
+    if limit <= 0:
+        return record | {"reason": f"the {BUDGET_SECONDS} s of this call were spent"}
+    words = step.command if step.command[0] != "-m" else ("python", *step.command)
+    started = time.perf_counter()
+    log = folder / f"{step.name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable if word == "python" else word for word in words],
+            cwd=ROOT,
+            env={**os.environ, **step.environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=limit)
+            outcome = "ok" if status == 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the step and what it started
+            process.wait()
+            outcome = f"stopped after {limit:.0f} s"
+    record.update(status=outcome, seconds=round(time.perf_counter() - started, 1))
+    if outcome != "ok":
+        record["reason"] = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parse.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes through the Triton interpreter")
+    parse.add_argument("--out", type=Path, default=RESULTS, help="where its folder goes (default benchmarks/results)")
+    arguments = parse.parse_args(argv)
+    cuda = torch.cuda.is_available()
+    if not cuda and not arguments.tiny:
+        print("python -m benchmarks.gpu: torch finds no CUDA GPU here: rehearse with --tiny", file=sys.stderr)
+        return 2
+    machine = describe("cuda" if cuda else "cpu")
+    label = "tiny" if arguments.tiny else "gpu"
+    folder = (arguments.out / f"{machine['time'].replace(':', '').replace('-', '')}-{label}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = cuda and not arguments.tiny
+    note = None if measured else NO_GPU if not cuda else "--tiny: nothing measured on this GPU"
+    started = time.perf_counter()
+    records = []
+    for step in steps(arguments.tiny, folder):
+        print(f"[{time.perf_counter() - started:6.1f} s] {step.name} ...", flush=True)
+        record = run_step(step, folder, BUDGET_SECONDS - (time.perf_counter() - started))
+        records.append(record)
+        print(f"[{time.perf_counter() - started:6.1f} s] {step.name}: {record['status']} {record['reason'] or ''}")
+    (folder / "summary.json").write_text(
+        json.dumps({"machine": machine, "note": note, "steps": records}, indent=2) + "\n"
+    )
+    for log in sorted(folder.glob("*.log")):
+        print(f"\n--- {log.name}\n{log.read_text()}")
+    if note is not None:
+        print(note)
+    bad = [record["step"] for record in records if record["status"] not in ("ok", "skipped")]
+    print(f"not ok: {', '.join(bad)}" if bad else "every step that ran ended well")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Host overhead of a call on shapes too small for the arithmetic to matter; by hand, on a quiet machine:
+
+pytest benchmarks/test_overhead.py --benchmark-group-by=param:phase
+pytest benchmarks/test_overhead.py --benchmark-save=before        # ... then, after a change:
+pytest benchmarks/test_overhead.py --benchmark-compare --benchmark-compare-fail=median:20%
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.baselines import REGISTRY
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["ours_torch", "ours_triton", "cross_entropy"])
+def step(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], Tensor]]:
+    baseline = REGISTRY[request.param]
+    reason = baseline.unavailable(DEVICE) or ("interpreted" if baseline.interpreted(DEVICE) else None)
+    if reason is not None:
+        pytest.skip(reason)
+    x = torch.randn(8, 64, device=DEVICE, requires_grad=True)
+    w = torch.randn(128, 64, device=DEVICE, requires_grad=True)
+    target = torch.arange(8, device=DEVICE)
+
+    def run(backward: bool) -> Tensor:
+        loss = baseline(x, w, target, 8.0)
+        if backward:
+            torch.autograd.grad(loss, (x, w))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return loss
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waking a thread pool is not what is guarded
+    run(True)
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("phase", ["forward", "both"])
+def test_call_on_a_small_head(benchmark: BenchmarkFixture, step: Callable[[bool], Tensor], phase: str) -> None:
+    loss = benchmark(step, phase == "both")
+    assert torch.isfinite(loss)

@@ -1,0 +1,23 @@
+"""Command line: ``python -m harmonic_triton {doctor,verify}``, also installed as ``harmonic-triton``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from harmonic_triton import __version__, doctor, verify
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="harmonic-triton", description="Fused harmonic loss: checks on this machine.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="versions, device, which backend serves and why the others do not")
+    verify.add_arguments(commands.add_parser("verify", help="every backend against the fp64 reference, on this machine"))
+    options = parser.parse_args(arguments)
+    return doctor.main() if options.command == "doctor" else verify.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
