@@ -1,0 +1,238 @@
+"""Every option of a run, its presets, its checks and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+LOSSES = ("harmonic", "cross_entropy")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PAPER_WIDTH, PAPER_N = 768, 28
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of Config with its help text."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Fields are command-line options of the same name; the defaults are those of the demo preset."""
+
+    out: str = option("runs/demo", "directory of the run: data, checkpoints, report")
+    loss: str = option("both", "which head to train; both trains them in turn", (*LOSSES, "both"))
+
+    data: tuple[str, ...] = option(
+        (),
+        "text files, directories of text files, or one directory with train.bin and val.bin (uint16 tokens); "
+        "by default the Python standard library's own sources",
+    )
+    tokenizer: str = option(
+        "bpe", "bpe trains a vocabulary on the training text; gpt2 takes tiktoken's", ("bpe", "gpt2")
+    )
+    vocab_size: int = option(2048, "number of classes V (bpe: at most; small texts give fewer)")
+    val_fraction: float = option(0.1, "share of the files kept for validation (of the text, if there is one file)")
+
+    layers: int = option(4, "transformer blocks")
+    heads: int = option(4, "attention heads")
+    width: int = option(128, "width of the residual stream, D")
+    block: int = option(128, "context length in tokens")
+    dropout: float = option(0.0, "dropout probability")
+    init_std: float | None = option(None, "standard deviation of the initial weights; by default 1/sqrt(width)")
+    scale_attention_by_layer: bool = option(False, "divide attention scores of layer i (from 1) by i")
+
+    n: float | None = option(28.0, "harmonic exponent on the distance; none takes sqrt(width)")
+    uniform_mix: float = option(0.0, "alpha of the GPT-2 loss of the authors, -log((p + alpha/V)/(1 + alpha))")
+
+    steps: int = option(1200, "optimiser steps")
+    batch_size: int = option(8, "sequences a step, over all processes and micro-batches")
+    micro_batch_size: int = option(8, "sequences a process takes at once; the rest is accumulated")
+    lr_harmonic: float | None = option(None, "peak learning rate with the harmonic loss; by default 6e-3 * 28/n")
+    lr_cross_entropy: float | None = option(None, "peak learning rate with cross-entropy; by default 6e-4 * 768/width")
+    min_lr_ratio: float = option(0.05, "final over peak learning rate")
+    warmup_harmonic: float = option(0.1, "share of the steps spent warming up with the harmonic loss")
+    warmup_cross_entropy: float = option(0.2, "share of the steps spent warming up with cross-entropy")
+    weight_decay: float = option(0.0, "AdamW weight decay of matrices")
+    beta1: float = option(0.9, "AdamW beta 1")
+    beta2: float = option(0.95, "AdamW beta 2")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 switches clipping off")
+    dtype: str = option("float32", "autocast data type", tuple(DTYPES))
+    seed: int = option(1337, "seed of the initial weights, the batches, dropout and the samples")
+
+    eval_every: int = option(100, "steps between validations")
+    eval_batches: int = option(16, "batches of batch_size sequences in a validation, always the same")
+    checkpoint_every: int = option(100, "steps between checkpoints")
+    prompt: str = option("def ", "start of the generated text")
+    samples: int = option(3, "texts to generate")
+    sample_tokens: int = option(160, "tokens in each of them")
+    temperature: float = option(0.8, "temperature T of the samples; for the harmonic head it means n -> n/T")
+    measure_head: bool = option(True, "measure time and memory of the head for the report")
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:INDEX")
+    compile: bool = option(False, "torch.compile the model")
+    resume: bool = option(True, "go on from the checkpoint in --out; --no-resume starts over and replaces it")
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return LOSSES if self.loss == "both" else (self.loss,)
+
+    @property
+    def exponent(self) -> float:
+        return math.sqrt(self.width) if self.n is None else self.n
+
+    @property
+    def initial_std(self) -> float:
+        return self.width**-0.5 if self.init_std is None else self.init_std
+
+    def peak_lr(self, loss: str) -> float:
+        """The paper's learning rates, scaled by how strongly a log-probability answers to the weights.
+
+        A dot product of D terms moves with D. The HarMax does not know the scale of its distances: it moves with n.
+        """
+        if loss == "harmonic":
+            return 6e-3 * PAPER_N / self.exponent if self.lr_harmonic is None else self.lr_harmonic
+        return 6e-4 * PAPER_WIDTH / self.width if self.lr_cross_entropy is None else self.lr_cross_entropy
+
+    def lr(self, loss: str, step: int) -> float:
+        """Linear warm-up, then a cosine from the peak to ``min_lr_ratio`` of it."""
+        peak = self.peak_lr(loss)
+        warmup = round(self.steps * (self.warmup_harmonic if loss == "harmonic" else self.warmup_cross_entropy))
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return peak * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on. The rest changes where and how a run is watched, not what it computes."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+    def validate(self, world_size: int = 1) -> None:
+        """Raise before any work on values that cannot serve, naming the option and the mend."""
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{flag(f.name)} is {value!r}: choose one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(f.name)} is {value}: give a finite number")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{flag(name)} is {value}: it must be at least {least}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{flag(name)} is {value}: it must be greater than 0")
+        for name in _FRACTIONS:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}: it must be in [0, 1)")
+        if self.val_fraction == 0:
+            raise ValueError("--val-fraction is 0: give validation a share, for example 0.1")
+        if self.vocab_size > 2**16:
+            raise ValueError(f"--vocab-size is {self.vocab_size}: tokens are stored as uint16, so at most 65536")
+        if self.tokenizer == "bpe" and not is_binary(self.data) and self.vocab_size < 257:
+            raise ValueError(f"--vocab-size is {self.vocab_size}: a byte-level BPE needs at least 257")
+        if self.tokenizer == "gpt2" and not is_binary(self.data) and self.vocab_size < 50257:
+            raise ValueError(f"--vocab-size is {self.vocab_size}: GPT-2's vocabulary needs 50257 or more (50304)")
+        if self.width % self.heads:
+            near = self.heads * max(1, round(self.width / self.heads))
+            raise ValueError(f"--width is {self.width}, not a multiple of --heads {self.heads}: try --width {near}")
+        together = self.micro_batch_size * world_size
+        if self.batch_size % together:
+            raise ValueError(
+                f"--batch-size is {self.batch_size}, not a multiple of --micro-batch-size {self.micro_batch_size} "
+                f"x {world_size} process(es): try --batch-size {together * max(1, round(self.batch_size / together))}"
+            )
+        kind = self.device.split(":")[0]
+        if kind not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}: choose auto, cpu, cuda or cuda:INDEX")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device is {self.device} but torch {torch.__version__} sees no GPU: use --device cpu")
+        if self.dtype == "float16" and self.device_type == "cpu":
+            raise ValueError("--dtype float16 needs a GPU and its gradient scaler: use bfloat16 or float32 on a CPU")
+        if os.path.exists(self.out) and not os.path.isdir(self.out):
+            raise ValueError(f"--out {self.out} is a file: name a directory")
+
+    @property
+    def device_type(self) -> str:
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device.split(":")[0]
+
+
+_FREE = {
+    *("out", "loss", "data", "checkpoint_every", "prompt", "samples", "sample_tokens", "temperature"),
+    *("measure_head", "device", "compile", "resume"),
+}  # data is compared by its content instead
+_AT_LEAST = {
+    **dict.fromkeys(("layers", "heads", "width", "block", "steps", "batch_size", "micro_batch_size"), 1),
+    **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every", "sample_tokens"), 1),
+    **dict.fromkeys(("vocab_size",), 2),
+    **dict.fromkeys(("samples", "seed", "uniform_mix", "weight_decay", "grad_clip", "min_lr_ratio"), 0),
+}
+_POSITIVE = ("n", "init_std", "lr_harmonic", "lr_cross_entropy", "temperature")
+_FRACTIONS = ("val_fraction", "dropout", "warmup_harmonic", "warmup_cross_entropy", "beta1", "beta2")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "gpt2": {
+        **{"out": "runs/gpt2", "tokenizer": "gpt2", "vocab_size": 50304, "prompt": "\n"},
+        **{"layers": 12, "heads": 12, "width": 768, "block": 1024, "init_std": 0.0202},
+        **{"scale_attention_by_layer": True, "uniform_mix": 0.01, "dtype": "bfloat16"},
+        **{"steps": 10_000, "batch_size": 480, "micro_batch_size": 12},
+        **{"eval_every": 250, "eval_batches": 1, "checkpoint_every": 250, "sample_tokens": 256},
+    },
+}
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def is_binary(data: Sequence[str]) -> bool:
+    """True for one directory in nanoGPT's form."""
+    return len(data) == 1 and os.path.isfile(os.path.join(data[0], "train.bin"))
+
+
+def number_or_none(text: str) -> float | None:
+    """A number, or the word none for the default that the help names."""
+    return None if text == "none" else float(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, one option a field."""
+    out = argparse.ArgumentParser(
+        prog="python -m examples.train_gpt",
+        description="Train a GPT with the harmonic loss, with cross-entropy or with each in turn, and write a report.",
+    )
+    out.add_argument("--preset", choices=PRESETS, default="demo", help="demo: minutes on two cores; gpt2: the paper's")
+    for f in fields(Config):
+        values = {f"{name}: {over.get(f.name, f.default)}" for name, over in PRESETS.items()}
+        shown = f"{f.metadata['help']} [{'; '.join(sorted(values))}]".replace("%", "%%")
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
+        if isinstance(f.default, bool):
+            out.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **common)
+        elif isinstance(f.default, tuple):
+            out.add_argument(flag(f.name), nargs="+", metavar="PATH", **common)
+        else:
+            kind = {"int": int, "str": str, "float": float}.get(str(f.type), number_or_none)
+            out.add_argument(flag(f.name), type=kind, choices=f.metadata["choices"], **common)
+    return out
+
+
+def from_arguments(arguments: Sequence[str] | None) -> Config:
+    """A preset with the given options over it."""
+    given = vars(parser().parse_args(arguments))
+    preset = given.pop("preset")
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    if "batch_size" in given and "micro_batch_size" not in given:
+        usual = PRESETS[preset].get("micro_batch_size", Config.micro_batch_size)
+        given["micro_batch_size"] = min(usual, given["batch_size"])
+    return replace(Config(**PRESETS[preset]), **given)

@@ -1,0 +1,421 @@
+"""The report of a run: one HTML file that needs nothing else, made from the checkpoints."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+import harmonic_triton as ht
+
+from . import analysis, head_cost
+from .config import Config
+from .data import Corpus, write
+from .model import GPT
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+NAMES = {"harmonic": "harmonic", "cross_entropy": "cross-entropy", "authors": "authors' dense form"}
+COLOURS = {"harmonic": "#0b7a75", "cross_entropy": "#d1495b", "authors": "#8a8f98"}
+AVERAGED = 20  # last steps in the final training loss
+CSS = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1f2328; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem }
+p { margin: .4rem 0 .8rem } .quiet { color: #656d76; font-size: .92rem }
+img { width: 100%; height: auto } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0 }
+th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #e3e6ea; vertical-align: top }
+th { font-weight: 600 } td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
+code { font-size: .86rem; background: #f4f6f8; padding: .08rem .25rem; border-radius: 3px }
+pre { font-size: .82rem; line-height: 1.4; background: #f4f6f8; padding: .8rem 1rem; overflow-x: auto;
+      border-left: 3px solid #c9ced6; white-space: pre-wrap }
+"""
+
+
+@dataclass
+class Trained:
+    """What one loss left behind."""
+
+    loss: str
+    history: dict[str, list[Any]]
+    seconds: float
+    vectors: Tensor  # (V, D), the tied embedding
+    samples: list[str]
+    principal: analysis.Principal
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.loss]
+
+    @property
+    def colour(self) -> str:
+        return COLOURS[self.loss]
+
+
+def load_trained(config: Config, corpus: Corpus, device: torch.device, loss: str) -> Trained:
+    """The end of a training run, with samples drawn from it."""
+    state = torch.load(Path(config.out) / loss / "checkpoint.pt", map_location=device, weights_only=True)
+    model = GPT(config, corpus.vocab_size, loss).to(device)
+    model.load_state_dict(state["model"])
+    vectors = model.tokens.weight.detach().float().cpu()
+    prompt = corpus.vocabulary.encode(config.prompt) or corpus.val[:8].tolist()
+    texts = []
+    if config.samples:
+        ids = torch.tensor([prompt] * config.samples, device=device)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        drawn = model.generate(ids, config.sample_tokens, config.temperature, generator)
+        texts = [corpus.vocabulary.decode(row) for row in drawn.tolist()]
+    return Trained(
+        loss, state["history"], state["seconds"], vectors, texts, analysis.principal_components(vectors)
+    )
+
+
+def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
+    """Measure what the report shows and write <out>/report.html."""
+    runs = [load_trained(config, corpus, device, loss) for loss in config.losses]
+    counts = torch.from_numpy(np.bincount(corpus.train[: 2**24], minlength=corpus.vocab_size))
+    groups = analysis.find_parallelograms(corpus.vocabulary)
+    sections = [
+        numbers_section(config, corpus, runs, groups),
+        loss_section(config, runs),
+        head_section(config, corpus, device) if config.measure_head else "",
+        norm_section(runs),
+        embedding_section(corpus, runs, counts),
+        neighbour_section(corpus, runs, counts),
+        parallelogram_section(config, runs, groups, counts),
+        sample_section(config, runs),
+        configuration_section(config, corpus, runs, device),
+    ]
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>GPT, {" and ".join(r.name for r in runs)}'
+        f'</title><meta name="viewport" content="width=device-width"><style>{CSS}</style></head>'
+        f"<body>{''.join(sections)}</body></html>"
+    )
+    path = Path(config.out) / "report.html"
+    write(path, page.encode())
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- sections
+
+
+def numbers_section(
+    config: Config, corpus: Corpus, runs: list[Trained], groups: list[analysis.Parallelograms]
+) -> str:
+    """The title and the table of final numbers."""
+    tokens = config.steps * config.batch_size * config.block
+
+    def quadruple_median(run: Trained) -> str:
+        if not groups:
+            return "none found"
+        return f"{all_losses(run, groups).median().item():.3f}"
+
+    rows: list[tuple[str, Callable[[Trained], str]]] = [
+        ("validation loss at the end (nats a token)", lambda r: f"{r.history['val'][-1][1]:.4f}"),
+        ("validation loss before training", lambda r: f"{r.history['val'][0][1]:.4f}"),
+        (f"training loss, mean of the last {min(AVERAGED, config.steps)} steps", lambda r: f"{last_mean(r):.4f}"),
+        ("peak learning rate", lambda r: f"{config.peak_lr(r.loss):.2e}"),
+        ("training time (s)", lambda r: f"{r.seconds:.1f}"),
+        ("training speed (tokens/s)", lambda r: f"{tokens / r.seconds:,.0f}"),
+        ("mean norm of the class vectors", lambda r: f"{r.history['weight_norm'][-1][1]:.3f}"),
+        ("its growth over the last quarter", lambda r: f"{100 * late_growth(r):+.2f} %"),
+        ("variance in two principal components", lambda r: f"{100 * sum(r.principal.share):.1f} %"),
+        ("parallelogram loss, median", quadruple_median),
+    ]
+    body = table(["", *(r.name for r in runs)], [[label, *(show(r) for r in runs)] for label, show in rows])
+    both = len(runs) > 1
+    what = "The same GPT, trained with each loss in turn" if both else f"A GPT trained with {runs[0].name} loss"
+    return (
+        f"<h1>GPT with {' and '.join(r.name for r in runs)} loss</h1>"
+        f"<p>{what} from {esc(corpus.description)}: {config.steps:,} steps, {tokens:,} tokens each"
+        f"{', same initial weights and same batches' if both else ''}.</p>{body}"
+    )
+
+
+def loss_section(config: Config, runs: list[Trained]) -> str:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for run in runs:
+        losses = np.array(run.history["train"])
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        left.plot(np.arange(1, len(losses) + 1), losses, color=run.colour, alpha=0.25, linewidth=0.7)
+        left.plot(np.arange(width, len(losses) + 1), smooth, color=run.colour, label=run.name)
+        right.plot(*zip(*run.history["val"], strict=True), color=run.colour, marker=".", label=run.name)
+    left.set(title="training", xlabel="step", ylabel="loss (nats a token)")
+    right.set(title="validation", xlabel="step")
+    left.legend(frameon=False)
+    mixed = f" Both contain the uniform mix with α = {config.uniform_mix}." if config.uniform_mix else ""
+    return section(
+        "Loss",
+        "Mean of −log p of the next token; −log p means the same for both losses. Thin lines are single steps, "
+        f"thick lines running means; validation always uses the same sequences.{mixed}",
+        image("plot-loss", figure, "training and validation loss by step"),
+    )
+
+
+def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
+    shape = {
+        **{"tokens": config.micro_batch_size * config.block, "width": config.width, "classes": corpus.vocab_size},
+        **{"n": config.exponent, "dtype": config.dtype, "device": str(device), "threads": torch.get_num_threads()},
+    }
+    cache = Path(config.out) / "head_cost.json"
+    stored = json.loads(cache.read_text()) if cache.exists() else {}
+    if stored.get("shape") != shape:
+        stored = {"shape": shape, "heads": head_cost.compare(shape)}
+        write(cache, json.dumps(stored, indent=1).encode())
+    heads = stored["heads"]
+    measured = {head: cost for head, cost in heads.items() if "error" not in cost}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.4))
+    for axis, key, scale, title in (
+        (axes[0], "ms", 1, "time, forward and backward (ms)"),
+        (axes[1], "bytes", 2**20, "peak memory beyond x, W and gradients (MiB)"),
+    ):
+        values = [cost[key] / scale for cost in measured.values()]
+        bars = axis.barh([NAMES[h] for h in measured], values, color=[COLOURS[h] for h in measured], height=0.6)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set_xlabel(title)
+    rows = [
+        [NAMES[head], f"{cost['ms']:.1f}", f"{cost['bytes'] / 2**20:.1f}"]
+        if head in measured
+        else [NAMES[head], "did not finish", esc(cost["error"])]
+        for head, cost in heads.items()
+    ]
+    methods = ", ".join(sorted({cost["method"] for cost in measured.values()}))
+    return section(
+        "Cost of the head",
+        f"Forward and backward of the head alone, on random inputs of this run's shape: {shape['tokens']:,} tokens, "
+        f"D = {config.width}, V = {corpus.vocab_size:,}, {config.dtype}, {device}, {shape['threads']} thread(s). "
+        f"Medians of {head_cost.PROCESSES} fresh processes with {head_cost.TIMINGS} timings each; memory by {methods}. "
+        "The authors' dense form is s = |w|² + |x|² − 2w·x + 1e-4, p ∝ s<sup>−n/2</sup>, all N×V at once.",
+        image("plot-head", figure, "time and peak memory of the heads"),
+        table(["head", "time (ms)", "peak memory (MiB)"], rows),
+    )
+
+
+def norm_section(runs: list[Trained]) -> str:
+    figure, axis = plt.subplots(figsize=(10, 3.4))
+    for run in runs:
+        axis.plot(*zip(*run.history["weight_norm"], strict=True), color=run.colour, label=run.name)
+    axis.set(xlabel="step", ylabel="mean of ‖w‖ over classes")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    growth = "; ".join(f"{r.name} {100 * late_growth(r):+.2f} %" for r in runs)
+    return section(
+        "Norm of the class vectors",
+        "The harmonic loss has a minimum at finite weights, cross-entropy on separable data has none. "
+        f"Growth over the last quarter of the run: {growth}. The falling learning rate slows both.",
+        image("plot-norm", figure, "mean weight norm by step"),
+    )
+
+
+def embedding_section(corpus: Corpus, runs: list[Trained], counts: Tensor) -> str:
+    figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 5), squeeze=False)
+    frequency = np.log10(counts.clamp_min(1).numpy())
+    for axis, run in zip(axes[0], runs, strict=True):
+        points, share = run.principal.points.numpy(), run.principal.share
+        axis.scatter(*points.T, c=frequency, s=5, cmap="viridis", linewidths=0, alpha=0.7)
+        spread, placed = points.std(0), np.empty((0, 2))
+        for token in analysis.words(corpus.vocabulary, counts, 60):
+            clear = np.abs((placed - points[token]) / spread) > (0.55, 0.22)
+            if clear.any(1).all() and len(placed) < 22:
+                placed = np.vstack([placed, points[token]])
+                axis.annotate(printable(analysis.label(corpus.vocabulary, token)), points[token], fontsize=8)
+        axis.set(
+            title=f"{run.name}: {100 * sum(share):.1f} % of the variance",
+            xlabel=f"first component ({100 * share[0]:.1f} %)",
+            ylabel=f"second component ({100 * share[1]:.1f} %)",
+        )
+    figure.tight_layout()
+    return section(
+        "Embeddings",
+        "The class vectors (tied with the token embedding) on their top two principal components, one dot a token; "
+        "brighter dots are more frequent tokens, ␣ is a space. Titles give the share of the variance.",
+        image("plot-embedding", figure, "class vectors in two principal components"),
+    )
+
+
+def neighbour_section(corpus: Corpus, runs: list[Trained], counts: Tensor) -> str:
+    chosen = analysis.words(corpus.vocabulary, counts, 12)
+    found = [analysis.nearest_tokens(run.vectors, chosen, 6) for run in runs]
+
+    def code(token: int) -> str:
+        return f"<code>{esc(analysis.label(corpus.vocabulary, token))}</code>"
+
+    rows = [
+        [code(token), *(" ".join(code(other) for other, _ in lists[row]) for lists in found)]
+        for row, token in enumerate(chosen)
+    ]
+    return section(
+        "Nearest tokens",
+        "For frequent tokens, the six others whose class vectors are nearest by Euclidean distance, nearest first.",
+        table(["token", *(run.name for run in runs)], rows, escape=False),
+    )
+
+
+def parallelogram_section(
+    config: Config, runs: list[Trained], groups: list[analysis.Parallelograms], counts: Tensor
+) -> str:
+    title = "Parallelograms"
+    if not groups:
+        return section(title, "No relation has two pairs whose words are single tokens here: nothing to measure.")
+    chance = analysis.random_quadruples(counts, 2000, config.seed) if len(counts) >= 4 else None
+    figure, axis = plt.subplots(figsize=(10, 3.6))
+    rows = []
+    for run in runs:
+        cdf(axis, all_losses(run, groups), color=run.colour, label=run.name)
+        if chance is not None:
+            random = analysis.parallelogram_loss(run.principal.points, chance)
+            cdf(axis, random, color=run.colour, linestyle=":", label=f"{run.name}, random tokens")
+    for group in groups:
+        medians = [analysis.parallelogram_loss(r.principal.points, group.quadruples).median().item() for r in runs]
+        pairs = ", ".join("/".join(pair) for pair in group.pairs)
+        rows.append([group.relation, pairs, str(len(group.quadruples)), *(f"{m:.3f}" for m in medians)])
+    if chance is not None:
+        medians = [analysis.parallelogram_loss(r.principal.points, chance).median().item() for r in runs]
+        rows.append(["random", "of the 500 most frequent tokens", str(len(chance)), *(f"{m:.3f}" for m in medians)])
+    axis.set(xlabel="parallelogram loss", ylabel="share of quadruples below", ylim=(0, 1.02))
+    axis.set_xlim(left=0)
+    axis.legend(frameon=False)
+    return section(
+        title,
+        "Two pairs of one relation, such as get/set and open/close, should span a parallelogram. The loss is the "
+        "paper's Eq. 3, ‖E<sub>i</sub> + E<sub>n</sub> − E<sub>j</sub> − E<sub>m</sub>‖/σ on the top two principal "
+        "components, unsquared, with σ² the mean of ‖E‖² over the vocabulary: 0 is a perfect parallelogram. "
+        "Only words that are single tokens take part; dotted lines are four random frequent tokens.",
+        image("plot-parallelogram", figure, "cumulative distribution of the parallelogram loss"),
+        table(["relation", "pairs", "quadruples", *(f"median, {r.name}" for r in runs)], rows),
+    )
+
+
+def sample_section(config: Config, runs: list[Trained]) -> str:
+    if not config.samples:
+        return ""
+    parts = [f"<h3>{run.name}</h3>" + "".join(f"<pre>{esc(text)}</pre>" for text in run.samples) for run in runs]
+    return section(
+        "Samples",
+        f"{config.sample_tokens} tokens after the prompt at temperature {config.temperature}; for the harmonic head "
+        "the temperature divides the harmonic exponent.",
+        *parts,
+    )
+
+
+def configuration_section(config: Config, corpus: Corpus, runs: list[Trained], device: torch.device) -> str:
+    parameters = sum(p.numel() for p in GPT(config, corpus.vocab_size, config.losses[0]).parameters())
+    machine = {
+        "processor": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+        **{"torch": torch.__version__, "harmonic_triton": ht.__version__},
+        **{"tokenizers": tokenizers.__version__, "matplotlib": matplotlib.__version__},
+        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    setup = {
+        "parameters": f"{parameters:,}",
+        "vocabulary V": f"{corpus.vocab_size:,}",
+        "training tokens": f"{len(corpus.train):,}",
+        "validation tokens": f"{len(corpus.val):,}",
+        "harmonic exponent n (on the distance)": f"{config.exponent:g}",
+        "tokens a step": f"{config.batch_size * config.block:,}",
+    }
+    shown = {key: value for key, value in asdict(config).items() if key not in ("out", "data", "resume")}
+    schedule = (
+        "The paper trains GPT-2 with peak learning rates 6e-3 (harmonic, n = 28) and 6e-4 (cross-entropy, D = 768). By "
+        "default they are scaled by how strongly a log-probability answers to the weights: 6e-3 · 28/n, 6e-4 · 768/D. "
+        "Warm-up takes the paper's shares of the steps, 1k and 2k of 10k; a cosine then brings the rate down to a "
+        "twentieth."
+    )
+    return section(
+        "Configuration and machine",
+        schedule,
+        '<div class="scroll">',
+        table(["this run", ""], [[k, v] for k, v in {**setup, **machine}.items()]),
+        "<details><summary>Every option</summary>",
+        table(["option", "value"], [[k, str(v)] for k, v in shown.items()]),
+        "</details></div>",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def last_mean(run: Trained) -> float:
+    return float(np.mean(run.history["train"][-AVERAGED:]))
+
+
+def late_growth(run: Trained) -> float:
+    """Relative growth of the weight norm over the last quarter of the steps."""
+    steps, norms = zip(*run.history["weight_norm"], strict=True)
+    return norms[-1] / float(np.interp(0.75 * steps[-1], steps, norms)) - 1
+
+
+def all_losses(run: Trained, groups: list[analysis.Parallelograms]) -> Tensor:
+    """Parallelogram losses of every relation together."""
+    return analysis.parallelogram_loss(run.principal.points, torch.cat([g.quadruples for g in groups]))
+
+
+def cdf(axis: Any, values: Tensor, **style: Any) -> None:
+    axis.step(values.sort().values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def printable(text: str) -> str:
+    """Text that matplotlib shows as it is: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def esc(text: str) -> str:
+    return html.escape(text)
+
+
+def section(title: str, sentence: str, *parts: str) -> str:
+    return f"<h2>{title}</h2><p>{sentence}</p>{''.join(parts)}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = True) -> str:
+    """An HTML table; cells are escaped unless they are HTML already."""
+
+    def cell(text: str) -> str:
+        kind = ' class="number"' if text[:1] in "+-0123456789" else ""
+        return f"<td{kind}>{esc(text) if escape else text}</td>"
+
+    header = "".join(f"<th>{esc(text)}</th>" for text in head)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
+
+
+def image(name: str, figure: Figure, text: str) -> str:
+    """The figure as an inline PNG."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
+    plt.close(figure)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img id="{name}" alt="{text}" src="data:image/png;base64,{encoded}">'

@@ -1,0 +1,260 @@
+"""The training loop: one process or several under torchrun, checkpoints that resume to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .config import DTYPES, Config, flag, from_arguments
+from .data import Corpus, load
+from .model import GPT
+
+CURVE_POINTS = 200  # weight norms in a run, and updates of the progress bar
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, config: Config) -> Place:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device(config.device_type if config.device == "auto" else config.device)
+        if world > 1:
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, world, device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+
+class Trainer:
+    """One GPT with one loss: its model, optimiser and history, and how they are stored."""
+
+    def __init__(self, config: Config, corpus: Corpus, place: Place, loss: str) -> None:
+        self.config, self.corpus, self.place, self.loss = config, corpus, place, loss
+        self.path = checkpoint_path(config, loss)
+        torch.manual_seed(config.seed)
+        self.model = GPT(config, corpus.vocab_size, loss).to(place.device)
+        self.optimizer = self.model.optimizer(config)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.dtype == "float16")
+        self.step = 0
+        self.seconds = 0.0
+        self.history: dict[str, list[Any]] = {"train": [], "val": [], "weight_norm": [], "grad_norm": []}
+        if config.resume and self.path.exists():
+            self.restore()
+
+    def restore(self) -> None:
+        state = torch.load(self.path, map_location=self.place.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+
+    def save(self) -> None:
+        """Write the checkpoint beside the old one, then put it in its place: a kill leaves one of the two."""
+        if self.place.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            state = {
+                **{"identity": identity(self.config, self.corpus), "model": self.model.state_dict()},
+                **{"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
+                **{"step": self.step, "seconds": self.seconds, "history": self.history},
+            }
+            temporary = self.path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+
+    def train(self) -> None:
+        config, place, history = self.config, self.place, self.history
+        model: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        if place.world > 1:
+            model = DistributedDataParallel(model)
+        if not history["val"]:
+            history["val"].append([0, evaluate(self.model, config, self.corpus, place)])
+            history["weight_norm"].append([0, self.weight_norm()])
+        bar = tqdm(
+            **{"total": config.steps, "initial": self.step, "desc": f"{self.loss:13}", "unit": "step"},
+            **{"disable": place.rank > 0, "dynamic_ncols": True, "mininterval": 1.0},
+        )
+        pending: list[tuple[Tensor, Tensor]] = []
+        start = time.perf_counter()
+        while self.step < config.steps:
+            pending.append(self.update(model))
+            self.step += 1
+            shown, evaluated, saved = (
+                self.step == config.steps or self.step % every == 0
+                for every in (max(1, config.steps // CURVE_POINTS), config.eval_every, config.checkpoint_every)
+            )
+            if not (shown or evaluated or saved):
+                continue
+            steps = len(pending)
+            self.flush(pending)
+            elapsed = time.perf_counter() - start
+            self.seconds += elapsed
+            if shown:
+                history["weight_norm"].append([self.step, self.weight_norm()])
+            if evaluated:
+                history["val"].append([self.step, evaluate(self.model, config, self.corpus, place)])
+            bar.update(self.step - bar.n)
+            speed = steps * config.batch_size * config.block / elapsed
+            train, val = history["train"][-1], history["val"][-1][1]
+            bar.set_postfix_str(f"loss {train:.3f}, val {val:.3f}, {speed / 1000:.1f}k tokens/s")
+            if saved:
+                self.save()
+            start = time.perf_counter()
+        bar.close()
+
+    def update(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """One optimiser step; this process's mean loss and the gradient norm.
+
+        Sums over micro-batches divided by the tokens of the whole step give the gradient of one big batch; DDP averages
+        over the processes, hence the division by their number.
+        """
+        config, place = self.config, self.place
+        if config.dropout:
+            torch.manual_seed((config.seed << 32) + self.step * place.world + place.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr(self.loss, self.step)
+        offsets = self.corpus.offsets("train", config, self.step)
+        num_items = config.batch_size * config.block // place.world
+        size = config.micro_batch_size
+        mine = range(place.rank * size, config.batch_size, place.world * size)
+        total = torch.zeros((), device=place.device)
+        for at in mine:
+            x, y = self.corpus.batch("train", config.block, offsets[at : at + size], place.device)
+            with model.no_sync() if place.world > 1 and at != mine[-1] else contextlib.nullcontext():  # type: ignore
+                with autocast(config, place.device):
+                    loss = model(x, y, num_items)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return total, norm
+
+    def flush(self, pending: list[tuple[Tensor, Tensor]]) -> None:
+        """Bring the losses and gradient norms of the last steps over from the device."""
+        losses, norms = (torch.stack(column) for column in zip(*pending, strict=True))
+        self.history["train"] += self.place.mean(losses).tolist()
+        self.history["grad_norm"] += norms.tolist()
+        pending.clear()
+        if not torch.isfinite(losses[-1]):
+            lr = flag("lr_" + self.loss)
+            raise FloatingPointError(f"the {self.loss} loss is {losses[-1]} at step {self.step}: try a smaller {lr}")
+
+    def weight_norm(self) -> float:
+        """Mean norm of the class vectors."""
+        return self.model.tokens.weight.detach().norm(dim=1).mean().item()
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, DTYPES[config.dtype], enabled=config.dtype != "float32")
+
+
+@torch.no_grad()
+def evaluate(model: GPT, config: Config, corpus: Corpus, place: Place) -> float:
+    """Mean loss over the same validation sequences every time, shared among the processes."""
+    model.eval()
+    offsets = corpus.offsets("val", config, 0)
+    size = config.micro_batch_size
+    total = torch.zeros((), dtype=torch.float64, device=place.device)
+    for at in range(place.rank * size, len(offsets), place.world * size):
+        x, y = corpus.batch("val", config.block, offsets[at : at + size], place.device)
+        with autocast(config, place.device):
+            total += model(x, y, num_items=1).double()
+    model.train()
+    return place.mean(total).item() * place.world / (len(offsets) * config.block)
+
+
+def checkpoint_path(config: Config, loss: str) -> Path:
+    return Path(config.out) / loss / "checkpoint.pt"
+
+
+def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What two runs share if one can go on from the other's checkpoint."""
+    return {**config.identity(), "data": corpus.fingerprint}
+
+
+def check_checkpoints(config: Config, corpus: Corpus) -> None:
+    """Raise if a checkpoint in the run's directory belongs to another configuration."""
+    for loss in config.losses if config.resume else ():
+        path = checkpoint_path(config, loss)
+        if path.exists():
+            old = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
+            new = identity(config, corpus)
+            differences = [
+                f"{flag(key)} was {old.get(key)}, is {new.get(key)}"
+                for key in sorted({*old, *new})
+                if old.get(key) != new.get(key)
+            ]
+            if differences:
+                raise ValueError(
+                    f"{path} belongs to another configuration: {'; '.join(differences)}. "
+                    "Repeat the former options, choose another --out, or start over with --no-resume"
+                )
+
+
+def prepare(config: Config) -> tuple[Corpus, Place]:
+    """Every check, the process group and the corpus, which process 0 tokenises before the others read it."""
+    config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+    place = Place.join(config)
+    if place.rank > 0:
+        dist.barrier()
+    corpus = load(config)
+    if place.rank == 0 and place.world > 1:
+        dist.barrier()
+    check_checkpoints(config, corpus)
+    return corpus, place
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: train, then write the report."""
+    config = from_arguments(arguments)
+    try:
+        corpus, place = prepare(config)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        if place.rank == 0:
+            counts = f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens"
+            print(f"{corpus.description}; {counts}, V = {corpus.vocab_size}", flush=True)
+        for loss in config.losses:
+            Trainer(config, corpus, place, loss).train()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    finally:
+        if place.world > 1:
+            dist.destroy_process_group()
+    if place.rank == 0:
+        from .report import write_report
+
+        print(f"report: {write_report(config, corpus, place.device)}")
+    return 0
