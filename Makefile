@@ -1,0 +1,49 @@
+# Every target makes the virtual environment it needs from Python alone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ARGS ?=
+
+.PHONY: demo test slow lint doctor verify bench clean
+demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
+	$(BIN)/python -m examples.train_gpt $(ARGS)
+
+test: $(VENV)/test ## every test but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q $(ARGS)
+
+slow: $(VENV)/test ## the tests that take long
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+doctor: $(VENV)/core ## versions, devices, which backend serves and why not the others
+	$(BIN)/python -m harmonic_triton doctor
+
+verify: $(VENV)/core ## every backend against the fp64 reference on this machine
+	$(BIN)/python -m harmonic_triton verify $(ARGS)
+
+bench: $(VENV)/bench ## time, memory and accuracy beside the peers that run here
+	$(BIN)/python -m benchmarks $(ARGS)
+
+$(VENV)/core: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/examples: $(VENV)/core
+	$(PIP) -e '.[examples]'
+	touch $@
+
+$(VENV)/test: $(VENV)/core
+	$(PIP) -e '.[test,examples]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/core
+	$(PIP) -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

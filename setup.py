@@ -1,0 +1,47 @@
+"""Package metadata; tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "harmonic_triton" / "__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "bench": [
+        "cut-cross-entropy; sys_platform == 'linux'",
+        "liger-kernel; sys_platform == 'linux'",
+        "matplotlib",
+        "pykeops; sys_platform == 'linux'",
+        "pytest-benchmark",
+    ],
+    "examples": ["matplotlib", "tokenizers", "tqdm"],
+    "analysis": ["matplotlib", "safetensors", "scikit-learn", "tqdm", "umap-learn"],
+    "transformers": ["transformers"],
+    "test": ["hypothesis", "mpmath", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+}
+
+setup(
+    name="harmonic-triton",
+    version=VERSION,
+    description="Fused harmonic loss for large vocabularies in Triton and PyTorch",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["harmonic_triton", "harmonic_triton.*"]),
+    package_data={"harmonic_triton": ["py.typed"]},
+    install_requires=["torch>=2.8", "numpy", "triton>=3.4; sys_platform == 'linux'"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["harmonic-triton = harmonic_triton.__main__:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    zip_safe=False,
+)
