@@ -28,6 +28,7 @@ class Rows(NamedTuple):
     smooth: Tensor  # sum_j v_j (-log q_j) with q_j = (p_j + alpha/V)/(1 + alpha)
     share_score: Tensor  # sum_j share_j z_j with share_j = v_j p_j/(p_j + alpha/V)
     share_sum: Tensor  # sum_j share_j
+    share_rest: Tensor  # sum_{j != c} share_j
     target_sq: Tensor  # ||x - w_c||^2, without eps
     rival_score: Tensor  # z_r of the rival r, the nearest class that is not the target; -inf where there is none
     rival: Tensor  # r, int64
@@ -35,7 +36,7 @@ class Rows(NamedTuple):
     @classmethod
     def zeros(cls, count: int, like: Tensor, moments: bool, smoothing: bool) -> Rows:
         """Room for ``count`` tokens; ``moments`` and ``smoothing`` say which sums are wanted."""
-        lengths = (count, count * moments, *3 * (count * smoothing,), count, count)
+        lengths = (count, count * moments, *4 * (count * smoothing,), count, count)
         return cls(*(like.new_zeros(k) for k in lengths), like.new_zeros(count, dtype=torch.int64))
 
     def select(self, index: Tensor | slice) -> Rows:

@@ -98,12 +98,12 @@ class Chunk:
         score = -0.5 * head.n.double() * torch.log(s / self.scale[tile])
         return diff, s, score.masked_fill(rival == self.target[tile], -math.inf)
 
-    def exp_scores(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
-        """exp(z_j - offset) for every class but the target and the rival, which get 0."""
+    def scores(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
+        """z_j - offset for every class but the target and the rival, which get -inf."""
         ratio = self.ratio[tile]
         torch.maximum(ratio, self.ratio_floor[tile], out=ratio).scatter_(1, rival, math.inf)
         score = torch.log1p(ratio, out=self.work[0, : len(ratio)])
-        return score.mul_(-0.5 * self.head.n).sub_(offset.to(ratio.dtype)).exp_()
+        return score.mul_(-0.5 * self.head.n).sub_(offset.to(ratio.dtype))
 
     def reduce(self, tile: slice, moments: bool) -> tuple[Rows, Tensor]:
         """Forward of one tile: its per-token results, and p_j of every class but target and rival."""
@@ -112,12 +112,12 @@ class Chunk:
         _, rival_s, rival_score = self.rival_geometry(rival, tile)
         offset = -0.5 * head.n.double() * torch.log1p(nearest.double())
         offset = offset.masked_fill(offset == -math.inf, 0.0)  # V = 1
-        rest = self.exp_scores(rival, offset, tile)
+        rest = self.scores(rival, offset, tile).exp_()
         total = torch.logaddexp(rival_score, offset + rest.sum(1, keepdim=True).double().log())
         identical = rival_s <= IDENTICAL * (self.x_sq[tile] + head.norms[rival].double()) + SMALLEST_SQ
-        on_target = torch.where(identical & (rival != target), math.log(2.0), 0.0)
+        on_target = math.log(2.0) * (identical & (rival != target)).double()
         nll = torch.where(self.on_target[tile], on_target, softplus(total, threshold=50.0))
-        p = rest.mul_((offset - nll).exp().to(rest.dtype))
+        p = rest.mul_((offset - nll).clamp_max(0.0).exp().to(rest.dtype))  # p <= 1 in spite of rounding
         rows = Rows.zeros(len(p), p, moments, head.smoothing is not None)
         rows.nll.copy_(nll.squeeze(1))
         rows.target_sq.copy_(target_sq.squeeze(1))
@@ -134,6 +134,7 @@ class Chunk:
                 share = head.share(every, head.smoothing)
                 rows.share_score.copy_((share * score).sum(1))
                 rows.share_sum.copy_(share.sum(1))
+                rows.share_rest.copy_(share.scatter(1, target, 0.0).sum(1))
                 rows.smooth.copy_(-torch.log(every + head.mix) @ head.smoothing if head.mix
                                   else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
         return rows, p
@@ -178,7 +179,7 @@ class Gradients:
         else:
             g_smooth, mass = g_smooth.double().unsqueeze(1), rows.share_sum.double().unsqueeze(1)
             v = head.smoothing.double()
-            g_others = (g + g_smooth * mass) * others - g_smooth * (mass - head.share((-nll).exp(), v[target]))
+            g_others = (g + g_smooth * mass) * others - g_smooth * rows.share_rest.double().unsqueeze(1)
             g_rival = (g + g_smooth * mass) * rival_p - g_smooth * head.share(rival_p, v[rival])
         floored = s_r <= IDENTICAL * (chunk.x_sq + head.norms[rival].double()) + SMALLEST_SQ
         skip_rival = chunk.on_target | floored | (rival == target)
@@ -287,7 +288,7 @@ def rows_backward(
             sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
             for tile in chunk.tiles():
                 chunk.ratio[tile].add_(chunk.shift[tile]).scatter_(1, chunk.target[tile], math.inf)
-                p = chunk.exp_scores(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile)
+                p = chunk.scores(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile).clamp_max_(0.0).exp_()
                 smooth = None if up_smooth is None else up_smooth[tile]
                 sums[tile] = chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth)
             out.add(chunk, at, mine, up, up_smooth, sums)

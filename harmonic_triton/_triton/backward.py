@@ -108,7 +108,8 @@ def gradient_kernel(
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
     rival = tl.load(rival_ptr + rows, mask=alive, other=-1)
     p_coef = tl.load(p_coef_ptr + rows, mask=alive, other=0.0)
-    slope = p_coef[:, None] * tl.exp2(log_scores(ratio, half_n) - nll[:, None])
+    log_p = tl.minimum(log_scores(ratio, half_n) - nll[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    slope = p_coef[:, None] * tl.exp2(log_p)
     if SMOOTHING:
         v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
         slope -= tl.load(v_coef_ptr + rows, mask=alive, other=0.0)[:, None] * v[None, :]

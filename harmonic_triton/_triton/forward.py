@@ -116,7 +116,8 @@ def log1p_small(y):
 def finish_kernel(
     x_ptr, w_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr, v_sum_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
-    nll_ptr, score_mean_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, rival_score_ptr, rival_ptr,  # out (N,)
+    nll_ptr, score_mean_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
+    rival_score_ptr, rival_ptr,  # out (N,)
     N, D, eps, SPLITS, stride_xn, stride_xd, stride_wv, stride_wd,
     MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -188,3 +189,5 @@ def finish_kernel(
         tl.store(out_smooth_ptr + rows, tl.where(alive, v_sum * nll - score, 0.0).to(tl.float32), mask=inside)
         tl.store(share_score_ptr + rows, tl.where(alive, score, 0.0).to(tl.float32), mask=inside)
         tl.store(share_sum_ptr + rows, tl.where(alive, v_sum, 0.0).to(tl.float32), mask=inside)
+        others_v = v_sum - tl.load(v_ptr + target, mask=alive, other=0.0).to(tl.float64)
+        tl.store(share_rest_ptr + rows, tl.where(alive, others_v, 0.0).to(tl.float32), mask=inside)

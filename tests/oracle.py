@@ -1,0 +1,128 @@
+"""The fp64 truth of a call, and how far a backend may be from it: bounds derived as in NUMERICS, not guessed.
+
+Write eps for fp32's rounding (fp64's for float64). For a class j that goes through the matrix products
+``kappa_j = (||x||^2 + ||w_j||^2)/s_j`` multiplies the relative error of its squared distance; for the target and the rival,
+which are measured by direct differences, kappa is 1. A log-score is off by (n/2) kappa_j eps, so the loss is off by that
+in relative terms, averaged over the non-targets. A = n G/s inherits both, and 16-bit backends round A once more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmonic_triton import reference
+
+SLACK = 16.0  # sums of up to a hundred terms, in the worst order
+
+
+@dataclass
+class Truth:
+    """Losses (N,), gradients, and the largest admissible errors (absolute, by row)."""
+
+    loss: Tensor
+    dx: Tensor
+    dw: Tensor
+    dn: Tensor
+    loss_bound: Tensor  # (N,)
+    dx_bound: Tensor  # (N,) of the norm of a row's error
+    dw_bound: Tensor  # (V,)
+
+    def check(self, loss: Tensor, dx: Tensor, dw: Tensor) -> None:
+        """Assert that per-token losses and both gradients are within their bounds."""
+        self.check_rows("loss", loss.unsqueeze(1), self.loss.unsqueeze(1), self.loss_bound)
+        self.check_rows("dX", dx, self.dx, self.dx_bound)
+        self.check_rows("dW", dw, self.dw, self.dw_bound)
+
+    @staticmethod
+    def check_rows(name: str, got: Tensor, wanted: Tensor, bound: Tensor) -> None:
+        """Rows that the output dtype cannot hold are left out."""
+        holds = wanted.abs().amax(1) < 0.5 * torch.finfo(got.dtype).max
+        error = (got.double() - wanted).norm(dim=1)
+        bad = holds & ~(error <= bound)
+        worst = torch.where(bad, error / bound, -1.0).nan_to_num(nan=math.inf).argmax()
+        assert not bad.any(), (
+            f"{name} row {worst}: error {error[worst]:.3e} exceeds {bound[worst]:.3e},"
+            f" norm of the truth {wanted[worst].norm():.3e}, {int(bad.sum())} of {len(bad)} rows"
+        )
+
+
+def oracle(
+    x: Tensor, w: Tensor, target: Tensor, g: Tensor, *, n: float, eps: float = 0.0, uniform_mix: float = 0.0,
+    class_weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100,
+) -> Truth:  # fmt: skip
+    """Truth and bounds for per-token losses (reduction="none") under the upstream gradient g (N,)."""
+    options = {"eps": eps, "uniform_mix": uniform_mix, "class_weight": class_weight,
+               "label_smoothing": label_smoothing, "ignore_index": ignore_index}  # fmt: skip
+    xs, ws = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    exponent = torch.tensor(float(n), dtype=torch.float64, requires_grad=True)
+    loss = reference.linear_harmonic_loss(xs, ws, target, n=exponent, reduction="none", **options)
+    (loss * g.double()).sum().backward()
+    zeros = [torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws, exponent)]
+    truth = Truth(loss.detach(), *zeros, *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options))
+    return truth
+
+
+def _bounds(x, w, target, loss, dx, dw, g, n, options):
+    info = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    unit, narrow = info.eps, torch.finfo(x.dtype).eps
+    kept = target != options["ignore_index"]
+    xs, ws = x.detach().double()[kept], w.detach().double()
+    own = target[kept].unsqueeze(1)
+    z, s_c = reference.log_scores(xs, ws, target[kept], n, options["eps"])
+    z = z.detach().requires_grad_()
+    nll = reference.negative_log_likelihood(z, target[kept])
+    log_p = z - nll.unsqueeze(1)
+    rows = reference._row_losses(
+        log_p, z, target[kept], options["uniform_mix"], options["class_weight"], options["label_smoothing"]
+    )
+    (slope,) = torch.autograd.grad((rows * g.double()[kept]).sum(), z, allow_unused=True)
+    slope = (torch.zeros_like(z) if slope is None else slope).nan_to_num().abs()
+    # what errors of p move: the upstream gradient times p, whichever terms the loss is made of
+    v = 1.0 if options["class_weight"] is None else float(options["class_weight"].abs().max())
+    p = log_p.detach().exp()
+    slope = slope + 2 * v * g.double()[kept].abs().unsqueeze(1) * p
+    x_sq, w_sq = xs.square().sum(1, keepdim=True), ws.square().sum(1)
+    floor = reference.FLOOR * (x_sq + w_sq) + 1e-36
+    s = torch.maximum(reference.squared_distances(xs, ws) + options["eps"], floor)
+    s = s.scatter(1, own, s_c.unsqueeze(1).clamp_min(1e-36))
+    rival = s.scatter(1, own, math.inf).argmin(1, keepdim=True)
+    kappa = ((x_sq + w_sq) / s).scatter(1, own, 1.0).scatter(1, rival, 1.0)
+    others = log_p.detach().scatter(1, own, -math.inf)
+    q = torch.softmax(others, 1).nan_to_num() if z.shape[1] > 1 else torch.zeros_like(others)
+    mean_kappa = (q * kappa).sum(1, keepdim=True) + 1
+    a = n * slope / s
+    a = a.scatter(1, own, 0.0).scatter(1, own, n * slope.scatter(1, own, 0.0).sum(1, keepdim=True) / s.gather(1, own))
+    relative = 1 + (n / 2) * (kappa + mean_kappa) + kappa
+    special = torch.zeros_like(a).scatter(1, own, 1.0).scatter(1, rival, 1.0)
+    x_norm, w_norm = x_sq.sqrt(), w_sq.sqrt()
+    apart = (a * s.sqrt() * relative) * unit
+    through = a * (1 - special)
+    rounded = narrow if x.element_size() == 2 else unit
+    tiny = info.tiny * 100
+
+    def whole(values):
+        out = values.new_zeros(len(target))
+        out[kept] = values
+        return out
+
+    v_all = 1.0 + (0.0 if options["class_weight"] is None else v) + options["uniform_mix"]
+    smoothing = options["label_smoothing"] * ((q + 1 / len(w)) * kappa).amax(1) * n * v_all
+    loss_bound = SLACK * unit * (1 + (n / 2) * mean_kappa.squeeze(1)) * loss[kept].abs() + SLACK * unit * smoothing
+    if options["uniform_mix"]:  # a difference of terms of order one
+        loss_bound = loss_bound + SLACK * unit * v_all * (1 + (n / 2) * mean_kappa.squeeze(1))
+    if options["label_smoothing"]:
+        loss_bound = loss_bound + SLACK * unit * v_all * (nll.detach() + 1 + z.detach().clamp_min(-1e6).abs().mean(1))
+    dx_bound = SLACK * (apart.sum(1) + unit * (through * (x_norm + w_norm)).sum(1))
+    dx_bound = dx_bound + 2 * rounded * (through * w_norm).sum(1) + 2 * narrow * dx[kept].norm(dim=1)
+    dw_bound = SLACK * (apart.sum(0) + unit * (through * (x_norm + w_norm)).sum(0))
+    dw_bound = dw_bound + 2 * rounded * (through * x_norm).sum(0) + 2 * narrow * dw.norm(dim=1)
+    if x.dtype == torch.float16:  # A of a row spans 2^34 at most, from the rival's down
+        largest = (a * (1 - special.scatter(1, rival, 0.0))).amax(1, keepdim=True)
+        dx_bound = dx_bound + 2.0**-34 * largest.squeeze(1) * w_norm.sum()
+        dw_bound = dw_bound + 2.0**-34 * (largest * x_norm).sum()
+    least = torch.finfo(x.dtype).tiny * math.sqrt(x.shape[1]) + tiny
+    return whole(loss_bound + tiny), whole(dx_bound + least), dw_bound + least
