@@ -51,8 +51,8 @@ class Head:
 
     def direct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """x - w_index (C, D) and its squared norm (C, 1) fp64, by differences."""
-        diff = x - self.weight[index.squeeze(1)]
-        return diff, diff.double().square().sum(1, keepdim=True)
+        diff = x.double() - self.weight[index.squeeze(1)].double()
+        return diff.to(x.dtype), diff.square().sum(1, keepdim=True)
 
     def share(self, p: Tensor, v: Tensor) -> Tensor:
         """v p/(p + alpha/V): how much of a class's smoothing weight its score can still move."""

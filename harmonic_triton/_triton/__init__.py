@@ -40,8 +40,8 @@ class _Call:
         forward.norms_kernel[(triton.cdiv(self.classes, ROW_BLOCK),)](
             w, self.norms, self.classes, self.width, *w.stride(), **self.rows
         )
-        self.target_sq = new(self.tokens, dtype=torch.float32)
-        self.own = torch.empty_like(self.target_sq)
+        self.target_sq = new(self.tokens, dtype=torch.float64)
+        self.own = new(self.tokens, dtype=torch.float32)
         forward.geometry_kernel[self.row_grid](
             x, w, target, self.target_sq, self.own, self.tokens, self.width, *self.strides, **self.rows
         )
@@ -87,7 +87,7 @@ def rows_forward(
             call.tokens, call.width, eps, shares, *call.strides,
             MOMENTS=moments, SMOOTHING=smoothing, **call.rows,
         )  # fmt: skip
-    return out._replace(target_sq=call.target_sq)
+    return out._replace(target_sq=call.target_sq.float())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ def coefficient_kernel(
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0).to(tl.float64)
     g = tl.load(g_ptr + rows, mask=alive, other=0.0).to(tl.float64)
     n = tl.load(n_ptr).to(tl.float64)
-    scale, _, _ = scale_of(target_sq, own, eps)
-    s_c = scale.to(tl.float64)
+    s_c, _, _ = scale_of(target_sq, own, eps)
     alone = rival_score == float("-inf")
     s_r = tl.where(alone, s_c, s_c * tl.exp2(tl.where(alone, 0.0, rival_score) * (-2.0 * LOG2E) / n))
     others = tl.where(nll < 1e-3, nll * (1.0 - nll * (0.5 - nll * (1.0 / 6 - nll / 24))), 1.0 - tl.exp2(-nll * LOG2E))
@@ -62,7 +61,7 @@ def coefficient_kernel(
     factor = tl.where(dead, 0.0, n / s_c)
     a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
     r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
-    far = (scale > norm_c) & (s_r > norm_r)
+    far = (s_c > norm_c) & (s_r > norm_r)
     unscale = tl.full((BLOCK_N,), 1.0, dtype=tl.float64)
     if SCALED:
         # No class in the products has a larger A than the rival's bound; leave 5 bits of room below fp16's maximum.
@@ -97,7 +96,7 @@ def gradient_kernel(
     inside = rows < N
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     alive = target >= 0
-    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
+    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0).to(tl.float32)
     own = tl.load(own_ptr + rows, mask=alive, other=0.0)
     _, inverse, floor = scale_of(target_sq, own, eps)
     ratio = ratio_tile(

@@ -28,7 +28,7 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 @triton.jit
 def geometry_kernel(
     x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
-    target_sq_ptr, own_ptr,  # out (N,) fp32
+    target_sq_ptr, own_ptr,  # out (N,) fp64, fp32
     N, D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def forward_kernel(
     split = tl.program_id(1)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     alive = target >= 0
-    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
+    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0).to(tl.float32)
     own = tl.load(own_ptr + rows, mask=alive, other=0.0)
     _, inverse, floor = scale_of(target_sq, own, eps)
     half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
@@ -159,7 +159,7 @@ def finish_kernel(
     x_sq = tl.maximum(target_sq - own, 0.0)
     least = (x_sq + rival_norm) * IDENTICAL + SMALLEST_SQ
     s_r = tl.maximum(rival_sq + eps, least)
-    rival_score = tl.where(alone, float("-inf"), -half_n * tl.log2(s_r.to(tl.float64) / scale.to(tl.float64)))
+    rival_score = tl.where(alone, float("-inf"), -half_n * tl.log2(s_r / scale))
 
     # The rival's own term in the sums is exactly 1 (relative to itself): what is left belongs to the others.
     base = anchor.to(tl.float64)

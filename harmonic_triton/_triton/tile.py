@@ -61,8 +61,11 @@ def difference_sq(
     x_ptr, w_ptr, rows, index, alive, D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(||x - w_index||^2, ||w_index||^2 - 2 x.w_index, ||w_index||^2), each summed by itself in fp32, (BLOCK_N,)."""
-    apart = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    """(||x - w_index||^2 in fp64, ||w_index||^2 - 2 x.w_index, ||w_index||^2), each summed by itself, (BLOCK_N,).
+
+    fp64 because far from all classes the rival's and the target's distances differ by less than fp32 resolves.
+    """
+    apart = tl.zeros((BLOCK_N,), dtype=tl.float64)
     expanded = tl.zeros((BLOCK_N,), dtype=tl.float32)
     w_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
     features = tl.arange(0, BLOCK_D)
@@ -71,7 +74,8 @@ def difference_sq(
         offset = (start + features)[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xn + offset * stride_xd, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float32)
-        apart += tl.sum((x - w) * (x - w), 1)
+        diff = x.to(tl.float64) - w.to(tl.float64)
+        apart += tl.sum(diff * diff, 1)
         expanded += tl.sum(w * (w - 2.0 * x), 1)
         w_sq += tl.sum(w * w, 1)
     return apart, expanded, w_sq

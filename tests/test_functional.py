@@ -1,0 +1,522 @@
+"""What peers get wrong: every line of the semantics that the fused loss promises, on both fast backends."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import harmonic_triton as ht
+from harmonic_triton import _ops, reference
+from harmonic_triton.functional import linear_harmonic_loss
+
+TOKENS, WIDTH, CLASSES, N = 13, 21, 37, 6.0
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    return request.param
+
+
+def make(tokens=TOKENS, width=WIDTH, classes=CLASSES, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator).to(dtype)
+    w = torch.randn(classes, width, generator=generator).to(dtype)
+    target = torch.randint(classes, (tokens,), generator=generator)
+    g = 0.3 + torch.rand(tokens, generator=generator)
+    return x, w, target, g
+
+
+def gradients(x, w, target, *, upstream=1.7, **options):
+    """(loss, dX, dW) under a scalar or per-token upstream gradient."""
+    x, w = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    loss = linear_harmonic_loss(x, w, target, **{"n": N, **options})
+    loss.backward(torch.full_like(loss, upstream) if isinstance(upstream, float) else upstream.to(loss.dtype))
+    return loss.detach(), x.grad, w.grad
+
+
+def close(got, wanted, tolerance=2e-5):
+    """Relative in the norm of the whole tensor; 2e-5 is fp32's eps times n/2 + 2 times the largest kappa here (under 20)."""
+    got, wanted = got.double(), wanted.double()
+    assert got.shape == wanted.shape
+    error = (got - wanted).norm().item()
+    assert error <= tolerance * wanted.norm().item(), f"relative error {error / wanted.norm().item():.2e}"
+
+
+def all_close(got, wanted, tolerance=2e-5):
+    for one, other in zip(got, wanted, strict=True):
+        close(one, other, tolerance)
+
+
+# --- reductions, upstream gradients, autograd ------------------------------------------------------------------------
+
+
+def test_unreduced_loss_under_a_non_uniform_upstream_gradient(backend):
+    x, w, target, g = make()
+    g[3] = 0.0
+    all_close(gradients(x, w, target, upstream=g, reduction="none", backend=backend),
+              gradients(x, w, target, upstream=g, reduction="none", backend="reference"))  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_second_backward_with_another_upstream_gradient(backend, reduction):
+    x, w, target, g = make()
+    x.requires_grad_(), w.requires_grad_()
+    loss = linear_harmonic_loss(x, w, target, n=N, reduction=reduction, backend=backend)
+    up = g if reduction == "none" else torch.tensor(0.6)
+    first = torch.autograd.grad(loss, (x, w), up, retain_graph=True)
+    again = torch.autograd.grad(loss, (x, w), up, retain_graph=True)
+    other = torch.autograd.grad(loss, (x, w), -2.5 * up)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        close(c, -2.5 * a, 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("frozen", ["x", "w"])
+def test_nothing_is_computed_for_a_frozen_operand(backend, reduction, frozen, monkeypatch):
+    asked = []
+    module = _ops.backend_module(backend)
+    for name in ("rows_backward", "reduced_forward"):
+        run = getattr(module, name, None)
+        if run is not None:
+            at = {"rows_backward": 11, "reduced_forward": 10}[name]
+            monkeypatch.setattr(module, name, lambda *a, run=run, at=at: asked.append(a[at : at + 2]) or run(*a))
+    x, w, target, g = make()
+    up = g if reduction == "none" else torch.tensor(1.3)
+    _, dx, dw = gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)
+    trained = (w if frozen == "x" else x).clone().requires_grad_()
+    asked.clear()
+    tensors = (x, trained) if frozen == "x" else (trained, w)
+    linear_harmonic_loss(*tensors, target, n=N, reduction=reduction, backend=backend).backward(up)
+    assert asked == [(frozen == "w", frozen == "x")]
+    close(trained.grad, dw if frozen == "x" else dx, 1e-6)
+
+
+def test_no_gradient_is_formed_where_none_can_flow(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("gradients were computed for nothing")
+
+    monkeypatch.setattr(_ops.backend_module("torch"), "reduced_forward", refuse)
+    x, w, target, _ = make()
+    linear_harmonic_loss(x, w, target)
+    with torch.no_grad():
+        linear_harmonic_loss(x.requires_grad_(), w, target)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_all_targets_ignored(backend, reduction):
+    x, w, target, g = make()
+    target.fill_(-100)
+    x[2, 3] = math.nan  # what an ignored token holds does not matter
+    up = g if reduction == "none" else 1.7
+    loss, dx, dw = gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)
+    assert torch.equal(loss, torch.zeros_like(loss))
+    assert torch.equal(dx, torch.zeros_like(x))
+    assert torch.equal(dw, torch.zeros_like(w))
+
+
+def test_ignore_index_may_be_a_class(backend):
+    x, w, target, g = make()
+    target[::3] = 5
+    options = {"reduction": "none", "ignore_index": 5, "upstream": g}
+    got = gradients(x, w, target, backend=backend, **options)
+    all_close(got, gradients(x, w, target, backend="reference", **options))
+    assert torch.equal(got[1][target == 5], torch.zeros_like(got[1][target == 5]))
+
+
+def test_mean_is_the_sum_over_the_count_of_kept_tokens(backend):
+    x, w, target, _ = make()
+    target[1::4] = -100
+    kept = int((target >= 0).sum())
+    mean, total = (linear_harmonic_loss(x, w, target, n=N, reduction=r, backend=backend) for r in ("mean", "sum"))
+    close(mean * kept, total, 1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_num_items_makes_micro_batches_add_up_to_one_batch(backend, as_tensor):
+    x, w, target, _ = make(tokens=24)
+    target[::5] = -100
+    count = int((target >= 0).sum())
+    _, dx, dw = gradients(x, w, target, backend=backend)
+    total, parts, dw_sum = 0.0, [], torch.zeros_like(w)
+    for rows in torch.arange(24).tensor_split(5):
+        items = torch.tensor(count) if as_tensor else count
+        loss, dx_part, dw_part = gradients(x[rows], w, target[rows], num_items=items, backend=backend)
+        total, dw_sum = total + loss, dw_sum + dw_part
+        parts.append(dx_part)
+    close(torch.cat(parts), dx)
+    close(dw_sum, dw)
+    close(total, linear_harmonic_loss(x, w, target, n=N, backend=backend))
+
+
+# --- options against dense formulas written here ---------------------------------------------------------------------
+
+
+def dense_log_p(x, w, n):
+    return F.log_softmax(-n * torch.cdist(x.double(), w.double(), compute_mode="donot_use_mm_for_euclid_dist").log(), 1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_smoothing_and_class_weights_are_those_of_cross_entropy(backend, weighted, smoothing, reduction):
+    x, w, target, _ = make()
+    target[::4] = -100
+    weight = torch.linspace(0.2, 3.0, CLASSES) if weighted else None
+    xs, ws = x.double().requires_grad_(), w.double().requires_grad_()
+    wanted = F.cross_entropy(
+        dense_log_p(xs, ws, N), target, weight=None if weight is None else weight.double(),
+        label_smoothing=smoothing, reduction=reduction,
+    )  # fmt: skip
+    wanted.backward(torch.full_like(wanted, 1.7))
+    got = gradients(x, w, target, class_weight=weight, label_smoothing=smoothing, reduction=reduction, backend=backend)
+    all_close(got, (wanted.detach(), xs.grad, ws.grad))
+
+
+@pytest.mark.parametrize("n", [2.0, 28.0, 1536.0])
+def test_eps_and_uniform_mix_as_the_authors_use_them(backend, n):
+    x, w, target, g = make()
+    x = (w[target] + w[(target + 1) % CLASSES]) / 2 + 1e-3 * x  # between two classes: p is near 1/2 even at n = 1536
+    alpha, eps = 0.01, 1e-4
+    xs, ws = x.double().requires_grad_(), w.double().requires_grad_()
+    s = (xs.unsqueeze(1) - ws).square().sum(-1) + eps
+    p = F.softmax(-n / 2 * s.log(), 1).gather(1, target.unsqueeze(1)).squeeze(1)
+    wanted = -torch.log((p + alpha / CLASSES) / (1 + alpha))
+    wanted.backward(g.double())
+    got = gradients(x, w, target, n=n, eps=eps, uniform_mix=alpha, reduction="none", upstream=g, backend=backend)
+    # n/2 times fp32's rounding of a squared distance near 40, eps * kappa under 1e-6, enters p
+    all_close(got, (wanted.detach(), xs.grad, ws.grad), 2e-6 * max(n, 10))
+
+
+def test_every_option_at_once(backend):
+    x, w, target, _ = make(tokens=20)
+    target[3::6] = -100
+    options = {"eps": 1e-3, "uniform_mix": 0.05, "class_weight": torch.linspace(0.5, 2, CLASSES), "num_items": 11}
+    if backend == "torch":
+        options["label_smoothing"] = 0.1
+    n_values = [torch.tensor(4.5, requires_grad=True) for _ in range(2)]
+    got = gradients(x, w, target, **{**options, "n": n_values[0]}, backend=backend)
+    wanted = gradients(x, w, target, **{**options, "n": n_values[1]}, backend="reference")
+    all_close(got, wanted)
+    close(n_values[0].grad, n_values[1].grad)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_learnable_exponent(backend, reduction):
+    x, w, target, g = make()
+    found = []
+    for which in (backend, "reference"):
+        n = torch.tensor(5.0, requires_grad=True)
+        loss = linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=which)
+        loss.backward(g.to(loss.dtype) if reduction == "none" else torch.tensor(2.5))
+        found.append(n.grad)
+    close(*found)
+
+
+def test_shift_is_slicing(backend):
+    x, w, target, _ = make(tokens=24)
+    x, target = x.view(2, 3, 4, WIDTH), target.view(2, 3, 4)
+    for reduction in ("none", "mean"):
+        got = gradients(x, w, target, shift=True, reduction=reduction, backend=backend)
+        wanted = gradients(x[..., :-1, :], w, target[..., 1:], reduction=reduction, backend=backend)
+        assert got[0].shape == wanted[0].shape
+        all_close((got[0], got[1][..., :-1, :], got[2]), wanted, 1e-6)
+        assert torch.equal(got[1][..., -1, :], torch.zeros_like(got[1][..., -1, :]))
+
+
+@pytest.mark.parametrize("shape", [(), (13,), (1, 13), (13, 1, 1)])
+def test_leading_shapes(backend, shape):
+    x, w, target, _ = make(tokens=math.prod(shape))
+    loss, stats = linear_harmonic_loss(
+        x.view(*shape, WIDTH), w, target.view(shape), n=N, reduction="none", return_stats=True, backend=backend
+    )
+    assert loss.shape == shape
+    assert all(value.shape == shape for value in stats)
+    close(loss.flatten(), linear_harmonic_loss(x, w, target, n=N, reduction="none", backend="reference"))
+
+
+def test_non_contiguous_everything(backend):
+    x, w, target, g = make(tokens=2 * TOKENS, width=2 * WIDTH, classes=2 * CLASSES)
+    target = target % CLASSES
+    for xs, ws in ((x[::2, 1::2], w[1::2, ::2]), (x[:TOKENS, :WIDTH].t().contiguous().t(), w[:CLASSES, :WIDTH].t().contiguous().t()),
+                   (x[:1, :WIDTH].expand(TOKENS, -1), w[:CLASSES, :WIDTH].flip(0))):  # fmt: skip
+        got = gradients(xs, ws, target[::2], upstream=g[::2], reduction="none", backend=backend)
+        wanted = gradients(xs.contiguous(), ws.contiguous(), target[::2].contiguous(), upstream=g[::2].contiguous(),
+                           reduction="none", backend=backend)  # fmt: skip
+        all_close(got, wanted, 1e-6)
+
+
+def test_upstream_gradient_that_is_an_expanded_scalar(backend):
+    x, w, target, _ = make()
+    x.requires_grad_()
+    linear_harmonic_loss(x, w, target, n=N, reduction="none", backend=backend).sum().mul(1.7).backward()
+    close(x.grad, gradients(x, w, target, reduction="sum", backend=backend)[1], 1e-6)
+
+
+# --- shapes at the edge ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_empty_batch(backend, reduction):
+    x, w, target, _ = make()
+    loss, dx, dw = gradients(x[:0], w, target[:0], reduction=reduction, backend=backend)
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert loss.sum() == 0
+    assert dx.shape == (0, WIDTH)
+    assert torch.equal(dw, torch.zeros_like(w))
+
+
+def test_one_class_has_nothing_to_learn(backend):
+    x, w, _, g = make(classes=1)
+    target = torch.zeros(TOKENS, dtype=torch.int64)
+    loss, dx, dw = gradients(x, w, target, upstream=g, reduction="none", backend=backend)
+    for value in (loss, dx, dw):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 65])
+@pytest.mark.parametrize("width", [1, 3, 17, 33])
+def test_odd_sizes(backend, classes, width):
+    x, w, target, g = make(width=width, classes=classes)
+    all_close(gradients(x, w, target, upstream=g, reduction="none", backend=backend),
+              gradients(x, w, target, upstream=g, reduction="none", backend="reference"), 1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [1, 4 * CLASSES * 3, 10**6])
+def test_results_do_not_depend_on_the_memory_budget(backend, budget):
+    x, w, target, _ = make()
+    for reduction in ("none", "mean"):
+        got = gradients(x, w, target, reduction=reduction, backend=backend, memory_budget=budget)
+        all_close(got, gradients(x, w, target, reduction=reduction, backend=backend), 1e-6)
+
+
+# --- where distances vanish ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1.0, 2.0, 28.0])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_x_on_its_class_vector(backend, n, reduction):
+    x, w, target, g = make()
+    x = w[target].clone()
+    up = g if reduction == "none" else 1.7
+    loss, dx, dw = gradients(x, w, target, upstream=up, n=n, reduction=reduction, backend=backend)
+    for value in (loss, dx, dw):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_x_on_another_class_vector(backend):
+    x, w, target, g = make()
+    x = w[(target + 1) % CLASSES].clone()
+    got = gradients(x, w, target, upstream=g, reduction="none", backend=backend)
+    assert all(value.isfinite().all() for value in got)
+    all_close(got, gradients(x, w, target, upstream=g, reduction="none", backend="reference"), 1e-4)
+    assert got[0].min() > 10  # d^-n against 1.2e-7^-n
+
+
+def test_duplicate_class_vectors(backend):
+    x, w, target, g = make()
+    w[20:] = w[: CLASSES - 20].clone()
+    all_close(gradients(x, w, target, upstream=g, reduction="none", backend=backend),
+              gradients(x, w, target, upstream=g, reduction="none", backend="reference"))  # fmt: skip
+    on = w[target].clone()  # on two class vectors at once: p = 1/2 for those with a duplicate, and no gradient
+    loss, dx, dw = gradients(on, w, target, upstream=g, reduction="none", backend=backend)
+    twice = (target < CLASSES - 20) | (target >= 20)
+    close(loss[twice], torch.full_like(loss[twice], math.log(2)), 1e-6)
+    assert torch.equal(loss[~twice], torch.zeros_like(loss[~twice]))
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_scaling_x_and_w_leaves_the_loss_alone(backend, scale):
+    x, w, target, g = make()
+    small = gradients(x, w, target, upstream=g, reduction="none", backend=backend)
+    large = gradients(x * scale, w * scale, target, upstream=g, reduction="none", backend=backend)
+    all_close((large[0], large[1] * scale, large[2] * scale), small)
+
+
+@pytest.mark.parametrize("ratio", [1e-4, 1e4, 1e6])
+def test_norms_far_apart(backend, ratio):
+    x, w, target, g = make()
+    x = x * ratio
+    got = gradients(x, w, target, upstream=g, reduction="none", backend=backend)
+    wanted = gradients(x, w, target, upstream=g, reduction="none", backend="reference")
+    all_close(got, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("n", [0.5, 1.0, 28.0, 256.0, 1536.0])
+def test_exponents(backend, n):
+    x, w, target, g = make()
+    got = gradients(x, w, target, upstream=g, n=n, reduction="none", backend=backend)
+    wanted = gradients(x, w, target, upstream=g, n=n, reduction="none", backend="reference")
+    all_close(got, wanted, 2e-6 * max(n, 10))
+
+
+# --- poison ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_poisons_its_own_loss_and_nothing_else(backend, poison):
+    x, w, target, g = make()
+    clean = linear_harmonic_loss(x, w, target, n=N, reduction="none", backend=backend)
+    x[4, 7] = poison
+    got = linear_harmonic_loss(x, w, target, n=N, reduction="none", backend=backend)
+    others = torch.arange(TOKENS) != 4
+    assert got[4].isnan()
+    close(got[others], clean[others], 1e-6)
+    g[4] = 0.0  # and where the loop drops that row, its gradients are clean
+    _, dx, dw = gradients(x, w, target, upstream=g, reduction="none", backend=backend)
+    _, dx_others, dw_others = gradients(x[others], w, target[others], upstream=g[others], reduction="none", backend=backend)
+    close(dx[others], dx_others, 1e-6)
+    close(dw, dw_others, 1e-6)
+    assert torch.equal(dx[4], torch.zeros_like(dx[4]))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_outputs_do_not_read_uninitialised_memory(backend, reduction, monkeypatch):
+    """Every buffer the backends allocate without filling starts as NaN; results must not change by a bit."""
+    x, w, target, g = make()
+    target[2] = -100
+    up = g if reduction == "none" else 1.7
+    run = lambda: gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)  # noqa: E731
+    wanted = run()
+    empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+
+    def poisoned(make_tensor):
+        def build(*args, **kwargs):
+            out = make_tensor(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() else out.fill_(-7 if out.dtype == torch.int64 else 101)
+
+        return build
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    for got, value in zip(run(), wanted, strict=True):
+        assert torch.equal(got, value)
+
+
+def test_runs_are_bitwise_equal(backend):
+    x, w, target, g = make(tokens=40, classes=11)
+    first, second = (gradients(x, w, target, upstream=g, reduction="none", backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_statistics_are_those_of_the_dense_probabilities(backend, near):
+    x, w, target, _ = make()
+    if near:
+        x = w[target] + 0.3 * x
+    target[5] = -100
+    loss, stats = linear_harmonic_loss(x, w, target, n=N, return_stats=True, backend=backend)
+    log_p = dense_log_p(x, w, N)
+    kept = target >= 0
+    own = target.clamp_min(0).unsqueeze(1)
+    close(stats.entropy, torch.where(kept, -(log_p.exp() * log_p).sum(1), 0.0))
+    close(stats.target_distance, torch.where(kept, (x - w[own.squeeze(1)]).norm(dim=1), 0.0), 1e-6)
+    close(stats.target_log_prob, torch.where(kept, log_p.gather(1, own).squeeze(1), 0.0))
+    assert torch.equal(stats.predicted, torch.where(kept, log_p.argmax(1), -100))
+    assert torch.equal(stats.correct, kept & (stats.predicted == target))
+    assert not any(value.requires_grad for value in stats)
+    close(loss, -stats.target_log_prob[kept].mean(), 1e-6)
+
+
+# --- log-probabilities, top-k, harmax --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [None, 2.0, 300.0])
+def test_harmonic_logits_are_normalised_log_probabilities(n):
+    x, w, target, _ = make()
+    log_p = ht.harmonic_logits(x, w, n=n)
+    exponent = math.sqrt(WIDTH) if n is None else n
+    close(log_p, dense_log_p(x, w, exponent), 1e-6 * max(10, exponent))
+    close(log_p.exp().sum(1), torch.ones(TOKENS), 1e-5)
+    loss = linear_harmonic_loss(x, w, target, n=n, reduction="none")
+    close(-log_p.gather(1, target.unsqueeze(1)).squeeze(1), loss, 1e-6 * max(10, exponent))
+    assert torch.equal(ht.harmonic_logits(x, w, n=n, normalize=False).max(1).values, torch.zeros(TOKENS))
+
+
+def test_temperature_divides_the_exponent():
+    x, w, _, _ = make()
+    divided = F.log_softmax(ht.harmonic_logits(x, w, n=8.0) / 1.6, 1)
+    close(ht.harmonic_logits(x, w, n=8.0 / 1.6), divided, 1e-5)
+
+
+def test_harmonic_logits_where_distances_vanish():
+    _, w, target, _ = make()
+    x = w[target].clone().requires_grad_()
+    log_p = ht.harmonic_logits(x, w, n=28.0)
+    assert torch.equal(log_p.argmax(1), target)
+    assert log_p.isfinite().all()
+    log_p[:, 0].sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_harmonic_logits_can_be_differentiated_twice():
+    x, w, _, _ = make(tokens=3, width=4, classes=5, dtype=torch.float64)
+    function = lambda a, b, n: ht.harmonic_logits(a, b, n=n).square().sum(1)  # noqa: E731
+    n = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    inputs = (x.requires_grad_(), w.requires_grad_(), n)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_topk_is_that_of_the_dense_log_probabilities():
+    x, w, _, _ = make()
+    values, indices = ht.harmonic_topk(x.view(TOKENS, 1, WIDTH), w, 5, n=N)
+    wanted, where = dense_log_p(x, w, N).topk(5, dim=1)
+    assert values.shape == indices.shape == (TOKENS, 1, 5)
+    assert torch.equal(indices.squeeze(1), where)
+    close(values.squeeze(1), wanted)
+
+
+def test_harmax_is_the_papers_equation():
+    d = torch.rand(4, 6, dtype=torch.float64) + 0.1
+    close(ht.harmax(d, 3.0), d**-3.0 / (d**-3.0).sum(1, keepdim=True), 1e-12)
+    close(ht.harmax(d, 3.0, dim=0), d**-3.0 / (d**-3.0).sum(0), 1e-12)
+    close(ht.log_harmax(1e-30 * d, 300.0), ht.log_harmax(d, 300.0), 1e-9)
+    d[0, :2] = 0
+    assert ht.harmax(d, 2.0)[0].tolist() == [0.5, 0.5, 0, 0, 0, 0]
+    assert torch.autograd.gradcheck(lambda t: ht.log_harmax(t, 2.0), (d[1:].clone().requires_grad_(),))
+
+
+# --- identities that hold for the true gradient ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("near", [0.05, 1.0, 50.0])
+def test_translation_and_scale_identities(backend, near):
+    x, w, target, g = make(tokens=30)
+    x = w[target] + near * x
+    _, dx, dw = (value.double() for value in gradients(x, w, target, upstream=g, reduction="none", backend=backend))
+    size = dx.norm(dim=1).sum() + dw.norm(dim=1).sum()
+    assert (dx.sum(0) + dw.sum(0)).norm() < 1e-6 * size
+    terms = (x.double() * dx).sum(1), (w.double() * dw).sum(1)
+    assert abs(sum(t.sum() for t in terms)) < 1e-6 * sum(t.abs().sum() for t in terms) + 1e-6 * size
+
+
+# --- sizes beyond 32-bit indices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_entries():
+    """N * V > 2^31: no index overflows and memory stays at the budget (about 3 minutes on two cores)."""
+    x, w, target, g = make(tokens=43_000, width=8, classes=50_257)
+    assert len(x) * len(w) > 2**31
+    loss, dx, dw = gradients(x, w, target, upstream=g, reduction="none", backend="torch")
+    last = slice(-40, None)
+    wanted = gradients(x[last], w, target[last], upstream=g[last], reduction="none", backend="reference")
+    all_close((loss[last], dx[last]), wanted[:2])
+    assert dw.isfinite().all()
+
+
+def test_no_kernel_is_imported_with_the_package():
+    code = "import sys, harmonic_triton; print('triton' in sys.modules, 'harmonic_triton._triton' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split()[1] == "False"
+    assert reference.__name__ not in dir(_ops)
