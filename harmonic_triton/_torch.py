@@ -115,9 +115,12 @@ class Chunk:
         rest = self.scores(rival, offset, tile).exp_()
         total = torch.logaddexp(rival_score, offset + rest.sum(1, keepdim=True).double().log())
         identical = rival_s <= IDENTICAL * (self.x_sq[tile] + head.norms[rival].double()) + SMALLEST_SQ
-        on_target = math.log(2.0) * (identical & (rival != target)).double()
-        nll = torch.where(self.on_target[tile], on_target, softplus(total, threshold=50.0))
-        p = rest.mul_((offset - nll).clamp_max(0.0).exp().to(rest.dtype))  # p <= 1 in spite of rounding
+        on_target = self.on_target[tile]  # nobody else has a share there, or a class at the same place has half
+        rival_score = rival_score.masked_fill(on_target, -math.inf)
+        rival_score = rival_score.masked_fill(on_target & identical & (rival != target), 0.0)
+        nll = softplus(torch.where(on_target, rival_score, total), threshold=50.0)
+        share = (offset - nll).clamp_max(80.0).exp().masked_fill(on_target, 0.0)  # finite in fp32
+        p = rest.mul_(share.to(rest.dtype))
         rows = Rows.zeros(len(p), p, moments, head.smoothing is not None)
         rows.nll.copy_(nll.squeeze(1))
         rows.target_sq.copy_(target_sq.squeeze(1))
@@ -129,7 +132,7 @@ class Chunk:
             every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
             every.scatter_(1, target, (-nll).exp().to(p.dtype))
             if moments:
-                rows.score_mean.copy_((every * score).sum(1).masked_fill_(self.on_target[tile].squeeze(1), 0.0))
+                rows.score_mean.copy_((every * score).sum(1).masked_fill_(on_target.squeeze(1), 0.0))
             if head.smoothing is not None:
                 share = head.share(every, head.smoothing)
                 rows.share_score.copy_((share * score).sum(1))

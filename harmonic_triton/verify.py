@@ -40,7 +40,7 @@ class Case:
     @property
     def exponent(self) -> float:
         """The harmonic exponent in use."""
-        return math.sqrt(self.shape[1]) if self.n is None else self.n
+        return torch.tensor(math.sqrt(self.shape[1]) if self.n is None else self.n).item()  # as fp32 holds it
 
     @property
     def growth(self) -> float:
@@ -105,12 +105,11 @@ def distance_for_loss(
     return low.exp().float()
 
 
-def truth(x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor) -> tuple[Tensor, ...]:
+def truth(x: Tensor, w: Tensor, target: Tensor, n: float, g: Tensor) -> tuple[Tensor, ...]:
     """(losses, dX, dW, dn) in fp64, a few rows at a time."""
     from harmonic_triton import reference
 
-    n_value = torch.tensor(math.sqrt(x.shape[1]) if n is None else n, dtype=torch.float64, device=x.device)
-    n_value.requires_grad_()
+    n_value = torch.tensor(n, dtype=torch.float64, device=x.device, requires_grad=True)
     w = w.double().requires_grad_()
     losses, gradients = [], []
     for rows in torch.arange(len(x)).split(max(1, REFERENCE_ENTRIES // len(w))):
@@ -138,7 +137,7 @@ def prepared(case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], tupl
     x, w, target, g = make_inputs(case, device)
     if case.reduction == "sum":
         g = torch.full_like(g, 0.75)
-    return (x, w, target, g), truth(x, w, target, case.n, g)
+    return (x, w, target, g), truth(x, w, target, case.exponent, g)
 
 
 def run_case(case: Case, device: torch.device) -> Outcome:

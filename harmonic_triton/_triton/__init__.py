@@ -125,7 +125,7 @@ def rows_backward(
             unproduct = torch.ones_like(n)
             if scaled:
                 operand = operand.float() * unscale.unsqueeze(1)
-                unproduct = torch.exp2(10 - operand.abs().amax().clamp_min(1e-37).log2().ceil())
+                unproduct = torch.exp2(10 - operand.abs().amax().clamp_min(2.0**-110).log2().ceil())
                 operand = (operand * unproduct).to(x.dtype)
             classes = torch.where(used, torch.stack([target, rows.rival]), call.classes).flatten()
             order = classes.argsort(stable=True)

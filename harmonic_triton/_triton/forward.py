@@ -170,13 +170,15 @@ def finish_kernel(
     y = tl.exp2(-tl.abs(top)) * tl.where(top > 0, 1.0 / sum_, sum_)
     nll = log1p_small(y) + tl.where(top > 0, top * LN2 + tl.log(sum_), 0.0)
     on_target = target_sq + eps == 0.0
-    nll = tl.where(on_target, tl.where((s_r <= least) & (alone == 0), LN2, 0.0), nll)
+    identical = (s_r <= least) & (alone == 0)
+    nll = tl.where(on_target, tl.where(identical, LN2, 0.0), nll)
     nll = tl.where(target_sq - own < float("inf"), nll, float("nan"))  # a NaN or an infinity in x
     nll = tl.where(alive, nll, 0.0)
     inside = rows < N
     tl.store(nll_ptr + rows, nll.to(tl.float32), mask=inside)
     tl.store(rival_ptr + rows, rival, mask=inside)
-    tl.store(rival_score_ptr + rows, tl.where(alive, rival_score * LN2, 0.0).to(tl.float32), mask=inside)
+    shown = tl.where(on_target, tl.where(identical, 0.0, float("-inf")), rival_score * LN2)
+    tl.store(rival_score_ptr + rows, tl.where(alive, shown, 0.0).to(tl.float32), mask=inside)
     finite_score = tl.where(alone, 0.0, rival_score)
     if MOMENTS:
         others = tl.where(alone, 0.0, mean - base) * tl.exp2(base - nll * LOG2E)
