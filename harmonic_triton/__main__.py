@@ -14,7 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, device, which backend serves and why the others do not")
-    verify.add_arguments(commands.add_parser("verify", help="every backend against the fp64 reference, on this machine"))
+    verify.add_arguments(
+        commands.add_parser("verify", help="every backend against the fp64 reference, on this machine")
+    )
     options = parser.parse_args(arguments)
     return doctor.main() if options.command == "doctor" else verify.main(options)
 

@@ -37,11 +37,11 @@ class Rows(NamedTuple):
     def zeros(cls, count: int, like: Tensor, moments: bool, smoothing: bool) -> Rows:
         """Room for ``count`` tokens; ``moments`` and ``smoothing`` say which sums are wanted."""
         lengths = (count, count * moments, *4 * (count * smoothing,), count, count)
-        return cls(*(like.new_zeros(k) for k in lengths), like.new_zeros(count, dtype=torch.int64))
+        return cls._make([*(like.new_zeros(k) for k in lengths), like.new_zeros(count, dtype=torch.int64)])
 
     def select(self, index: Tensor | slice) -> Rows:
         """The same results for some of the tokens."""
-        return Rows(*(field[index] if len(field) else field for field in self))
+        return Rows._make(field[index] if len(field) else field for field in self)
 
 
 def exponent_gradient(rows: Rows, n: Tensor, g: Tensor, g_smooth: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Imports torch only; a backend is imported when an operator runs on it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,20 +56,31 @@ def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor) -> 
         torch._assert_async(good, "harmonic_triton: n must be finite and > 0")
 
 
-@torch.no_grad()
+def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autograd, and without autocast, which would round the operands of every product inside."""
+
+    @functools.wraps(run)
+    def body(x: Tensor, *args: Any) -> Any:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return run(x, *args)
+
+    return body
+
+
+@_plainly
 def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
     check_values(target, len(w), ignore_index, n)
     rows = backend_module(backend).rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, budget)
     return tuple(rows)
 
 
-@torch.no_grad()
+@_plainly
 def _rows_backward(x, w, target, n, v, g, g_smooth, rows, eps, alpha, ignore_index, need_x, need_w, backend, budget):  # type: ignore[no-untyped-def]
     run = backend_module(backend).rows_backward
     return run(x, w, target, n, v, g, g_smooth, Rows(*rows), eps, alpha, ignore_index, need_x, need_w, budget)
 
 
-@torch.no_grad()
+@_plainly
 def _reduced_forward(  # type: ignore[no-untyped-def]
     x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, backend, budget
 ):

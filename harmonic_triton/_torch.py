@@ -39,15 +39,20 @@ class Head:
     norms: Tensor  # (V,) ||w_j||^2
     n: Tensor  # () harmonic exponent
     eps: float
-    smoothing: Tensor | None  # (V,) v_j
+    v: Tensor  # (V,) smoothing weights, empty where there are none
     mix: float  # alpha/V for the smoothing term
 
     @classmethod
     def of(cls, w: Tensor, n: Tensor, v: Tensor | None, eps: float, alpha: float) -> Head:
         weight = w.to(compute_dtype(w.dtype))
-        v = None if v is None else v.to(weight.dtype)
+        v = weight.new_empty(0) if v is None else v.to(weight.dtype)
         norms = torch.cat([block.square().sum(1) for block in weight.split(4096)])
         return cls(weight, norms, n.to(weight.dtype), eps, v, alpha / len(w))
+
+    @property
+    def smoothing(self) -> bool:
+        """Whether the smoothing terms are wanted."""
+        return len(self.v) > 0
 
     def direct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """x - w_index (C, D) and its squared norm (C, 1) fp64, by differences."""
@@ -121,24 +126,24 @@ class Chunk:
         nll = softplus(torch.where(on_target, rival_score, total), threshold=50.0)
         share = (offset - nll).clamp_max(80.0).exp().masked_fill(on_target, 0.0)  # finite in fp32
         p = rest.mul_(share.to(rest.dtype))
-        rows = Rows.zeros(len(p), p, moments, head.smoothing is not None)
+        rows = Rows.zeros(len(p), p, moments, head.smoothing)
         rows.nll.copy_(nll.squeeze(1))
         rows.target_sq.copy_(target_sq.squeeze(1))
         rows.rival.copy_(rival.squeeze(1))
         rows.rival_score.copy_(rival_score.squeeze(1))
-        if moments or head.smoothing is not None:
+        if moments or head.smoothing:
             score = torch.log1p(self.ratio[tile], out=self.work[1, : len(p)]).mul_(-0.5 * head.n)
             score.scatter_(1, target, 0.0).scatter_(1, rival, rival_score.to(p.dtype).nan_to_num(neginf=0.0))
             every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
             every.scatter_(1, target, (-nll).exp().to(p.dtype))
             if moments:
                 rows.score_mean.copy_((every * score).sum(1).masked_fill_(on_target.squeeze(1), 0.0))
-            if head.smoothing is not None:
-                share = head.share(every, head.smoothing)
+            if head.smoothing:
+                share = head.share(every, head.v)
                 rows.share_score.copy_((share * score).sum(1))
                 rows.share_sum.copy_(share.sum(1))
                 rows.share_rest.copy_(share.scatter(1, target, 0.0).sum(1))
-                rows.smooth.copy_(-torch.log(every + head.mix) @ head.smoothing if head.mix
+                rows.smooth.copy_(-torch.log(every + head.mix) @ head.v if head.mix
                                   else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
         return rows, p
 
@@ -151,7 +156,7 @@ class Chunk:
         if g_smooth is not None:
             head = self.head
             slope = p * (g + g_smooth * rows.share_sum).unsqueeze(1)
-            p = slope.sub_(g_smooth.unsqueeze(1) * head.share(p, head.smoothing)).scatter_(1, special, 0.0)
+            p = slope.sub_(g_smooth.unsqueeze(1) * head.share(p, head.v)).scatter_(1, special, 0.0)
         ratio.scatter_(1, special, 0.0)
         p.div_(torch.add(ratio, 1, out=self.work[1, : len(p)]))
         sums = torch.stack([p.sum(1), torch.mul(p, ratio, out=self.work[1, : len(p)]).sum(1)], 1)
@@ -165,9 +170,9 @@ class Gradients:
     def __init__(self, head: Head, tokens: int, need_x: bool, need_w: bool) -> None:
         new, (classes, width) = head.weight.new_zeros, head.weight.shape
         self.head = head
-        self.dx = new(tokens, width) if need_x else None
-        self.dw = new(classes, width) if need_w else None
-        self.column_sum = new(classes) if need_w else None
+        self.need_x, self.need_w = need_x, need_w
+        self.dx = new(tokens, width) if need_x else new(0)
+        self.dw, self.column_sum = (new(classes, width), new(classes)) if need_w else (new(0), new(0))
 
     def add(self, chunk: Chunk, at: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None, sums: Tensor) -> None:
         """Add a chunk whose ``ratio`` holds its coefficients."""
@@ -181,7 +186,7 @@ class Gradients:
             g_others, g_rival = g * others, g * rival_p  # sum of G_j over j != c; G_r
         else:
             g_smooth, mass = g_smooth.double().unsqueeze(1), rows.share_sum.double().unsqueeze(1)
-            v = head.smoothing.double()
+            v = head.v.double()
             g_others = (g + g_smooth * mass) * others - g_smooth * rows.share_rest.double().unsqueeze(1)
             g_rival = (g + g_smooth * mass) * rival_p - g_smooth * head.share(rival_p, v[rival])
         floored = s_r <= IDENTICAL * (chunk.x_sq + head.norms[rival].double()) + SMALLEST_SQ
@@ -191,7 +196,7 @@ class Gradients:
         a_rival = (-n * g_rival / s_r).masked_fill(skip_rival, 0.0)
         scale = factor.to(x.dtype)
         special = ((a_target, target, chunk.target_diff), (a_rival, rival, rival_diff))
-        if self.dx is not None:
+        if self.need_x:
             # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.
             far = (s_c > head.norms[target].double()) & (s_r > head.norms[rival].double())
             r_form = (n * g_rival * (s_r - s_c) / (s_r * s_c)).masked_fill(skip_rival, 0.0) + factor * sums[:, 1:]
@@ -200,7 +205,7 @@ class Gradients:
             for a, index, diff in special:
                 dx.addcmul_(a.to(x.dtype), torch.where(far, -head.weight[index.squeeze(1)], diff))
             self.dx[at] = dx
-        if self.dw is not None:
+        if self.need_w:
             self.dw.addmm_(chunk.ratio.t(), x * scale)
             self.column_sum.addmv_(chunk.ratio.t(), scale.squeeze(1))
             for a, index, diff in special:
@@ -208,10 +213,9 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(dX, dW) in the compute dtype; empty where not asked for."""
-        empty = self.head.weight.new_empty(0)
-        if self.dw is not None:
+        if self.need_w:
             self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
-        return empty if self.dx is None else self.dx, empty if self.dw is None else self.dw
+        return self.dx, self.dw
 
 
 def _scatter_add(out: Tensor, index: Tensor, values: Tensor) -> None:
@@ -291,7 +295,11 @@ def rows_backward(
             sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
             for tile in chunk.tiles():
                 chunk.ratio[tile].add_(chunk.shift[tile]).scatter_(1, chunk.target[tile], math.inf)
-                p = chunk.scores(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile).clamp_max_(0.0).exp_()
+                p = (
+                    chunk.scores(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile)
+                    .clamp_max_(0.0)
+                    .exp_()
+                )
                 smooth = None if up_smooth is None else up_smooth[tile]
                 sums[tile] = chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth)
             out.add(chunk, at, mine, up, up_smooth, sums)

@@ -26,14 +26,18 @@ def tensors(**named: Any) -> None:
     distributed = {name: type(value).__name__ == "DTensor" for name, value in named.items()}
     if any(distributed.values()):
         which = ", ".join(name for name, is_dtensor in distributed.items() if is_dtensor)
-        raise TypeError(f"{which}: DTensor is not supported; pass the local or the full tensor (.to_local(), .full_tensor())")
+        raise TypeError(
+            f"{which}: DTensor is not supported; pass the local or the full tensor (.to_local(), .full_tensor())"
+        )
 
 
 def features(input: Tensor, linear_weight: Tensor) -> None:
     """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device."""
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {describe(value)}; cast it first")
+            raise TypeError(
+                f"{name} must be bfloat16, float16, float32 or float64, got {describe(value)}; cast it first"
+            )
     if linear_weight.dim() != 2 or linear_weight.shape[0] == 0 or linear_weight.shape[1] == 0:
         raise ValueError(f"linear_weight must be (V, D) with V, D >= 1, got {describe(linear_weight)}")
     if input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
@@ -114,7 +118,9 @@ def class_weight(weight: Any, linear_weight: Tensor) -> None:
         return
     tensors(class_weight=weight)
     if weight.shape != linear_weight.shape[:1] or not weight.is_floating_point():
-        raise ValueError(f"class_weight must be floating and of shape ({linear_weight.shape[0]},), got {describe(weight)}")
+        raise ValueError(
+            f"class_weight must be floating and of shape ({linear_weight.shape[0]},), got {describe(weight)}"
+        )
     if weight.device != linear_weight.device:
         raise ValueError(f"class_weight is on {weight.device} and linear_weight on {linear_weight.device}")
     if weight.requires_grad:

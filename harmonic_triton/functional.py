@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,15 @@ class HarmonicStats(NamedTuple):
     target_log_prob: Tensor  # log p_c, without smoothing and mix
 
 
+@overload
 def linear_harmonic_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def linear_harmonic_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, HarmonicStats]: ...
+def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what changes the type
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -117,28 +125,35 @@ def linear_harmonic_loss(
     moments = return_stats or wanted[2]
     options = (float(eps), float(uniform_mix), ignore_index)
     constant = math.log1p(uniform_mix)
+    stats: tuple[Tensor, ...] = ()
     if backend == "reference":
         _ops.check_values(labels, classes, ignore_index, n)
         loss = reference.linear_harmonic_loss(
             x, linear_weight, labels, n=n, eps=eps, uniform_mix=uniform_mix, class_weight=class_weight,
             ignore_index=ignore_index, reduction=reduction, num_items=num_items, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-        stats = reference.statistics(x, linear_weight, labels, n, eps, ignore_index) if return_stats else ()
+        if return_stats:
+            stats = reference.statistics(x, linear_weight, labels, n, eps, ignore_index)
     elif reduction != "none" and any(wanted) and backend == "torch":
         loss, _, _, _, *fields = _ops.ReducedFunction.apply(
             x, linear_weight, n, v, labels, token, smooth, *options, *wanted, moments, backend, memory_budget or 0
         )
-        stats = _stats(Rows(*fields), labels, ignore_index) if return_stats else ()
-        loss = loss + constant * (token.sum() + (smooth.sum() * v.sum() if v is not None else 0.0)) if constant else loss
+        rows = Rows._make(fields)
+        if constant:
+            loss = loss + constant * (
+                token.sum() if v is None or smooth is None else token.sum() + smooth.sum() * v.sum()
+            )
     else:
-        rows = Rows(*_ops.RowsFunction.apply(
-            x, linear_weight, n, v, labels, *options, moments, backend, memory_budget or 0))  # fmt: skip
-        stats = _stats(rows, labels, ignore_index) if return_stats else ()
+        rows = Rows._make(
+            _ops.RowsFunction.apply(x, linear_weight, n, v, labels, *options, moments, backend, memory_budget or 0)
+        )
         losses = token * (mixed_nll(rows.nll, uniform_mix / classes) + constant)
-        if v is not None:
+        if v is not None and smooth is not None:
             losses = losses + smooth * (rows.smooth + constant * v.sum())
         losses = torch.where(labels == ignore_index, 0.0, losses)
         loss = losses if reduction == "none" else losses.sum()
+    if return_stats and backend != "reference":
+        stats = _stats(rows, labels, ignore_index)
 
     def shaped(values: Tensor) -> Tensor:
         values = values.reshape(target.shape)
@@ -173,7 +188,8 @@ def harmonic_logits(
     _validate.between("eps", eps, 0.0)
     dtype = compute_dtype(input.dtype)
     n = exponent_tensor(n, input.shape[-1], input.device, dtype)
-    scores = _scores_from_nearest(input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype), n, eps)
+    with torch.autocast(input.device.type, enabled=False):  # the operands are cast; their products stay in fp32
+        scores = _scores_from_nearest(input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype), n, eps)
     return (scores.log_softmax(-1) if normalize else scores).reshape(*input.shape[:-1], len(linear_weight))
 
 
@@ -199,9 +215,7 @@ def harmonic_topk(
     with torch.no_grad():
         rows = max(1, 2**25 // max(1, len(linear_weight)))
         flat = input.reshape(-1, input.shape[-1]) if input.dim() else input
-        chunks = [
-            harmonic_logits(chunk, linear_weight, n=n, eps=eps).topk(k, dim=-1) for chunk in flat.split(rows)
-        ]
+        chunks = [harmonic_logits(chunk, linear_weight, n=n, eps=eps).topk(k, dim=-1) for chunk in flat.split(rows)]
         values, indices = (torch.cat(parts).reshape(*input.shape[:-1], k) for parts in zip(*chunks, strict=True))
     return values, indices
 

@@ -99,10 +99,10 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options):
     relative = 1 + (n / 2) * (kappa + mean_kappa) + kappa
     special = torch.zeros_like(a).scatter(1, own, 1.0).scatter(1, rival, 1.0)
     x_norm, w_norm = x_sq.sqrt(), w_sq.sqrt()
-    apart = (a * s.sqrt() * relative) * unit
+    tiny = info.tiny * 100  # probabilities below fp32's normal range are rounded to its steps, or flushed
+    apart = (a * s.sqrt() * relative) * unit + tiny * n * v * g.double()[kept].abs().unsqueeze(1) / s.sqrt()
     through = a * (1 - special)
     rounded = narrow if x.element_size() == 2 else unit
-    tiny = info.tiny * 100
 
     def whole(values):
         out = values.new_zeros(len(target))

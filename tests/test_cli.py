@@ -10,7 +10,7 @@ import torch
 from harmonic_triton import verify
 from harmonic_triton.__main__ import main
 
-TINY = ["verify", "--shape", "9x400x50"]  # n = 20: the rounding of bf16 inputs leaves a loss of 1e-20 near there
+TINY = ["verify", "--shape", "6x200x30"]  # n = 14: the rounding of bf16 inputs leaves a loss of 1e-20 near there
 
 
 def test_doctor(capsys):

@@ -369,7 +369,9 @@ def test_a_bad_row_poisons_its_own_loss_and_nothing_else(backend, poison):
     close(got[others], clean[others], 1e-6)
     g[4] = 0.0  # and where the loop drops that row, its gradients are clean
     _, dx, dw = gradients(x, w, target, upstream=g, reduction="none", backend=backend)
-    _, dx_others, dw_others = gradients(x[others], w, target[others], upstream=g[others], reduction="none", backend=backend)
+    _, dx_others, dw_others = gradients(
+        x[others], w, target[others], upstream=g[others], reduction="none", backend=backend
+    )
     close(dx[others], dx_others, 1e-6)
     close(dw, dw_others, 1e-6)
     assert torch.equal(dx[4], torch.zeros_like(dx[4]))
@@ -381,14 +383,16 @@ def test_outputs_do_not_read_uninitialised_memory(backend, reduction, monkeypatc
     x, w, target, g = make()
     target[2] = -100
     up = g if reduction == "none" else 1.7
-    run = lambda: gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)  # noqa: E731
+    run = lambda: gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)
     wanted = run()
     empty, new_empty, empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
 
     def poisoned(make_tensor):
         def build(*args, **kwargs):
             out = make_tensor(*args, **kwargs)
-            return out.fill_(math.nan) if out.is_floating_point() else out.fill_(-7 if out.dtype == torch.int64 else 101)
+            return (
+                out.fill_(math.nan) if out.is_floating_point() else out.fill_(-7 if out.dtype == torch.int64 else 101)
+            )
 
         return build
 
@@ -460,7 +464,7 @@ def test_harmonic_logits_where_distances_vanish():
 
 def test_harmonic_logits_can_be_differentiated_twice():
     x, w, _, _ = make(tokens=3, width=4, classes=5, dtype=torch.float64)
-    function = lambda a, b, n: ht.harmonic_logits(a, b, n=n).square().sum(1)  # noqa: E731
+    function = lambda a, b, n: ht.harmonic_logits(a, b, n=n).square().sum(1)
     n = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     inputs = (x.requires_grad_(), w.requires_grad_(), n)
     assert torch.autograd.gradcheck(function, inputs)
@@ -520,3 +524,18 @@ def test_no_kernel_is_imported_with_the_package():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split()[1] == "False"
     assert reference.__name__ not in dir(_ops)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_autocast_casts_the_operands_and_nothing_else(backend, reduction):
+    """As if x and w had been cast by hand: products inside keep fp32 results, gradients come back in fp32."""
+    x, w, target, g = make()
+    up = g if reduction == "none" else 1.7
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)
+        log_p = ht.harmonic_logits(x, w, n=N)
+    cast = (x.bfloat16(), w.bfloat16())
+    wanted = gradients(*cast, target, upstream=up, reduction=reduction, backend=backend)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, wanted, strict=True))
+    assert got[1].dtype == got[2].dtype == torch.float32
+    assert torch.equal(log_p, ht.harmonic_logits(*cast, n=N))

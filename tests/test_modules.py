@@ -38,7 +38,7 @@ def test_loss_module_is_the_function():
 def test_default_exponent_is_the_root_of_the_width():
     module = head()
     assert torch.equal(module(X), ht.harmonic_logits(X, module.weight, n=12**0.5))
-    assert not any("n" == name for name, _ in module.named_parameters())
+    assert not any(name == "n" for name, _ in module.named_parameters())
 
 
 def test_a_tied_head_trains_the_embedding_through_both_uses():

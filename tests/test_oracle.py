@@ -46,7 +46,9 @@ def run(x, w, target, g, backend, **options):
 def compare(x, w, target, g, backend, **options):
     """Assert loss, dX and dW within their derived bounds; with 16-bit outputs the gradients are first scaled into range."""
     if x.element_size() == 2:
-        biggest = max(tensor.abs().max().item() for tensor in run(x.float(), w.float(), target, g, "torch", **options)[1:])
+        biggest = max(
+            tensor.abs().max().item() for tensor in run(x.float(), w.float(), target, g, "torch", **options)[1:]
+        )
         g = g * 2.0 ** -round(math.log2(biggest)) if 1e-20 < biggest < math.inf else g
     truth = oracle(x, w, target, g, **options)
     truth.check(*run(x, w, target, g, backend, **options))

@@ -51,7 +51,9 @@ def test_loss_and_gradient_in_high_precision(away, n, options):
         slope = derivative(lambda h, k=k: exact(moved(x.tolist(), k, h), rows, 2, n, **options))
         assert abs(a.grad[0, k].item() - 1.7 * slope) <= tolerance * (abs(1.7 * slope) + a.grad.norm().item())
     for j in (0, 2):
-        slope = derivative(lambda h, j=j: exact(x.tolist(), rows[:j] + [moved(rows[j], 1, h)] + rows[j + 1:], 2, n, **options))
+        slope = derivative(
+            lambda h, j=j: exact(x.tolist(), rows[:j] + [moved(rows[j], 1, h)] + rows[j + 1 :], 2, n, **options)
+        )
         assert abs(b.grad[j, 1].item() - 1.7 * slope) <= tolerance * (abs(1.7 * slope) + b.grad[j].norm().item())
     slope = derivative(lambda h: exact(x.tolist(), rows, 2, n + h, **options))
     assert abs(exponent.grad.item() - 1.7 * slope) <= tolerance * abs(1.7 * slope) + 1e-14 * loss.item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 LOSSES = ("harmonic", "cross_entropy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PAPER_WIDTH, PAPER_N = 768, 28
+GPT2_TOKENS = 50257
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -48,12 +49,17 @@ class Config:
     scale_attention_by_layer: bool = option(False, "divide attention scores of layer i (from 1) by i")
 
     n: float | None = option(28.0, "harmonic exponent on the distance; none takes sqrt(width)")
+    harmonic_gain: float | None = option(
+        None, "initial gain of the last norm with the harmonic loss; by default init_std, then |x| starts as |w|"
+    )
     uniform_mix: float = option(0.0, "alpha of the GPT-2 loss of the authors, -log((p + alpha/V)/(1 + alpha))")
 
     steps: int = option(1200, "optimiser steps")
     batch_size: int = option(8, "sequences a step, over all processes and micro-batches")
-    micro_batch_size: int = option(8, "sequences a process takes at once; the rest is accumulated")
-    lr_harmonic: float | None = option(None, "peak learning rate with the harmonic loss; by default 6e-3 * 28/n")
+    micro_batch_size: int = option(
+        8, "sequences a process takes at once, the rest is accumulated; by default no more than its share of the batch"
+    )
+    lr_harmonic: float | None = option(None, "peak learning rate with the harmonic loss; by default 6e-4 * 768/width")
     lr_cross_entropy: float | None = option(None, "peak learning rate with cross-entropy; by default 6e-4 * 768/width")
     min_lr_ratio: float = option(0.05, "final over peak learning rate")
     warmup_harmonic: float = option(0.1, "share of the steps spent warming up with the harmonic loss")
@@ -68,7 +74,7 @@ class Config:
     eval_every: int = option(100, "steps between validations")
     eval_batches: int = option(16, "batches of batch_size sequences in a validation, always the same")
     checkpoint_every: int = option(100, "steps between checkpoints")
-    prompt: str = option("def ", "start of the generated text")
+    prompt: str = option("def", "start of the generated text")
     samples: int = option(3, "texts to generate")
     sample_tokens: int = option(160, "tokens in each of them")
     temperature: float = option(0.8, "temperature T of the samples; for the harmonic head it means n -> n/T")
@@ -90,26 +96,35 @@ class Config:
     def initial_std(self) -> float:
         return self.width**-0.5 if self.init_std is None else self.init_std
 
-    def peak_lr(self, loss: str) -> float:
-        """The paper's learning rates, scaled by how strongly a log-probability answers to the weights.
-
-        A dot product of D terms moves with D. The HarMax does not know the scale of its distances: it moves with n.
-        """
+    def initial_gain(self, loss: str) -> float:
+        """Of the last norm. Distances tell little while ‖x‖ and ‖w‖ differ much; dot products do not mind."""
         if loss == "harmonic":
-            return 6e-3 * PAPER_N / self.exponent if self.lr_harmonic is None else self.lr_harmonic
-        return 6e-4 * PAPER_WIDTH / self.width if self.lr_cross_entropy is None else self.lr_cross_entropy
+            return self.initial_std if self.harmonic_gain is None else self.harmonic_gain
+        return 1.0
+
+    def peak_lr(self, loss: str) -> float:
+        """The paper's rate for cross-entropy at D = 768, scaled by 1/D; for both losses.
+
+        The paper's ten times higher rate for the harmonic loss has to stretch class vectors a fiftieth as long as the
+        hidden states. Where both start equally long (``initial_gain``) a higher rate does worse: see the README.
+        """
+        given = self.lr_harmonic if loss == "harmonic" else self.lr_cross_entropy
+        return 6e-4 * 768 / self.width if given is None else given
+
+    def warmup(self, loss: str) -> float:
+        return self.warmup_harmonic if loss == "harmonic" else self.warmup_cross_entropy
 
     def lr(self, loss: str, step: int) -> float:
         """Linear warm-up, then a cosine from the peak to ``min_lr_ratio`` of it."""
         peak = self.peak_lr(loss)
-        warmup = round(self.steps * (self.warmup_harmonic if loss == "harmonic" else self.warmup_cross_entropy))
+        warmup = round(self.steps * self.warmup(loss))
         if step < warmup:
             return peak * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
         return peak * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on. The rest changes where and how a run is watched, not what it computes."""
+        """What a checkpoint must agree on. The rest changes where a run is computed, or how it is watched."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
 
     def validate(self, world_size: int = 1) -> None:
@@ -133,12 +148,14 @@ class Config:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}: it must be in [0, 1)")
         if self.val_fraction == 0:
             raise ValueError("--val-fraction is 0: give validation a share, for example 0.1")
+        if self.seed >= 2**31:
+            raise ValueError(f"--seed is {self.seed}: it must be below {2**31}")
         if self.vocab_size > 2**16:
             raise ValueError(f"--vocab-size is {self.vocab_size}: tokens are stored as uint16, so at most 65536")
         if self.tokenizer == "bpe" and not is_binary(self.data) and self.vocab_size < 257:
             raise ValueError(f"--vocab-size is {self.vocab_size}: a byte-level BPE needs at least 257")
-        if self.tokenizer == "gpt2" and not is_binary(self.data) and self.vocab_size < 50257:
-            raise ValueError(f"--vocab-size is {self.vocab_size}: GPT-2's vocabulary needs 50257 or more (50304)")
+        if self.tokenizer == "gpt2" and not is_binary(self.data) and self.vocab_size < GPT2_TOKENS:
+            raise ValueError(f"--vocab-size is {self.vocab_size}: GPT-2's vocabulary needs {GPT2_TOKENS} or more")
         if self.width % self.heads:
             near = self.heads * max(1, round(self.width / self.heads))
             raise ValueError(f"--width is {self.width}, not a multiple of --heads {self.heads}: try --width {near}")
@@ -148,11 +165,11 @@ class Config:
                 f"--batch-size is {self.batch_size}, not a multiple of --micro-batch-size {self.micro_batch_size} "
                 f"x {world_size} process(es): try --batch-size {together * max(1, round(self.batch_size / together))}"
             )
-        kind = self.device.split(":")[0]
-        if kind not in ("auto", "cpu", "cuda"):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"--device is {self.device!r}: choose auto, cpu, cuda or cuda:INDEX")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device is {self.device} but torch {torch.__version__} sees no GPU: use --device cpu")
+        seen = torch.cuda.device_count()
+        if self.device_type == "cuda" and int(self.device.partition(":")[2] or 0) >= seen:
+            raise ValueError(f"--device is {self.device} but torch {torch.__version__} sees {seen} GPU(s): use cpu")
         if self.dtype == "float16" and self.device_type == "cpu":
             raise ValueError("--dtype float16 needs a GPU and its gradient scaler: use bfloat16 or float32 on a CPU")
         if os.path.exists(self.out) and not os.path.isdir(self.out):
@@ -166,26 +183,42 @@ class Config:
 
 
 _FREE = {
-    *("out", "loss", "data", "checkpoint_every", "prompt", "samples", "sample_tokens", "temperature"),
-    *("measure_head", "device", "compile", "resume"),
-}  # data is compared by its content instead
+    *("out", "loss", "data", "micro_batch_size", "checkpoint_every", "prompt", "samples", "sample_tokens"),
+    *("temperature", "measure_head", "device", "compile", "resume"),
+}  # data is compared by its content instead; micro-batches, device, compile and processes change rounding alone
 _AT_LEAST = {
     **dict.fromkeys(("layers", "heads", "width", "block", "steps", "batch_size", "micro_batch_size"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every", "sample_tokens"), 1),
     **dict.fromkeys(("vocab_size",), 2),
     **dict.fromkeys(("samples", "seed", "uniform_mix", "weight_decay", "grad_clip", "min_lr_ratio"), 0),
 }
-_POSITIVE = ("n", "init_std", "lr_harmonic", "lr_cross_entropy", "temperature")
+_POSITIVE = ("n", "init_std", "harmonic_gain", "lr_harmonic", "lr_cross_entropy", "temperature")
 _FRACTIONS = ("val_fraction", "dropout", "warmup_harmonic", "warmup_cross_entropy", "beta1", "beta2")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "gpt2": {
-        **{"out": "runs/gpt2", "tokenizer": "gpt2", "vocab_size": 50304, "prompt": "\n"},
-        **{"layers": 12, "heads": 12, "width": 768, "block": 1024, "init_std": 0.0202},
-        **{"scale_attention_by_layer": True, "uniform_mix": 0.01, "dtype": "bfloat16"},
-        **{"steps": 10_000, "batch_size": 480, "micro_batch_size": 12},
-        **{"eval_every": 250, "eval_batches": 1, "checkpoint_every": 250, "sample_tokens": 256},
+        "out": "runs/gpt2",
+        "tokenizer": "gpt2",
+        "vocab_size": 50304,
+        "layers": 12,
+        "heads": 12,
+        "width": 768,
+        "block": 1024,
+        "init_std": 0.0202,
+        "harmonic_gain": 1.0,
+        "scale_attention_by_layer": True,
+        "uniform_mix": 0.01,
+        "steps": 10_000,
+        "batch_size": 480,
+        "micro_batch_size": 12,
+        "lr_harmonic": 6e-3,
+        "dtype": "bfloat16",
+        "eval_every": 250,
+        "eval_batches": 1,
+        "checkpoint_every": 250,
+        "prompt": "\n",
+        "sample_tokens": 256,
     },
 }
 
@@ -226,13 +259,11 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def from_arguments(arguments: Sequence[str] | None) -> Config:
+def from_arguments(arguments: Sequence[str] | None, world_size: int = 1) -> Config:
     """A preset with the given options over it."""
     given = vars(parser().parse_args(arguments))
-    preset = given.pop("preset")
+    preset = Config(**PRESETS[given.pop("preset")])
     if "data" in given:
         given["data"] = tuple(given["data"])
-    if "batch_size" in given and "micro_batch_size" not in given:
-        usual = PRESETS[preset].get("micro_batch_size", Config.micro_batch_size)
-        given["micro_batch_size"] = min(usual, given["batch_size"])
-    return replace(Config(**PRESETS[preset]), **given)
+    share = max(1, given.get("batch_size", preset.batch_size) // world_size)
+    return replace(preset, **{"micro_batch_size": min(preset.micro_batch_size, share), **given})

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .config import Config, is_binary
+from .config import GPT2_TOKENS, Config, is_binary
 
 SEPARATOR = "<|endoftext|>"
 ENCODE_AT_ONCE = 2**24  # characters
@@ -205,8 +205,12 @@ def load_binary(config: Config) -> Corpus:
         digest.update(f"{split} {size} ".encode() + ends)
     vocabulary: Vocabulary = TokenIds()
     if (root / "tokenizer.json").is_file():
-        vocabulary = BPE(Tokenizer.from_file(str(root / "tokenizer.json")))
-    elif config.tokenizer == "gpt2":
+        tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+        if tokenizer.get_vocab_size() > config.vocab_size:
+            needed = f"{root / 'tokenizer.json'} has {tokenizer.get_vocab_size()} tokens"
+            raise ValueError(f"--vocab-size is {config.vocab_size} but {needed}: give at least as many")
+        vocabulary = BPE(tokenizer)
+    elif config.tokenizer == "gpt2" and config.vocab_size >= GPT2_TOKENS:
         with contextlib.suppress(ValueError):  # training needs no vocabulary; samples then show token numbers
             vocabulary = GPT2()
     text = f"{root.name}: train.bin, val.bin"

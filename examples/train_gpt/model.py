@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class GPT(nn.Module):
             if p.ndim == 2:
                 residual = math.sqrt(2 * config.layers) if name.endswith("proj.weight") else 1.0
                 nn.init.normal_(p, std=config.initial_std / residual)
+        nn.init.constant_(self.norm.weight, config.initial_gain(loss))
 
     def hidden(self, ids: Tensor) -> Tensor:
         """(batch, length) ids to (batch, length, D)."""
@@ -75,9 +77,10 @@ class GPT(nn.Module):
         """Sum of the tokens' losses over ``num_items``; without it, their mean."""
         x = self.hidden(ids)
         if self.loss == "harmonic":
-            return ht.linear_harmonic_loss(
+            loss = ht.linear_harmonic_loss(
                 x, self.tokens.weight, targets, n=self.n, uniform_mix=self.uniform_mix, num_items=num_items
             )
+            return cast(Tensor, loss)
         logits = F.linear(x, self.tokens.weight)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         if self.uniform_mix:

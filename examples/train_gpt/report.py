@@ -28,8 +28,8 @@ from .data import Corpus, write
 from .model import GPT
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 NAMES = {"harmonic": "harmonic", "cross_entropy": "cross-entropy", "authors": "authors' dense form"}
 COLOURS = {"harmonic": "#0b7a75", "cross_entropy": "#d1495b", "authors": "#8a8f98"}
@@ -81,9 +81,7 @@ def load_trained(config: Config, corpus: Corpus, device: torch.device, loss: str
         generator = torch.Generator(device).manual_seed(config.seed)
         drawn = model.generate(ids, config.sample_tokens, config.temperature, generator)
         texts = [corpus.vocabulary.decode(row) for row in drawn.tolist()]
-    return Trained(
-        loss, state["history"], state["seconds"], vectors, texts, analysis.principal_components(vectors)
-    )
+    return Trained(loss, state["history"], state["seconds"], vectors, texts, analysis.principal_components(vectors))
 
 
 def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
@@ -115,9 +113,7 @@ def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
 # ---------------------------------------------------------------------------------------------------------- sections
 
 
-def numbers_section(
-    config: Config, corpus: Corpus, runs: list[Trained], groups: list[analysis.Parallelograms]
-) -> str:
+def numbers_section(config: Config, corpus: Corpus, runs: list[Trained], groups: list[analysis.Parallelograms]) -> str:
     """The title and the table of final numbers."""
     tokens = config.steps * config.batch_size * config.block
 
@@ -139,12 +135,15 @@ def numbers_section(
         ("parallelogram loss, median", quadruple_median),
     ]
     body = table(["", *(r.name for r in runs)], [[label, *(show(r) for r in runs)] for label, show in rows])
-    both = len(runs) > 1
-    what = "The same GPT, trained with each loss in turn" if both else f"A GPT trained with {runs[0].name} loss"
+    what = f"A GPT trained with {runs[0].name} loss for {config.steps:,} steps, {tokens:,} tokens"
+    if len(runs) > 1:
+        what = (
+            f"The same GPT, trained with each loss in turn for {config.steps:,} steps, {tokens:,} tokens, on the same "
+            "batches and from the same initial weights but for the gain of the last norm"
+        )
     return (
         f"<h1>GPT with {' and '.join(r.name for r in runs)} loss</h1>"
-        f"<p>{what} from {esc(corpus.description)}: {config.steps:,} steps, {tokens:,} tokens each"
-        f"{', same initial weights and same batches' if both else ''}.</p>{body}"
+        f"<p>{what}. Text: {esc(corpus.description)}.</p>{body}"
     )
 
 
@@ -171,8 +170,13 @@ def loss_section(config: Config, runs: list[Trained]) -> str:
 
 def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
     shape = {
-        **{"tokens": config.micro_batch_size * config.block, "width": config.width, "classes": corpus.vocab_size},
-        **{"n": config.exponent, "dtype": config.dtype, "device": str(device), "threads": torch.get_num_threads()},
+        "tokens": config.micro_batch_size * config.block,
+        "width": config.width,
+        "classes": corpus.vocab_size,
+        "n": config.exponent,
+        "dtype": config.dtype,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
     }
     cache = Path(config.out) / "head_cost.json"
     stored = json.loads(cache.read_text()) if cache.exists() else {}
@@ -181,7 +185,7 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
         write(cache, json.dumps(stored, indent=1).encode())
     heads = stored["heads"]
     measured = {head: cost for head, cost in heads.items() if "error" not in cost}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 2.4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)
     for axis, key, scale, title in (
         (axes[0], "ms", 1, "time, forward and backward (ms)"),
         (axes[1], "bytes", 2**20, "peak memory beyond x, W and gradients (MiB)"),
@@ -190,20 +194,22 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
         bars = axis.barh([NAMES[h] for h in measured], values, color=[COLOURS[h] for h in measured], height=0.6)
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.margins(x=0.15)
-        axis.invert_yaxis()
         axis.set_xlabel(title)
+    axes[0].invert_yaxis()
     rows = [
         [NAMES[head], f"{cost['ms']:.1f}", f"{cost['bytes'] / 2**20:.1f}"]
         if head in measured
         else [NAMES[head], "did not finish", esc(cost["error"])]
         for head, cost in heads.items()
     ]
+    precision = "float32" if config.dtype == "float32" else f"float32 under {config.dtype} autocast"
     methods = ", ".join(sorted({cost["method"] for cost in measured.values()}))
     return section(
         "Cost of the head",
         f"Forward and backward of the head alone, on random inputs of this run's shape: {shape['tokens']:,} tokens, "
-        f"D = {config.width}, V = {corpus.vocab_size:,}, {config.dtype}, {device}, {shape['threads']} thread(s). "
-        f"Medians of {head_cost.PROCESSES} fresh processes with {head_cost.TIMINGS} timings each; memory by {methods}. "
+        f"D = {config.width}, V = {corpus.vocab_size:,}, {precision}, {device}, {shape['threads']} thread(s). "
+        f"Time is the fastest of {head_cost.TIMINGS} passes in each of {head_cost.PROCESSES} fresh processes, memory "
+        f"the median of their peaks by {methods}. "
         "The authors' dense form is s = |w|² + |x|² − 2w·x + 1e-4, p ∝ s<sup>−n/2</sup>, all N×V at once.",
         image("plot-head", figure, "time and peak memory of the heads"),
         table(["head", "time (ms)", "peak memory (MiB)"], rows),
@@ -324,8 +330,10 @@ def configuration_section(config: Config, corpus: Corpus, runs: list[Trained], d
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
-        **{"torch": torch.__version__, "harmonic_triton": ht.__version__},
-        **{"tokenizers": tokenizers.__version__, "matplotlib": matplotlib.__version__},
+        "torch": torch.__version__,
+        "harmonic_triton": ht.__version__,
+        "tokenizers": tokenizers.__version__,
+        "matplotlib": matplotlib.__version__,
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     setup = {
@@ -337,11 +345,12 @@ def configuration_section(config: Config, corpus: Corpus, runs: list[Trained], d
         "tokens a step": f"{config.batch_size * config.block:,}",
     }
     shown = {key: value for key, value in asdict(config).items() if key not in ("out", "data", "resume")}
+    rates = ", ".join(f"{config.peak_lr(run.loss):.2e} ({run.name})" for run in runs)
+    shares = ", ".join(f"{100 * config.warmup(run.loss):.0f} % ({run.name})" for run in runs)
     schedule = (
-        "The paper trains GPT-2 with peak learning rates 6e-3 (harmonic, n = 28) and 6e-4 (cross-entropy, D = 768). By "
-        "default they are scaled by how strongly a log-probability answers to the weights: 6e-3 · 28/n, 6e-4 · 768/D. "
-        "Warm-up takes the paper's shares of the steps, 1k and 2k of 10k; a cosine then brings the rate down to a "
-        "twentieth."
+        f"Peak learning rates: {rates}. The paper's are 6e-3 and 6e-4 for GPT-2 (D = 768); the default here is "
+        "6e-4 · 768/D for both, with the harmonic hidden states as long as the class vectors at the start. Warm-up "
+        f"takes {shares} of the steps; a cosine then brings the rate down to {config.min_lr_ratio:g} of the peak."
     )
     return section(
         "Configuration and machine",
@@ -373,7 +382,7 @@ def all_losses(run: Trained, groups: list[analysis.Parallelograms]) -> Tensor:
 
 
 def cdf(axis: Any, values: Tensor, **style: Any) -> None:
-    axis.step(values.sort().values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
+    axis.ecdf(values, **style)
 
 
 def processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ class Place:
 
     @classmethod
     def join(cls, config: Config) -> Place:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world = int(os.environ.get("RANK", "0")), world_size()
         device = torch.device(config.device_type if config.device == "auto" else config.device)
         if world > 1:
             if device.type == "cuda":
@@ -77,9 +78,13 @@ class Trainer:
         if self.place.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             state = {
-                **{"identity": identity(self.config, self.corpus), "model": self.model.state_dict()},
-                **{"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
-                **{"step": self.step, "seconds": self.seconds, "history": self.history},
+                "identity": identity(self.config, self.corpus),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "history": self.history,
             }
             temporary = self.path.with_suffix(".tmp")
             with temporary.open("wb") as file:
@@ -97,8 +102,12 @@ class Trainer:
             history["val"].append([0, evaluate(self.model, config, self.corpus, place)])
             history["weight_norm"].append([0, self.weight_norm()])
         bar = tqdm(
-            **{"total": config.steps, "initial": self.step, "desc": f"{self.loss:13}", "unit": "step"},
-            **{"disable": place.rank > 0, "dynamic_ncols": True, "mininterval": 1.0},
+            desc=f"{self.loss:13}",
+            total=config.steps,
+            initial=self.step,
+            unit="step",
+            mininterval=1.0,
+            disable=place.rank > 0,
         )
         pending: list[tuple[Tensor, Tensor]] = []
         start = time.perf_counter()
@@ -119,10 +128,10 @@ class Trainer:
                 history["weight_norm"].append([self.step, self.weight_norm()])
             if evaluated:
                 history["val"].append([self.step, evaluate(self.model, config, self.corpus, place)])
-            bar.update(self.step - bar.n)
             speed = steps * config.batch_size * config.block / elapsed
             train, val = history["train"][-1], history["val"][-1][1]
-            bar.set_postfix_str(f"loss {train:.3f}, val {val:.3f}, {speed / 1000:.1f}k tokens/s")
+            bar.set_postfix_str(f"loss {train:.3f}, val {val:.3f}, {speed / 1000:.1f}k tokens/s", refresh=False)
+            bar.update(self.step - bar.n)
             if saved:
                 self.save()
             start = time.perf_counter()
@@ -164,9 +173,10 @@ class Trainer:
         self.history["train"] += self.place.mean(losses).tolist()
         self.history["grad_norm"] += norms.tolist()
         pending.clear()
-        if not torch.isfinite(losses[-1]):
+        last = self.history["train"][-1]
+        if not math.isfinite(last):
             lr = flag("lr_" + self.loss)
-            raise FloatingPointError(f"the {self.loss} loss is {losses[-1]} at step {self.step}: try a smaller {lr}")
+            raise FloatingPointError(f"the {self.loss} loss is {last} at step {self.step}: try a smaller {lr}")
 
     def weight_norm(self) -> float:
         """Mean norm of the class vectors."""
@@ -206,7 +216,12 @@ def check_checkpoints(config: Config, corpus: Corpus) -> None:
     for loss in config.losses if config.resume else ():
         path = checkpoint_path(config, loss)
         if path.exists():
-            old = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
+            try:
+                old = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
+            except Exception as error:  # cut short, or not a checkpoint: torch.load has no one error for that
+                raise ValueError(
+                    f"{path} cannot be read as a checkpoint ({type(error).__name__}): remove it or choose another --out"
+                ) from error
             new = identity(config, corpus)
             differences = [
                 f"{flag(key)} was {old.get(key)}, is {new.get(key)}"
@@ -220,41 +235,62 @@ def check_checkpoints(config: Config, corpus: Corpus) -> None:
                 )
 
 
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def prepare(config: Config) -> tuple[Corpus, Place]:
     """Every check, the process group and the corpus, which process 0 tokenises before the others read it."""
-    config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+    config.validate(world_size())
     place = Place.join(config)
-    if place.rank > 0:
-        dist.barrier()
-    corpus = load(config)
-    if place.rank == 0 and place.world > 1:
-        dist.barrier()
-    check_checkpoints(config, corpus)
-    return corpus, place
+    failure: list[str | None] = [None]
+    if place.rank == 0:
+        try:
+            corpus = load(config)
+            check_checkpoints(config, corpus)
+        except (ValueError, OSError) as error:
+            failure = [str(error)]
+    if place.world > 1:
+        dist.broadcast_object_list(failure, device=place.device)
+    if failure[0] is not None:
+        raise ValueError(failure[0])
+    return corpus if place.rank == 0 else load(config), place
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: train, then write the report."""
-    config = from_arguments(arguments)
+def run(config: Config) -> int:
+    """Train, then write the report; the exit status."""
+    first = os.environ.get("RANK", "0") == "0"
     try:
         corpus, place = prepare(config)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        if place.rank == 0:
+        if first:
             counts = f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens"
             print(f"{corpus.description}; {counts}, V = {corpus.vocab_size}", flush=True)
+    except (ValueError, OSError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         for loss in config.losses:
             Trainer(config, corpus, place, loss).train()
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except FloatingPointError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         if place.world > 1:
             dist.destroy_process_group()
-    if place.rank == 0:
+    if first:
         from .report import write_report
 
         print(f"report: {write_report(config, corpus, place.device)}")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Exit status: 2 nothing could begin, 1 the loss is not finite, 130 interrupted."""
+    config = from_arguments(arguments, world_size())
+    try:
+        return run(config)
+    except KeyboardInterrupt:
+        print("\nstopped; run again, without --no-resume, to go on from the last checkpoint", file=sys.stderr)
+        return 130

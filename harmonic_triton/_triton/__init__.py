@@ -121,7 +121,9 @@ def rows_backward(
             call.tokens, eps, SMOOTHING=smoothing, SCALED=scaled, BLOCK_N=128,
         )  # fmt: skip
         if need_w:
-            operand = torch.where(used.unsqueeze(1), x, 0)  # a NaN in a token that does not count stays out of the product
+            operand = torch.where(
+                used.unsqueeze(1), x, 0
+            )  # a NaN in a token that does not count stays out of the product
             unproduct = torch.ones_like(n)
             if scaled:
                 operand = operand.float() * unscale.unsqueeze(1)
@@ -131,7 +133,7 @@ def rows_backward(
             order = classes.argsort(stable=True)
             starts = torch.searchsorted(classes[order], torch.arange(call.classes + 1, device=x.device))
             tokens, coefficients = order % call.tokens, torch.cat([a_target, a_rival])[order]
-        product = x.new_zeros(x.shape, dtype=torch.float32) if need_x else None
+        product = x.new_zeros(x.shape if need_x else 0, dtype=torch.float32)
         row_sums = x.new_zeros((2, call.tokens), dtype=torch.float32)
         block_n, block_v = call.config.block_n, call.config.block_v
         per_class = call.tokens * x.element_size() + 4 * call.width * need_w + 4 * triton.cdiv(call.tokens, block_n)
@@ -157,7 +159,7 @@ def rows_backward(
                     unproduct, call.width, first, *call.strides, UPCAST=call.tile["UPCAST"], **call.rows,
                 )  # fmt: skip
         if need_x:
-            backward.finish_x_kernel[(*call.row_grid, triton.cdiv(call.width, FEATURE_BLOCK))](
+            backward.finish_x_kernel[call.row_grid + (triton.cdiv(call.width, FEATURE_BLOCK),)](
                 x, w, call.target, rows.rival, a_target, a_rival, r_part, far, unscale, row_sums, product, dx,
                 call.tokens, call.width, *call.strides, UPCAST=call.tile["UPCAST"], **call.rows,
             )  # fmt: skip

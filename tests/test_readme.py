@@ -1,0 +1,56 @@
+"""The README's snippets are executed, and what it names exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(snippet, tmp_path):
+    run = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(r"\d+\.\d\d nats, \d+% right, entropy \d+\.\d\d\n", run.stdout)
+
+
+def test_the_two_lines_of_the_diff_run():
+    """The lines that the README adds to nanoGPT, on a model that has what nanoGPT's has."""
+    import torch
+
+    import harmonic_triton as ht
+
+    added = [line[2:] for line in re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines() if line[0] == "+"]
+
+    class Model:
+        lm_head = torch.nn.Linear(32, 50, bias=False)
+
+    scope = {"self": Model(), "x": torch.randn(2, 6, 32), "targets": torch.randint(50, (2, 6)), "ht": ht}
+    scope["targets"][0, :3] = -1
+    exec("\n".join(added), scope)
+    assert scope["loss"].item() > 0
+    assert scope["logits"].shape == (2, 1, 50)
+
+
+def test_files_images_and_make_targets_exist():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
+        r"`((?:harmonic_triton|benchmarks|examples)/[\w/.]*)`", README
+    ):
+        assert (ROOT / name).exists(), name
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE))
+    assert targets
+    for target in (a or b for a, b in targets):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_public_names_are_documented():
+    import harmonic_triton as ht
+
+    for name in ht.__all__:
+        assert getattr(ht, name).__doc__, name

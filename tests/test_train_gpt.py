@@ -1,0 +1,591 @@
+"""The GPT example: it trains what it says, a killed run goes on to the same bits, its report is whole."""
+
+import base64
+import io
+import json
+import math
+import os
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("tqdm")
+matplotlib = pytest.importorskip("matplotlib")
+
+import harmonic_triton as ht  # noqa: E402
+from examples.train_gpt import analysis, data, head_cost, report, train  # noqa: E402
+from examples.train_gpt.config import LOSSES, Config, from_arguments  # noqa: E402
+from examples.train_gpt.model import GPT  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+CPU = train.Place(0, 1, torch.device("cpu"))
+TINY = {
+    **{"layers": 1, "heads": 2, "width": 16, "block": 16, "vocab_size": 300, "batch_size": 4, "micro_batch_size": 4},
+    **{"steps": 40, "eval_every": 10, "eval_batches": 4, "checkpoint_every": 10, "samples": 2, "sample_tokens": 8},
+    **{"init_std": 0.05, "measure_head": False, "device": "cpu"},
+}
+PLOTS = ("plot-loss", "plot-head", "plot-norm", "plot-embedding", "plot-parallelogram")
+
+
+def arguments(**options):
+    """TINY and the given options as a command line."""
+    words = []
+    for name, value in {**TINY, **options}.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            words += [option, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def checkpoint(out, loss="harmonic"):
+    return torch.load(Path(out) / loss / "checkpoint.pt", weights_only=True)
+
+
+def environment(**extra):
+    """For a child that computes as this process does: the same threads, the same package."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT), **extra}
+
+
+def assert_same_state(one, other):
+    """Weights, optimiser and history equal to the last bit; the time taken may differ."""
+    assert one["identity"] == other["identity"]
+    for key in ("model", "optimizer", "history", "step"):
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A directory of real text: this example's sources."""
+    root = tmp_path_factory.mktemp("text")
+    for path in (ROOT / "examples" / "train_gpt").glob("*.py"):
+        (root / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+@pytest.fixture(scope="session")
+def corpus(text, tmp_path_factory):
+    return data.load(Config(**{**TINY, "data": (str(text),), "out": str(tmp_path_factory.mktemp("corpus"))}))
+
+
+@pytest.fixture(scope="session")
+def bins(corpus, tmp_path_factory):
+    """nanoGPT's form of the same corpus: nothing but uint16 tokens."""
+    root = tmp_path_factory.mktemp("bins")
+    corpus.train.tofile(root / "train.bin")
+    corpus.val.tofile(root / "val.bin")
+    return root
+
+
+# --- the whole run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A run of both losses with its report, the head measured in real processes."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_cost, "PROCESSES", 1)
+        assert train.main(arguments(data=str(text), out=out, measure_head=True)) == 0
+    return out
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_falls_from_that_of_a_guess(finished, loss):
+    state = checkpoint(finished, loss)
+    steps, val = zip(*state["history"]["val"], strict=True)
+    assert steps == (0, 10, 20, 30, 40)
+    assert len(state["history"]["train"]) == len(state["history"]["grad_norm"]) == 40
+    assert val[0] > math.log(300) - 0.1
+    assert val[-1] < math.log(300) - 0.5
+    assert np.mean(state["history"]["train"][-5:]) < np.mean(state["history"]["train"][:5]) - 0.5
+
+
+def test_both_losses_begin_with_the_same_weights_but_the_gain_that_makes_x_as_long_as_w(corpus):
+    config = Config(**{**TINY, "out": "unused"})
+    harmonic, cross_entropy = (train.Trainer(config, corpus, CPU, loss).model for loss in LOSSES)
+    x = harmonic.hidden(torch.arange(16)[None])
+    assert x.norm(dim=-1).mean().item() == pytest.approx(harmonic.tokens.weight.norm(dim=-1).mean().item(), rel=0.05)
+    for model in (harmonic, cross_entropy):
+        assert model.norm.weight.unique().tolist() == [pytest.approx(0.05 if model is harmonic else 1.0)]
+        del model.norm
+    torch.testing.assert_close(harmonic.state_dict(), cross_entropy.state_dict(), rtol=0, atol=0)
+
+
+def test_the_report_needs_no_network_and_every_plot_in_it_is_filled(finished):
+    page = (finished / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert set(re.findall(r'(?:src|href)="([^"]{5})', page)) == {"data:"}
+    images = dict(re.findall(r'<img id="([^"]+)"[^>]*src="data:image/png;base64,([^"]+)"', page))
+    assert tuple(images) == PLOTS
+    for name, encoded in images.items():
+        pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(encoded)))[..., :3]
+        halves = np.array_split(pixels, 2, axis=1) if name in ("plot-loss", "plot-head", "plot-embedding") else [pixels]
+        for half in halves:
+            if name == "plot-embedding":  # dots coloured by frequency: many hues
+                coloured = half.max(-1) - half.min(-1) > 0.2
+                assert coloured.sum() > 500, name
+                continue
+            for loss in LOSSES:
+                drawn = np.abs(half - matplotlib.colors.to_rgb(report.COLOURS[loss])).max(-1) < 0.03
+                assert drawn.sum() > 100, (name, loss)
+
+
+def test_the_report_shows_what_was_measured(finished):
+    page = (finished / "report.html").read_text()
+    for loss in LOSSES:
+        assert f"{checkpoint(finished, loss)['history']['val'][-1][1]:.4f}" in page
+    measured = json.loads((finished / "head_cost.json").read_text())
+    assert measured["shape"]["tokens"] == 4 * 16
+    for head in ("harmonic", "cross_entropy", "authors"):
+        assert f'<td class="number">{measured["heads"][head]["ms"]:.1f}</td>' in page
+    assert page.count("<pre>") == 4
+    assert all(sample.startswith("def") for sample in re.findall("<pre>(.*?)</pre>", page, re.DOTALL))
+
+
+def test_a_failed_report_leaves_the_training_and_the_next_run_writes_it(text, tmp_path, monkeypatch):
+    options = arguments(data=str(text), out=tmp_path, loss="harmonic", steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "norm_section", lambda runs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(options)
+    assert not (tmp_path / "report.html").exists()
+    before = (tmp_path / "harmonic" / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(train.Trainer, "update", lambda *a: pytest.fail("trained again"))
+    assert train.main(options) == 0
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "harmonic" / "checkpoint.pt").read_bytes() == before
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+def test_a_killed_and_an_interrupted_run_go_on_to_the_same_bits(text, tmp_path, monkeypatch):
+    """SIGKILL at a random moment, then SIGINT, then the end: weights and history of a run that nothing stopped."""
+    options = {"data": str(text), "loss": "harmonic", "steps": 300, "checkpoint_every": 5, "dropout": 0.1}
+    ends = iter([(["-m", "examples.train_gpt"], signal.SIGKILL), (["examples/train_gpt"], signal.SIGINT)])
+    path, stopped_at = tmp_path / "stopped" / "harmonic" / "checkpoint.pt", 0
+    for how, end in ends:
+        command = [sys.executable, *how, *arguments(**options, out=tmp_path / "stopped")]
+        child = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+        try:
+            waiting = time.monotonic() + 60
+            while not path.exists() or checkpoint(path.parent.parent)["step"] == stopped_at:
+                assert child.poll() is None, child.stderr.read()
+                assert time.monotonic() < waiting
+                time.sleep(0.005)
+            time.sleep(random.uniform(0, 0.2))
+            child.send_signal(end)
+            message = child.communicate(timeout=60)[1]
+        finally:
+            child.kill()
+        assert child.returncode == (130 if end == signal.SIGINT else -end), message
+        before, stopped_at = stopped_at, checkpoint(path.parent.parent)["step"]
+        assert before < stopped_at < 300
+        assert end == signal.SIGKILL or ("go on from the last checkpoint" in message and "Traceback" not in message)
+
+    updates = []
+    update = train.Trainer.update
+
+    def counted(self, model):
+        updates.append(self.step)
+        return update(self, model)
+
+    monkeypatch.setattr(train.Trainer, "update", counted)
+    assert train.main(arguments(**options, out=tmp_path / "stopped")) == 0
+    assert updates == list(range(stopped_at, 300))
+    assert train.main(arguments(**options, out=tmp_path / "whole")) == 0
+    assert_same_state(checkpoint(tmp_path / "stopped"), checkpoint(tmp_path / "whole"))
+
+
+def test_a_save_that_fails_leaves_the_former_checkpoint(corpus, tmp_path, monkeypatch):
+    trainer = train.Trainer(Config(**{**TINY, "out": str(tmp_path)}), corpus, CPU, "harmonic")
+    trainer.save()
+    before = trainer.path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        trainer.save()
+    assert trainer.path.read_bytes() == before
+
+
+def test_the_checkpoint_of_another_run_is_refused_with_what_differs(text, tmp_path, capsys):
+    options = {"data": str(text), "out": tmp_path / "run", "loss": "harmonic", "steps": 2, "samples": 0}
+    assert train.main(arguments(**options)) == 0
+    path = tmp_path / "run" / "harmonic" / "checkpoint.pt"
+    before = path.read_bytes()
+    (tmp_path / "other.txt").write_text((text / "model.py").read_text())
+    for changed, message in (
+        ({"lr_harmonic": 0.001, "n": 3.0}, r"--lr-harmonic was None, is 0.001; --n was 28.0, is 3.0"),
+        ({"data": str(tmp_path / "other.txt")}, r"--data was \w{16}, is \w{16}\."),
+    ):
+        capsys.readouterr()
+        assert train.main(arguments(**{**options, **changed})) == 2
+        shown = capsys.readouterr()
+        assert re.fullmatch(f"error: .*{message}.*--no-resume\n", shown.err)
+        assert path.read_bytes() == before
+
+    assert train.main(arguments(**{**options, "micro_batch_size": 2, "temperature": 1.0})) == 0  # free to change
+    path.write_bytes(before[: len(before) // 2])
+    assert train.main(arguments(**options)) == 2
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert train.main(arguments(**options, n=3.0, resume=False)) == 0
+    assert checkpoint(tmp_path / "run")["identity"]["n"] == 3.0
+
+
+# --- the same training by other means --------------------------------------------------------------------------------
+
+
+def test_torchrun_with_two_processes_follows_one_process(text, tmp_path):
+    """Same losses, gradient norms and weights up to rounding; 2 x 2 micro-batches of 2 against one batch of 8."""
+    options = {"data": str(text), "steps": 8, "batch_size": 8, "eval_every": 4, "samples": 0, "uniform_mix": 0.01}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "examples.train_gpt", *arguments(**options, out=tmp_path / "two", micro_batch_size=2)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == done.stdout.count("training and") == 1
+    assert train.main(arguments(**options, out=tmp_path / "one", micro_batch_size=8)) == 0
+    for loss in LOSSES:
+        one, two = (checkpoint(tmp_path / name, loss) for name in ("one", "two"))
+        torch.testing.assert_close(two["history"], one["history"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.01])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accumulated_micro_batches_give_the_gradient_of_one_batch(corpus, tmp_path, loss, mix):
+    histories = []
+    for micro in (1, 2, 4):
+        config = Config(**{**TINY, "out": str(tmp_path / str(micro)), "micro_batch_size": micro, "uniform_mix": mix})
+        trainer = train.Trainer(replace(config, steps=3), corpus, CPU, loss)
+        trainer.train()
+        histories.append(trainer.history)
+    for history in histories[:-1]:
+        torch.testing.assert_close(history, histories[-1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bfloat16_autocast_trains_as_float32_does_up_to_its_precision(corpus, tmp_path, loss):
+    val = {}
+    for dtype in ("float32", "bfloat16"):
+        config = Config(**{**TINY, "out": str(tmp_path / dtype), "dtype": dtype, "steps": 10})
+        trainer = train.Trainer(config, corpus, CPU, loss)
+        trainer.train()
+        assert trainer.model.tokens.weight.dtype == torch.float32
+        val[dtype] = torch.tensor(trainer.history["val"])
+    torch.testing.assert_close(val["bfloat16"], val["float32"], rtol=0.02, atol=0)
+    assert not torch.equal(val["bfloat16"], val["float32"])
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def model_and_batch(corpus, loss, **options):
+    config = Config(**{**TINY, **options})
+    torch.manual_seed(1)
+    return GPT(config, 300, loss), *corpus.batch("train", 16, corpus.offsets("train", config, 3), CPU.device)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_that_of_the_probabilities_it_samples_from(corpus, loss, mix):
+    model, x, y = model_and_batch(corpus, loss, uniform_mix=mix)
+    p = torch.stack([model.next_token(x[:, : i + 1]) for i in range(16)], dim=1).exp()
+    torch.testing.assert_close(p.sum(-1), torch.ones(4, 16))
+    expected = -((p.gather(2, y.unsqueeze(2)) + mix / 300) / (1 + mix)).log()
+    torch.testing.assert_close(model(x, y), expected.mean())
+    torch.testing.assert_close(model(x, y, num_items=7), expected.sum() / 7)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_temperature_divides_the_log_probabilities(corpus, loss):
+    model, x, _ = model_and_batch(corpus, loss)
+    plain = model.next_token(x)
+    torch.testing.assert_close(model.next_token(x, 0.5), (2 * plain).log_softmax(-1))
+    cold = model.generate(x[:2, :20], 5, 1e-4, torch.Generator().manual_seed(0))
+    assert torch.equal(cold[:, 16], plain[:2].argmax(-1))
+    assert cold.shape == (2, 21)
+    assert model.training
+
+
+def test_no_token_sees_those_after_it(corpus):
+    model, x, _ = model_and_batch(corpus, "harmonic", layers=2)
+    changed = x.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 300
+    torch.testing.assert_close(model.hidden(x)[:, :9], model.hidden(changed)[:, :9], rtol=0, atol=0)
+    assert not torch.equal(model.hidden(x)[:, 9:], model.hidden(changed)[:, 9:])
+
+
+def test_attention_is_scaled_by_the_layer_where_asked(corpus):
+    plain, scaled = (
+        [b.attention.scale for b in GPT(Config(**{**TINY, "layers": 3, **o}), 300, "harmonic").blocks]
+        for o in ({}, {"scale_attention_by_layer": True})
+    )
+    assert plain == [8**-0.5] * 3
+    assert scaled == pytest.approx([8**-0.5, 8**-0.5 / 2, 8**-0.5 / 3])
+
+
+def test_the_gpt2_preset_is_the_papers(capsys):
+    config = from_arguments(["--preset", "gpt2"])
+    config.validate()
+    assert (config.layers, config.width, config.vocab_size, config.exponent) == (12, 768, 50304, 28)
+    rates = {loss: [config.lr(loss, step) for step in (0, 999, 1000, 1999, 2000, 9999)] for loss in LOSSES}
+    assert rates["harmonic"][:3] == pytest.approx([6e-6, 6e-3, 6e-3])
+    assert rates["cross_entropy"][0] == pytest.approx(3e-7)
+    assert rates["cross_entropy"][3:5] == pytest.approx([6e-4, 6e-4])
+    assert [rates[loss][-1] for loss in LOSSES] == pytest.approx([3e-4, 3e-5], rel=1e-4)
+    with torch.device("meta"):
+        model = GPT(config, config.vocab_size, "harmonic")
+    assert sum(p.numel() for p in model.parameters()) == 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
+    head = torch.randn(50304, 768).mul_(config.initial_std).requires_grad_()
+    loss = ht.linear_harmonic_loss(torch.randn(8, 768), head, torch.arange(8), n=config.exponent, uniform_mix=0.01)
+    loss.backward()
+    assert abs(loss.item() - math.log(50304)) < 0.5
+    assert head.grad.isfinite().all()
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--preset", "gpt2", "--help"])
+    assert exit.value.code == 0
+    assert "gpt2: 50304" in capsys.readouterr().out
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_by_file_and_the_tokens_give_the_text_back(text, corpus):
+    splits = data.split_files(data.text_files([str(text)]), 0.1)
+    assert [len(splits[split]) for split in ("val", "train")] == [1, len(list(text.iterdir())) - 1]
+    assert not {*splits["val"]} & {*splits["train"]}
+    for name, tokens in (("train", corpus.train), ("val", corpus.val)):
+        assert isinstance(tokens, np.memmap)
+        assert tokens.dtype == np.uint16
+        expected = "".join(path.read_text() + data.SEPARATOR for path in splits[name])
+        assert corpus.vocabulary.decode(tokens.tolist()) == expected
+
+
+def test_one_file_is_split_at_its_end(tmp_path):
+    content = "".join(f"{i} bottles of ginger beer\n" for i in range(2000))
+    (tmp_path / "one.txt").write_text(content)
+    made = data.load(Config(**{**TINY, "data": (str(tmp_path / "one.txt"),), "out": str(tmp_path / "out")}))
+    cut = int(len(content) * 0.9)
+    assert made.vocabulary.decode(made.train.tolist()) == content[:cut] + data.SEPARATOR
+    assert made.vocabulary.decode(made.val.tolist()) == content[cut:] + data.SEPARATOR
+
+
+def test_a_batch_depends_on_seed_and_step_alone_and_targets_are_the_next_tokens(corpus):
+    config = Config(**TINY)
+    first = corpus.offsets("train", config, 5)
+    assert np.array_equal(first, corpus.offsets("train", replace(config, micro_batch_size=1), 5))
+    for other in (corpus.offsets("train", config, 6), corpus.offsets("train", replace(config, seed=2), 5)):
+        assert not np.array_equal(first, other)
+    x, y = corpus.batch("train", 16, first, CPU.device)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert x[2].tolist() == corpus.train[first[2] : first[2] + 16].tolist()
+    short = replace(corpus, val=corpus.val[:20])
+    assert set(short.offsets("val", replace(config, eval_batches=50), 0)) == {0, 1, 2, 3}  # 3 + 16 is the last token
+
+
+def test_the_default_text_is_the_standard_library():
+    names = [name for name, _ in data.text_files(())]
+    assert len(names) > 300
+    assert "argparse.py" in names
+    assert not [name for name in names if "site-packages" in name or "/test" in name]
+
+
+def test_nanogpts_files_train_without_a_vocabulary(bins, corpus, tmp_path):
+    options = arguments(data=str(bins), out=tmp_path / "out", loss="cross_entropy", steps=4, prompt="ignored")
+    assert train.main(options) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    start = "".join(f"&lt;{i}&gt;" for i in corpus.val[:8])
+    assert page.count(f"<pre>{start}") == 2
+    assert "No relation" in page
+    assert not (tmp_path / "out" / "data").exists()
+    from_bins = checkpoint(tmp_path / "out", "cross_entropy")["history"]
+    trainer = train.Trainer(Config(**{**TINY, "steps": 4, "out": str(tmp_path)}), corpus, CPU, "cross_entropy")
+    trainer.train()
+    assert trainer.history == from_bins  # the same tokens by either way
+
+
+def test_tokens_above_the_range_of_int16_are_read_as_they_are(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(65500, 65536, dtype=np.uint16).tofile(tmp_path / name)
+    made = data.load(Config(**{**TINY, "data": (str(tmp_path),), "vocab_size": 65536}))
+    x, y = made.batch("val", 16, np.array([3]), CPU.device)
+    assert x[0].tolist() == list(range(65503, 65519))
+    assert y[0, -1] == 65519
+
+
+def test_gpt2s_vocabulary_serves_where_tiktoken_has_it(text, tmp_path, monkeypatch, capsys):
+    options = {"data": str(text), "out": tmp_path / "out", "tokenizer": "gpt2", "vocab_size": 50304, "steps": 1}
+    options = arguments(**options, loss="cross_entropy")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert train.main(options) == 2
+    assert "tiktoken cannot give GPT-2's vocabulary" in capsys.readouterr().err
+
+    class Encoding:  # bytes in the place of GPT-2's merges, which need a network
+        n_vocab, eot_token = 50257, 50256
+
+        def encode(self, text, allowed_special):
+            return list(text.encode())
+
+        def encode_ordinary_batch(self, texts):
+            return [list(text.encode()) for text in texts]
+
+        def decode(self, ids):
+            return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    names = []
+    stand_in = types.SimpleNamespace(get_encoding=lambda name: names.append(name) or Encoding())
+    monkeypatch.setitem(sys.modules, "tiktoken", stand_in)
+    assert train.main(options) == 0
+    assert names == ["gpt2"]
+    assert checkpoint(tmp_path / "out", "cross_entropy")["model"]["tokens.weight"].shape == (50304, 16)
+    assert "<pre>def" in (tmp_path / "out" / "report.html").read_text()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 30, "heads": 4}, "--width is 30, not a multiple of --heads 4: try --width 32"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "--batch-size is 6, not a multiple of --micro-batch-size 4"),
+        ({"vocab_size": 100}, "--vocab-size is 100: a byte-level BPE needs at least 257"),
+        ({"tokenizer": "gpt2"}, "--vocab-size is 300: GPT-2's vocabulary needs 50257"),
+        ({"vocab_size": 70000}, "--vocab-size is 70000: tokens are stored as uint16"),
+        ({"n": -1.0}, "--n is -1.0: it must be greater than 0"),
+        ({"lr_harmonic": "nan"}, "--lr-harmonic is nan: give a finite number"),
+        ({"steps": 0}, "--steps is 0: it must be at least 1"),
+        ({"val_fraction": 1.0}, "--val-fraction is 1.0: it must be in [0, 1)"),
+        ({"seed": 2**31}, "--seed is 2147483648: it must be below"),
+        ({"device": "tpu"}, "--device is 'tpu': choose auto, cpu"),
+        ({"device": "cuda:99"}, "--device is cuda:99 but torch"),
+        ({"dtype": "float16"}, "--dtype float16 needs a GPU"),
+        ({"data": "nowhere"}, "--data nowhere: no such file or directory"),
+        ({"data": "EMPTY"}, "no files in it"),
+        ({"data": "BINARY"}, "is not text (it holds zero bytes)"),
+        ({"data": "SHORT"}, "tokens, --block 16 needs 17: give more text or a shorter --block"),
+        ({"data": "ODD"}, "val.bin has 41 bytes; uint16 tokens need an even number"),
+        ({"data": "BEYOND"}, "the train data hold token 300, beyond --vocab-size 300: give at least --vocab-size 301"),
+        ({"data": "HALF"}, "train.bin is there but val.bin is not"),
+        ({"out": "FILE"}, "is a file: name a directory"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_serve_is_one_line_before_any_work(options, message, tmp_path, capsys, monkeypatch):
+    for name, files in {
+        "EMPTY": {},
+        "BINARY": {"a.bin": b"\1\0\2\0"},
+        "SHORT": {"a.txt": b"a few words", "b.txt": b"and more"},
+        "ODD": {"train.bin": bytes(80), "val.bin": bytes(41)},
+        "BEYOND": {"train.bin": np.full(40, 300, np.uint16).tobytes(), "val.bin": bytes(80)},
+        "HALF": {"train.bin": bytes(80)},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+    (tmp_path / "FILE").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "Trainer", lambda *a: pytest.fail("work began"))
+    assert train.main(arguments(**{"out": "out", "data": str(ROOT / "examples" / "train_gpt"), **options})) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", shown.err)
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(bins, corpus, tmp_path, capsys):
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes((bins / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text(corpus.vocabulary.tokenizer.to_str())
+    assert train.main(arguments(data=str(tmp_path), out=tmp_path / "out", vocab_size=299)) == 2
+    assert "tokenizer.json has 300 tokens" in capsys.readouterr().err
+    options = arguments(data=str(tmp_path), out=tmp_path / "out", loss="harmonic", steps=1)
+    assert train.main(options) == 0
+    assert "<pre>def" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_mend_and_is_not_stored(text, tmp_path, capsys):
+    options = {"data": str(text), "out": tmp_path, "loss": "cross_entropy", "lr_cross_entropy": 1e30}
+    assert train.main(arguments(**options)) == 1
+    assert "try a smaller --lr-cross-entropy" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch, capsys):
+    for name in ("tqdm", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("examples.train_gpt", run_name="__main__")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: tqdm, matplotlib not installed: pip install tqdm matplotlib\n"
+
+
+# --- what the report measures ----------------------------------------------------------------------------------------
+
+
+def test_parallelogram_loss_is_equation_3_of_the_paper():
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
+    quadruples = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])  # a square, and one corner moved by 1
+    sigma = math.sqrt((0 + 1 + 1 + 2 + 5) / 5)
+    expected = torch.tensor([0.0, 1 / sigma])
+    torch.testing.assert_close(analysis.parallelogram_loss(points, quadruples), expected)
+    torch.testing.assert_close(analysis.parallelogram_loss(7 * points, quadruples), expected)
+
+
+def test_principal_components_are_those_of_the_singular_values():
+    vectors = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7) + 3
+    points, share = analysis.principal_components(vectors)
+    centred = vectors.double() - vectors.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    torch.testing.assert_close(torch.tensor(share, dtype=torch.float64), (s**2 / (s**2).sum())[:2])
+    torch.testing.assert_close(points.abs(), (u * s)[:, :2].abs())
+
+
+def test_nearest_tokens_are_nearest_by_distance_and_not_the_token_itself():
+    vectors = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0], [10.0, 10.0]])
+    assert analysis.nearest_tokens(vectors, [0, 3], 2) == [
+        [(2, 1.0), (1, 3.0)],
+        [(2, pytest.approx(math.sqrt(181))), (1, pytest.approx(math.sqrt(149)))][::-1],
+    ]
+
+
+def test_a_relation_takes_words_of_one_token_after_a_space_where_it_can():
+    ids = {" get": 1, " set": 2, "get": 3, "set": 4, "open": 5, "close": 6, " read": 7, "write": 8}
+    words = types.SimpleNamespace(encode=lambda text: [ids[text]] if text in ids else [0, 0])
+    (found,) = analysis.find_parallelograms(words)
+    assert found.relation == "opposites"
+    assert found.pairs == [("get", "set"), ("open", "close")]
+    assert found.quadruples.tolist() == [[1, 2, 5, 6]]
+
+
+def test_a_head_that_cannot_be_measured_is_named_with_its_error(monkeypatch):
+    monkeypatch.setattr(head_cost, "PROCESSES", 1)
+    monkeypatch.setattr(head_cost, "HEADS", {"unknown": None})
+    assert head_cost.compare({"device": "cpu", "threads": 1}) == {"unknown": {"error": "KeyError: 'unknown'"}}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks on a CPU are read from Linux's /proc")
+def test_a_dense_head_holds_at_least_its_logits():
+    spec = {"head": "cross_entropy", "tokens": 1024, "width": 16, "classes": 4096, "n": 28.0, "dtype": "float32"}
+    cost = head_cost.measure({**spec, "device": "cpu", "threads": torch.get_num_threads()})
+    assert cost["ms"] > 0
+    assert 1024 * 4096 * 4 < cost["bytes"] < 6 * 1024 * 4096 * 4
