@@ -66,8 +66,10 @@ def coefficient_kernel(
     if SCALED:
         # No class in the products has a larger A than the rival's bound; leave 5 bits of room below fp16's maximum.
         bound = factor * (tl.abs(g_p) * rival_p + tl.abs(g_v)) * tl.maximum(s_c / s_r, 1e-30)
-        power = tl.floor(tl.log2(tl.maximum(bound, 1e-300)))
-        unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(tl.maximum(power - 10.0, -100.0), 120.0)), 1.0)
+        power = tl.floor(tl.log2(tl.maximum(bound, 1e-300))) - 10.0
+        least = tl.log2(tl.maximum(factor * (tl.abs(g_p) + tl.abs(g_v)), 1e-300)) - 110.0  # p_coef must be finite
+        power = tl.maximum(tl.maximum(power, tl.floor(least)), -100.0)
+        unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(power, 120.0)), 1.0)
     tl.store(p_coef_ptr + rows, (factor * g_p / unscale).to(tl.float32), mask=inside)
     tl.store(v_coef_ptr + rows, (factor * g_v / unscale).to(tl.float32), mask=inside)
     tl.store(a_target_ptr + rows, (factor * g_others).to(tl.float32), mask=inside)
