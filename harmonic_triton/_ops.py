@@ -25,8 +25,8 @@ _LIBRARY.define(
     f" -> ({_ROWS})"
 )
 _LIBRARY.define(
-    "rows_backward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, Tensor g, Tensor? g_smooth, Tensor[] rows,"
-    " float eps, float alpha, int ignore_index, bool need_x, bool need_w, str backend, int budget)"
+    "rows_backward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, Tensor g, Tensor? g_smooth,"
+    f" {_ROWS}, float eps, float alpha, int ignore_index, bool need_x, bool need_w, str backend, int budget)"
     " -> (Tensor dx, Tensor dw)"
 )
 _LIBRARY.define(
@@ -75,7 +75,8 @@ def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend
 
 
 @_plainly
-def _rows_backward(x, w, target, n, v, g, g_smooth, rows, eps, alpha, ignore_index, need_x, need_w, backend, budget):  # type: ignore[no-untyped-def]
+def _rows_backward(x, w, target, n, v, g, g_smooth, *rest):  # type: ignore[no-untyped-def]
+    *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget = rest
     run = backend_module(backend).rows_backward
     return run(x, w, target, n, v, g, g_smooth, Rows(*rows), eps, alpha, ignore_index, need_x, need_w, budget)
 
@@ -95,7 +96,8 @@ def _rows_forward_fake(x, w, target, n, v, eps, alpha, ignore_index, moments, ba
     return tuple(Rows.zeros(x.shape[0], like, moments, v is not None))
 
 
-def _rows_backward_fake(x, w, target, n, v, g, g_smooth, rows, eps, alpha, ignore_index, need_x, need_w, *_):  # type: ignore[no-untyped-def]
+def _rows_backward_fake(x, w, *rest):  # type: ignore[no-untyped-def]
+    need_x, need_w = rest[-4:-2]
     return x.new_empty(x.shape if need_x else (0,)), w.new_empty(w.shape if need_w else (0,))
 
 
@@ -111,13 +113,8 @@ def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule: run the operator for each member of the batch and stack what it returns."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        def member(arg: Any, dim: Any, i: int) -> Any:
-            if isinstance(arg, (list, tuple)):
-                return [member(a, d, i) for a, d in zip(arg, dim, strict=True)]
-            return arg if dim is None else arg.select(dim, i)
-
         calls = [
-            operator(*(member(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            operator(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         out = tuple(torch.stack(results) for results in zip(*calls, strict=True))
@@ -187,7 +184,7 @@ class RowsFunction(torch.autograd.Function):
         elif g_smooth is None:
             g_smooth = torch.zeros_like(rows.nll)
         dx, dw = torch.ops.harmonic_triton.rows_backward(
-            x, w, target, n, v, g, g_smooth, list(rows), eps, alpha, ignore_index, need_x, need_w, backend, budget
+            x, w, target, n, v, g, g_smooth, *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget
         )
         dn = exponent_gradient(rows, n, g, g_smooth).to(n.dtype) if need_n else torch.zeros_like(n)
         upstream = (g,) if g_smooth is None else (g, g_smooth)

@@ -77,7 +77,7 @@ def exponent(n: Any) -> None:
             raise ValueError(f"n must be a number or a 0-d floating tensor, got {describe(n)}")
     elif n is not None:
         number("n", n)
-        if not (n > 0 and math.isfinite(n)):
+        if not 0 < n < math.inf:
             raise ValueError(f"n must be a finite harmonic exponent > 0, got {n}")
 
 
@@ -90,7 +90,7 @@ def number(name: str, value: Any) -> None:
 def between(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """low <= value <= high and finite."""
     number(name, value)
-    if not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and value < math.inf):
         limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be finite and {limit}, got {value}")
 

@@ -1,0 +1,497 @@
+"""The registered operators and the autograd around them, under everything that PyTorch puts on top of a function.
+
+Numbers against the fp64 truth are the business of other files. Here two routes to the same numbers are compared:
+compiled and eager, batched and looped, checkpointed and not; with analytic against numerical derivatives in fp64 for
+the gradients themselves. Upstream gradients vary from token to token, or are 0.7 for a scalar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
+
+import harmonic_triton as ht
+from harmonic_triton._numerics import Rows
+
+REDUCTIONS = ("none", "sum", "mean")
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels here"))
+BACKENDS = ("torch", TRITON)
+OPS = torch.ops.harmonic_triton
+
+
+def inputs(
+    tokens: int = 7, width: int = 6, classes: int = 9, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, w, target, n): x at 0.5 to 1.5 of a class vector's length from its own, one token ignored; leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(classes, width, generator=generator)
+    target = torch.randint(classes, (tokens,), generator=generator)
+    away = torch.linspace(0.5, 1.5, tokens).unsqueeze(1)
+    x = w[target] + away * torch.randn(tokens, width, generator=generator)
+    target[tokens // 2] = -100
+    leaves = (tensor.to(dtype).requires_grad_() for tensor in (x, w))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return *leaves, target, torch.tensor(3.3, dtype=compute, requires_grad=True)
+
+
+def upstream(out: Tensor) -> Tensor:
+    """Different for every token; 0.7 for a scalar."""
+    if out.dim() == 0:
+        return torch.full_like(out, 0.7)
+    return torch.linspace(0.3, 1.2, out.numel(), dtype=out.dtype).reshape(out.shape)
+
+
+def gradients(out: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, leaves, upstream(out))
+
+
+def relative(out: Tensor, ref: Tensor) -> float:
+    """Largest ||out - ref||/||ref|| over rows; 0 against 0 counts as equal."""
+    out, ref = (tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1) for tensor in (out, ref))
+    error, norm = (out - ref).norm(dim=1), ref.norm(dim=1)
+    return torch.where(error == 0, 0.0, error / norm).max().item()
+
+
+def weights(classes: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.linspace(0.5, 2.0, classes, dtype=dtype)
+
+
+# --- the operators themselves
+
+
+def operator_arguments(
+    name: str, dtype: torch.dtype, backend: str, smoothing: bool, moments: bool, needs: str
+) -> tuple[Any, ...]:
+    """Arguments as the autograd Functions pass them; a gradient for n needs the moments."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=dtype))
+    like = n.new_empty(())
+    v = weights(dtype=like.dtype) * 0.1 / 9 if smoothing else None
+    eps, alpha = 0.1, 0.0 if smoothing and backend == "triton" else 0.05
+    options = (eps, alpha, -100)
+    if name == "rows_forward":
+        return x, w, target, n, v, *options, moments, backend, 0
+    a = torch.linspace(0.3, 1.2, len(x), dtype=like.dtype)
+    b = 0.1 * a if smoothing else None
+    need = tuple(letter in needs for letter in "xwn")
+    if name == "reduced_forward":
+        return x, w, target, n, v, a, b, *options, *need, moments, backend, 0
+    rows = OPS.rows_forward(x, w, target, n, v, *options, moments, backend, 0)
+    return x, w, target, n, v, a, b, *rows, *options, *need[:2], backend, 0
+
+
+# Every operator x dtype; and for one dtype each of its switches, which change the shapes of what it returns.
+@pytest.mark.parametrize(("dtype", "smoothing", "moments", "needs"), [
+    (torch.float64, False, False, "xw"), (torch.float32, True, True, "xwn"), (torch.bfloat16, True, False, "xw"),
+    (torch.float16, False, True, "xwn"), (torch.float32, False, False, "x"), (torch.float32, False, False, "w"),
+    (torch.float32, False, True, "n"), (torch.float32, False, False, ""),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["rows_forward", "rows_backward", "reduced_forward"])
+def test_opcheck(name, dtype, smoothing, moments, needs):
+    """Schema, fake (shapes, dtypes, strides) and tracing with symbolic shapes."""
+    arguments = operator_arguments(name, dtype, "torch", smoothing, moments, needs)
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("smoothing", [False, True])
+@pytest.mark.parametrize("name", ["rows_forward", "rows_backward"])
+def test_opcheck_of_triton(name, smoothing, dtype):
+    """The Triton backend answers with what the same fakes promise (it has no reduced_forward)."""
+    pytest.importorskip("triton")
+    arguments = operator_arguments(name, dtype, "triton", smoothing, True, "xw")
+    torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_rows_are_what_the_schemas_name():
+    """The operators return the fields of ``Rows``, in that order."""
+    for name, skip in (("rows_forward", 0), ("reduced_forward", 4)):
+        returned = [result.name for result in getattr(OPS, name).default._schema.returns]
+        assert tuple(returned[skip:]) == Rows._fields
+
+
+# --- derivatives
+
+OPTIONS = {
+    "plain": {},
+    "eps": {"eps": 0.3},
+    "uniform_mix": {"uniform_mix": 0.2},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "both": {"label_smoothing": 0.2, "uniform_mix": 0.2},
+    "class_weight": {"class_weight": weights()},
+    "everything": {"label_smoothing": 0.1, "uniform_mix": 0.1, "class_weight": weights(), "eps": 0.05},
+    "num_items": {"num_items": 5},
+}
+MINUS_NUM_ITEMS = [name for name in OPTIONS if name != "num_items"]
+GRADCHECK = {"eps": 1e-6, "rtol": 1e-6, "atol": 1e-8}
+"""A central difference in fp64 is good to about 1e-12 (its square) plus 2e-16/1e-6 times the loss: 1e-9 here."""
+
+
+@pytest.mark.parametrize(("reduction", "option"), [
+    *((reduction, option) for reduction in ("sum", "mean") for option in OPTIONS),
+    *(("none", option) for option in MINUS_NUM_ITEMS),
+])  # fmt: skip
+def test_gradcheck(reduction, option):
+    """x, w and n at once, in fp64, one target ignored; per token and through the forward's own gradients."""
+    x, w, target, n = inputs()
+
+    def loss(x, w, n):
+        out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend="torch", **OPTIONS[option])
+        return out * upstream(out)
+
+    assert torch.autograd.gradcheck(loss, (x, w, n), **GRADCHECK)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("option", ["plain", "label_smoothing"])
+def test_batched_upstream_gradients(reduction, option):
+    """``is_grads_batched``, as ``torch.autograd.functional.jacobian(vectorize=True)`` uses it: a loop's gradients."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, **OPTIONS[option])
+    ups = torch.stack([upstream(out), upstream(out).flip(0) if out.dim() else 2 * upstream(out)])
+    batched = torch.autograd.grad(out, (x, w, n), ups, is_grads_batched=True, retain_graph=True)
+    for i, up in enumerate(ups):
+        wanted = torch.autograd.grad(out, (x, w, n), up, retain_graph=True)
+        assert all(relative(mine[i], value) < 1e-6 for mine, value in zip(batched, wanted, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "n", "xw", "xn", "wn"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_requires_a_gradient_gets_one(wanted, reduction, backend):
+    """Any subset of x, w, n: the same gradients as together, None for the rest."""
+    dtype = torch.float32
+    named = dict(zip("xwn", (lambda x, w, t, n: (x, w, n))(*inputs(dtype=dtype)), strict=True))
+    target = inputs(dtype=dtype)[2]
+    everything = ht.linear_harmonic_loss(
+        named["x"], named["w"], target, n=named["n"], reduction=reduction, backend=backend
+    )
+    together = dict(zip("xwn", gradients(everything, *named.values()), strict=True))
+    some = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in named.items()}
+    out = ht.linear_harmonic_loss(some["x"], some["w"], target, n=some["n"], reduction=reduction, backend=backend)
+    out.backward(upstream(out))
+    for name, leaf in some.items():
+        assert (leaf.grad is None) == (name not in wanted)
+        if leaf.grad is not None:
+            assert torch.equal(leaf.grad, together[name])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", ["plain", "label_smoothing", "uniform_mix"])
+def test_second_derivative_of_a_fused_backend_raises(backend, reduction, option):
+    """An error that names the mend instead of a silent zero; by x, w, n, or the upstream gradient."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend, **OPTIONS[option])
+    up = upstream(out).requires_grad_()
+    first = torch.autograd.grad(out, (x, w, n), up, create_graph=True)
+    for derivative in first:
+        for leaf in (x, w, n, up):
+            with pytest.raises(RuntimeError, match=r'cannot be differentiated again.*backend="reference"'):
+                torch.autograd.grad(derivative.square().sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize("option", ["plain", "eps", "everything"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_derivative_of_the_reference(reduction, option):
+    """It is right there, for x, w and n; and its first derivative is that of the fused backend."""
+    x, w, target, n = inputs(tokens=4, width=3, classes=5)
+    options = {**OPTIONS[option], **({"class_weight": weights(5)} if option == "everything" else {})}
+
+    def loss(x, w, n, backend="reference"):
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend, **options)
+
+    assert torch.autograd.gradgradcheck(loss, (x, w, n), **GRADCHECK)
+    for mine, reference in zip(*(gradients(loss(x, w, n, b), x, w, n) for b in ("torch", "reference")), strict=True):
+        assert relative(mine, reference) < 1e-12
+
+
+# --- torch.func
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_func_grad(backend, reduction):
+    """``torch.func.grad`` gives autograd's gradients, to the bit."""
+    x, w, target, n = inputs(dtype=torch.float32)
+
+    def loss(x, w, n):
+        return 0.7 * ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend)
+
+    wanted = torch.autograd.grad(loss(x, w, n), (x, w, n))
+    assert all(torch.equal(*pair) for pair in zip(grad(loss, argnums=(0, 1, 2))(x, w, n), wanted, strict=True))
+
+
+# Which arguments carry the batch: samples (per-sample gradients), class vectors (an ensemble), exponents, all of them.
+@pytest.mark.parametrize("batched", ["xt", "w", "n", "xtwn"])
+@pytest.mark.parametrize("option", ["plain", "label_smoothing", "uniform_mix"])
+@pytest.mark.parametrize(("reduction", "backend"), [
+    ("mean", "torch"), ("none", "torch"), pytest.param("mean", "triton", marks=TRITON.marks)])  # fmt: skip
+def test_vmap_of_grad_is_a_loop(reduction, backend, option, batched):
+    """Per-sample gradients by ``vmap(grad(...))`` equal those of one call a sample."""
+    members = [inputs(tokens=3, dtype=torch.float32, seed=seed) for seed in range(3)]
+    members = [(x, w, t, n.detach() + seed) for seed, (x, w, t, n) in enumerate(members)]
+    options = {**OPTIONS[option], "reduction": reduction, "backend": backend}
+    stacked, in_dims = [], []
+    for name, values in zip("xwtn", zip(*members, strict=True), strict=True):
+        stacked.append(torch.stack(values).detach() if name in batched else values[0].detach())
+        in_dims.append(0 if name in batched else None)
+
+    def loss(x, w, t, n):
+        out = ht.linear_harmonic_loss(x, w, t, n=n, **options)
+        return (out * upstream(out)).sum()
+
+    out = vmap(grad(loss, argnums=(0, 1, 3)), in_dims=tuple(in_dims))(*stacked)
+    for i in range(3):
+        one = [tensor if dim is None else tensor[i] for tensor, dim in zip(stacked, in_dims, strict=True)]
+        for mine, wanted in zip(out, grad(loss, argnums=(0, 1, 3))(*one), strict=True):
+            assert relative(mine[i], wanted) < 1e-6  # the sums around the operators may run in another order
+
+
+def test_vmap_of_statistics_is_a_loop():
+    """``return_stats`` under vmap."""
+    members = [inputs(tokens=3, dtype=torch.float32, seed=seed) for seed in range(3)]
+    x, w, target, _ = (torch.stack(values).detach() for values in zip(*members, strict=True))
+
+    def run(x, w, target):
+        return ht.linear_harmonic_loss(x, w, target, return_stats=True, reduction="none")
+
+    loss, stats = vmap(run)(x, w, target)
+    for i in range(3):
+        wanted_loss, wanted = run(x[i], w[i], target[i])
+        assert torch.equal(loss[i], wanted_loss)
+        assert all(torch.equal(mine[i], value) for mine, value in zip(stats, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jacrev(backend):
+    """The Jacobian of the per-token losses: row i holds token i's gradient alone, and the rows add up to the sum's."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+
+    def losses(x, w):
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction="none", backend=backend)
+
+    by_x, by_w = jacrev(losses, argnums=(0, 1))(x, w)
+    tokens = torch.arange(len(x))
+    assert not by_x[tokens != tokens.unsqueeze(1)].any()
+    dx, dw = grad(lambda x, w: losses(x, w).sum(), argnums=(0, 1))(x, w)
+    assert relative(by_x[tokens, tokens], dx) < 1e-6
+    # dW may cancel between tokens: relative to what is added
+    assert ((by_w.sum(0) - dw).norm(dim=1) / by_w.norm(dim=2).sum(0)).max() < 1e-6
+
+
+def test_functional_call_of_the_head():
+    """Per-sample gradients of a HarmonicHead's parameters, its learnable exponent among them."""
+    x, w, target, _ = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+    torch.manual_seed(0)
+    head = ht.HarmonicHead(6, 9, n=3.0, learnable_n=True, eps=0.1)
+    parameters = {"weight": w, "n": torch.tensor(2.5)}
+
+    def loss(parameters, x, target):
+        return 0.7 * functional_call(head, parameters, (x.unsqueeze(0), target.unsqueeze(0)))
+
+    out = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, target)
+    assert out["weight"].shape == (7, 9, 6)
+    assert out["n"].shape == (7,)
+    for i in range(len(x)):
+        weight, n = w.clone().requires_grad_(), torch.tensor(2.5, requires_grad=True)
+        one = ht.linear_harmonic_loss(x[i : i + 1], weight, target[i : i + 1], n=n, eps=0.1)
+        (0.7 * one).backward()
+        assert relative(out["weight"][i], weight.grad) < 1e-6
+        assert relative(out["n"][i], n.grad) < 1e-6
+
+
+# --- autocast
+
+
+# Mixed operands too: that is what a layer before the head hands over inside the region.
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                                    (torch.float64, torch.float64)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_autocast_casts_as_a_linear_layer_does(reduction, dtypes, lower):
+    """The operands become what F.linear makes of them; gradients come back in the parameters' own dtypes."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    x, w = (tensor.detach().to(dtype).requires_grad_() for tensor, dtype in zip((x, w), dtypes, strict=True))
+    with torch.autocast("cpu", lower):
+        as_linear = F.linear(x, w).dtype
+        out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction)
+        logits = ht.harmonic_logits(x, w)
+        with torch.autocast("cpu", enabled=False):
+            full = ht.linear_harmonic_loss(x.float(), w.float(), target, n=n, reduction=reduction)
+    assert as_linear == (torch.float64 if torch.float64 in dtypes else lower)
+    assert out.dtype == logits.dtype == (torch.float64 if as_linear == torch.float64 else torch.float32)
+    mine = gradients(out, x, w, n)
+    assert [g.dtype for g in mine] == [x.dtype, w.dtype, n.dtype]
+    cast = [tensor.detach().to(as_linear).requires_grad_() for tensor in (x, w)]
+    wanted = ht.linear_harmonic_loss(*cast, target, n=n, reduction=reduction)
+    assert torch.equal(out, wanted)
+    assert torch.equal(logits, ht.harmonic_logits(*cast))
+    for g, value in zip(mine, gradients(wanted, *cast, n), strict=True):
+        assert torch.equal(g, value.to(g.dtype))
+    if dtypes == (torch.float32, torch.float32):
+        assert torch.equal(full, ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction))
+        assert not torch.equal(full, out)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_inside_the_autocast_region(backend, reduction):
+    """Autocast is still on when the gradients are formed; it must not reach the arithmetic inside the operators."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend)
+        inside = torch.autograd.grad(out, (x, w, n), upstream(out), retain_graph=True)
+    assert all(torch.equal(*pair) for pair in zip(inside, gradients(out, x, w, n), strict=True))
+
+
+# --- checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend, reduction, reentrant):
+    """Recomputing the head in the backward pass gives the same gradients, to the bit.
+
+    The re-entrant kind first runs without gradients: another route, whose loss may be rounded differently.
+    """
+    x, w, target, n = inputs(dtype=torch.float32)
+
+    def block(x, w, n):
+        return ht.linear_harmonic_loss(x.tanh(), w, target, n=n, reduction=reduction, backend=backend)
+
+    plain, again = block(x, w, n), checkpoint(block, x, w, n, use_reentrant=reentrant)
+    assert relative(again.reshape(-1, 1), plain.reshape(-1, 1)) <= (2**-22 if reentrant else 0)
+    wanted = gradients(plain, x, w, n)
+    again.backward(upstream(again))
+    assert all(torch.equal(leaf.grad, g) for leaf, g in zip((x, w, n), wanted, strict=True))
+
+
+# --- torch.compile
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_equals_eager(function: Any, compiled: Any, leaves: list[Tensor], tolerance: float = 0.0) -> None:
+    """Loss, gradients and statistics; ``tolerance`` 0 means to the bit."""
+    mine, wanted = compiled(*leaves), function(*leaves)
+    (mine, mine_stats), (wanted, stats) = (out if isinstance(out, tuple) else (out, ()) for out in (mine, wanted))
+    assert relative(mine, wanted) <= tolerance
+    differentiable = [leaf for leaf in leaves if leaf.requires_grad]
+    for g, value in zip(gradients(mine, *differentiable), gradients(wanted, *differentiable), strict=True):
+        assert g.dtype == value.dtype
+        assert relative(g, value) <= tolerance
+    for value, other in zip(mine_stats, stats, strict=True):
+        assert value.dtype == other.dtype
+        assert relative(value, other) <= tolerance
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("return_stats", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiled_without_graph_breaks_or_recompilation(reduction, return_stats):
+    """Three numbers of tokens: the second makes it symbolic, the third compiles nothing. Learnable n."""
+
+    def loss(x, w, target, n):
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, return_stats=return_stats)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for call, tokens in enumerate((12, 20, 33)):
+        strict = torch._dynamo.config.patch(error_on_recompile=True) if call == 2 else contextlib.nullcontext()
+        with strict:
+            compiled_equals_eager(loss, compiled, list(inputs(tokens, dtype=torch.float32)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("option", [*OPTIONS, "shift", "triton", "autocast"])
+def test_compiled_options(option):
+    """dynamic=True from the start: one graph for two shapes, for every option; n a plain number."""
+    options = OPTIONS.get(option, {"shift": True} if option == "shift" else {})
+    if option == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("compiled kernels here")
+        options = {"backend": "triton"}
+    if "class_weight" in options:
+        options = {**options, "class_weight": options["class_weight"].float()}
+
+    def loss(x, w, target):
+        with torch.autocast("cpu", torch.bfloat16, enabled=option == "autocast"):
+            return ht.linear_harmonic_loss(x, w, target, n=3.3, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (12, 20):
+        compiled_equals_eager(loss, compiled, list(inputs(tokens, dtype=torch.float32)[:3]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_head():
+    """The module with a learnable exponent: the loss through inductor, the logits."""
+    torch.manual_seed(0)
+    head = ht.HarmonicHead(6, 9, n=3.0, learnable_n=True, std=1.0)
+    x, _, target, _ = inputs(12, dtype=torch.float32)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    losses, logits = [], []
+    for module in (compiled, head):
+        head.zero_grad()
+        loss = module(x, target=target)
+        losses.append((loss, torch.autograd.grad(0.7 * loss, (x, head.weight, head.n))))
+        logits.append((module(x), torch.autograd.grad(module(x).square().sum(), (x, head.weight, head.n))))
+    for (mine, mine_grads), (wanted, wanted_grads) in (losses, logits):
+        assert torch.equal(mine, wanted)
+        assert all(torch.equal(*pair) for pair in zip(mine_grads, wanted_grads, strict=True))
+
+
+FIRST_CALL = """
+    import sys
+    import torch
+    import harmonic_triton as ht
+    backend, reduction = sys.argv[1:]
+    generator = torch.Generator().manual_seed(3)
+    x, w = (torch.randn(k, 16, generator=generator).requires_grad_() for k in (24, 40))
+    target = torch.randint(40, (24,), generator=generator)
+    n = torch.tensor(3.3, requires_grad=True)
+
+    def loss(x, w, n):
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, return_stats=True)
+
+    results = []
+    for function in (torch.compile(loss, fullgraph=True, backend=backend), loss):
+        out, stats = function(x, w, n)
+        up = torch.linspace(0.3, 1.2, out.numel()).reshape(out.shape)
+        results.append((out.reshape(-1, 1), *torch.autograd.grad(out, (x, w, n), up), *stats))
+    for mine, wanted in zip(*results, strict=True):
+        assert mine.dtype == wanted.dtype and mine.shape == wanted.shape
+        mine, wanted = (t.detach().double().reshape(len(t) if t.dim() else 1, -1) for t in (mine, wanted))
+        assert ((mine - wanted).norm(dim=1) <= 1e-6 * wanted.norm(dim=1)).all(), (mine, wanted)
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize(("backend", "reduction"), [("inductor", "mean"), ("aot_eager", "none")])
+def test_compiled_as_the_first_call_of_a_process(backend, reduction):
+    """Nothing has run eagerly before: no operator, backend or cache is there yet. Inductor may sum in another order."""
+    command = [sys.executable, "-c", textwrap.dedent(FIRST_CALL), backend, reduction]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout == "equal\n"

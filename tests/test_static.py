@@ -1,0 +1,123 @@
+"""The kernels compile ahead of time, without a GPU, for every architecture we store a configuration for.
+
+The compiler is driven by ``benchmarks.static_cost`` in a process of its own: in this one the kernels may belong to the
+interpreter, which compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import harmonic_triton as ht
+from benchmarks import static_cost
+
+configs = pytest.importorskip("harmonic_triton._triton.configs")  # needs triton
+
+ROOT = Path(__file__).parent.parent
+PARKED = 8
+"""Bytes that ptxas may put aside on its own account: where a kernel sits on a step of the occupancy table (64, 96, 128
+or 168 registers) it keeps one value on the stack rather than go beyond. A tile too large for the register file spills
+hundreds of bytes."""
+REGISTERS = {"sm80": 255, "sm90": 255, "sm100": 255, "gfx942": 512}
+
+
+def entry_kernels() -> set[str]:
+    """Names of the package's kernels, from its source alone: ``@triton.jit`` functions that no other one calls."""
+    compiled, called = set(), set()
+    for path in (ROOT / "harmonic_triton").rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in function.decorator_list):
+                compiled.add(function.name)
+                called |= {node.func.id for node in ast.walk(function)
+                           if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+    return compiled - called
+
+
+def test_every_kernel_is_covered():
+    """A kernel that static_cost does not find is not compiled below."""
+    assert entry_kernels() == set(static_cost.kernels()) != set()
+
+
+def test_every_stored_configuration_is_covered():
+    """CONFIGS x switches x dtypes: what is stored for a GPU is what is compiled."""
+    stored = {(arch, size) for arch, size in configs.CONFIGS if arch != "interpreter"}
+    assert stored == {(arch, size) for arch in static_cost.TARGETS for size in set(static_cost.DTYPES.values())}
+    assert set(static_cost.SHARED_LIMIT) == set(static_cost.TARGETS) == set(REGISTERS)
+    jobs = {(name, dtype, arch) for name, _, dtype, arch in static_cost.jobs()}
+    wanted = len(static_cost.kernels()) * len(static_cost.DTYPES) * len(static_cost.TARGETS)
+    assert len(jobs) == wanted
+
+
+@pytest.mark.parametrize("arch", static_cost.TARGETS)
+def test_compiles_within_limits(arch):
+    """Every kernel x switches x dtype at its stored configuration: no spills, matrix instructions, shared memory."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1", "--arch", arch]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
+    assert len(costs) == len(static_cost.jobs([arch]))
+    assert {cost.arch for cost in costs} == {arch}
+    by_products = {products: [cost for cost in costs if cost.products == products] for products in (False, True)}
+    assert {cost.kernel for cost in by_products[True]} == {"forward_kernel", "gradient_kernel"}
+    assert not [cost for cost in costs if cost.spills > PARKED]
+    assert not [cost for cost in costs if not 0 < cost.registers <= REGISTERS[arch]]
+    assert not [cost for cost in costs if cost.shared > static_cost.SHARED_LIMIT[arch]]
+    assert not [cost for cost in by_products[True] if cost.matrix_instructions == 0 and cost.dtype != "fp32"]
+    # fp32 products stay in fp32: NVIDIA's matrix units would round the operands to tf32, AMD's have fp32 ones
+    if arch.startswith("sm"):
+        assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = {dtype: name for name, dtype in DTYPES.items()}
+KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", int: "i32", float: "fp32"}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, monkeypatch):
+    """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
+
+    Learnable n (MOMENTS) with and without smoothing; every kernel has to be seen.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    kernels, seen = static_cost.kernels(), set()
+    if not isinstance(kernels["norms_kernel"][0], interpreter.InterpretedFunction):
+        pytest.skip("the kernels are compiled in this process, not interpreted")
+    launch = interpreter.InterpretedFunction.run
+
+    def recorded(function, *args, **options):
+        name, names = function.__name__, function.arg_names
+        given = {**dict(zip(names, args, strict=False)), **options}
+        switches = {switch: given[switch] for switch in static_cost.SWITCHES if switch in names}
+        assert (name, switches, dtype, "sm90") in jobs
+        compiled = static_cost.launch_of(name, *kernels[name], switches, dtype, "sm90")
+        constants = {names[position]: value for (position,), value in compiled.constants.items()}
+        for argument in names:
+            value = given[argument]
+            kind = f"*{KINDS[value.dtype]}" if isinstance(value, torch.Tensor) else KINDS.get(type(value))
+            if argument in ("stride_xd", "stride_wd") or value is None:
+                assert constants.get(argument, "no constant") == value, (name, argument)
+            elif argument not in constants:
+                assert compiled.signature[argument] == kind, (name, argument)
+        seen.add(name)
+        return launch(function, *args, **options)
+
+    jobs = static_cost.jobs(["sm90"])
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", recorded)
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 32, generator=generator).to(DTYPES[dtype]).requires_grad_() for rows in (5, 7))
+    n = torch.tensor(3.0, requires_grad=True)
+    target = torch.randint(7, (5,), generator=generator)
+    loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
+    (0.5 * loss).backward()
+    assert seen == set(kernels)
