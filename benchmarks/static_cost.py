@@ -84,12 +84,12 @@ def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
 
 def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str) -> Launch:
     """The specialisation of one kernel; a ``KeyError`` names a constant that is not known here."""
-    from harmonic_triton._triton.configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK
+    from harmonic_triton._triton.configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS
 
     config = CONFIGS[arch, DTYPES[dtype]]
     fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
     fixed |= {"stride_xd": 1, "stride_wd": 1, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-    options = {"num_warps": 4, "num_stages": 2}
+    options = {"num_warps": ROW_WARPS, "num_stages": 2}
     if products:
         fixed |= {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

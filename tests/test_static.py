@@ -22,10 +22,6 @@ from benchmarks import static_cost
 configs = pytest.importorskip("harmonic_triton._triton.configs")  # needs triton
 
 ROOT = Path(__file__).parent.parent
-PARKED = 8
-"""Bytes that ptxas may put aside on its own account: where a kernel sits on a step of the occupancy table (64, 96, 128
-or 168 registers) it keeps one value on the stack rather than go beyond. A tile too large for the register file spills
-hundreds of bytes."""
 REGISTERS = {"sm80": 255, "sm90": 255, "sm100": 255, "gfx942": 512}
 
 
@@ -68,7 +64,7 @@ def test_compiles_within_limits(arch):
     assert {cost.arch for cost in costs} == {arch}
     by_products = {products: [cost for cost in costs if cost.products == products] for products in (False, True)}
     assert {cost.kernel for cost in by_products[True]} == {"forward_kernel", "gradient_kernel"}
-    assert not [cost for cost in costs if cost.spills > PARKED]
+    assert not [cost for cost in costs if cost.spills]
     assert not [cost for cost in costs if not 0 < cost.registers <= REGISTERS[arch]]
     assert not [cost for cost in costs if cost.shared > static_cost.SHARED_LIMIT[arch]]
     assert not [cost for cost in by_products[True] if cost.matrix_instructions == 0 and cost.dtype != "fp32"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harmonic_triton._numerics import Rows, full_fp32
 from harmonic_triton._triton import backward, forward
-from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, tile_config
+from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, tile_config
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
 
@@ -32,7 +32,7 @@ class _Call:
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32", "UPCAST": x.device.type == "cpu",
             "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
-        self.rows = {"BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK}
+        self.rows = {"BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "num_warps": ROW_WARPS}
         self.row_grid = (triton.cdiv(self.tokens, ROW_BLOCK),)
         self.v_sum = None if v is None else v.sum()
         new = x.new_empty
@@ -118,7 +118,7 @@ def rows_backward(
         backward.coefficient_kernel[(triton.cdiv(call.tokens, 128),)](
             call.target, call.target_sq, call.own, call.norms, n, v, call.v_sum, g, g_smooth,
             rows.nll, rows.rival, rows.rival_score, p_coef, v_coef, a_target, a_rival, r_part, unscale, far,
-            call.tokens, eps, SMOOTHING=smoothing, SCALED=scaled, BLOCK_N=128,
+            call.tokens, eps, SMOOTHING=smoothing, SCALED=scaled, BLOCK_N=128, num_warps=ROW_WARPS,
         )  # fmt: skip
         if need_w:
             operand = torch.where(

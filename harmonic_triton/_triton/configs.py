@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-ROW_BLOCK, FEATURE_BLOCK = 16, 128  # of the per-token and per-class kernels, which do no products
+ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
 
 
 @dataclass(frozen=True)
