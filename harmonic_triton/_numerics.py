@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,25 +56,68 @@ def exponent_gradient(rows: Rows, n: Tensor, g: Tensor, g_smooth: Tensor | None)
     return per_row.sum() / n
 
 
-def mixed_nll(nll: Tensor, mix: float) -> Tensor:
-    """-log(p + mix) from nll = -log p."""
-    return -torch.log(torch.exp(-nll) + mix) if mix else nll
+def mixed_nll(nll: Tensor, alpha: float, classes: int) -> Tensor:
+    """-log((p + alpha/V)/(1 + alpha)) from nll = -log p, without cancellation where p is near 1."""
+    if not alpha:
+        return nll
+    p, mix = torch.exp(-nll), alpha / classes
+    above = (torch.expm1(-nll.clamp_max(0.7)) - alpha + mix) / (1 + alpha)  # (p + mix)/(1 + alpha) - 1
+    return torch.where(p > 0.5, -torch.log1p(above), math.log1p(alpha) - torch.log(p + mix))
 
 
-def mixed_slope(nll: Tensor, mix: float) -> Tensor | float:
+def mixed_slope(nll: Tensor, alpha: float, classes: int) -> Tensor | float:
     """d mixed_nll / d nll."""
-    return torch.exp(-nll) / (torch.exp(-nll) + mix) if mix else 1.0
+    p = torch.exp(-nll)
+    return p / (p + alpha / classes) if alpha else 1.0
+
+
+_precision_lock = threading.Lock()
+_precision_users = 0
+_restore_precision: Callable[[], None]
 
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products in fp32 whatever the global setting: TF32 puts s_c off by 26 % near a class vector."""
-    before = torch.get_float32_matmul_precision()
+    """fp32 products in fp32 whatever the global setting: TF32 puts s_c off by 26 % near a class vector.
+
+    The setting is the process's: the first of several threads changes it and the last one puts it back.
+    """
+    global _precision_users, _restore_precision
+    with _precision_lock:
+        if _precision_users == 0:
+            _restore_precision = _highest_precision()
+        _precision_users += 1
     try:
-        torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                _restore_precision()
+
+
+def _highest_precision() -> Callable[[], None]:
+    """Set full precision through the interface that the user's setting came by (torch refuses a mix); returns the undo."""
+    backends: Any = torch.backends
+    products = (getattr(backends.cuda, "matmul", None), getattr(backends.mkldnn, "matmul", None))
+    places = [place for place in products if hasattr(place, "fp32_precision")]
+    before = [place.fp32_precision for place in places]
+
+    def restore(legacy: str | None) -> None:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for place, value in zip(places, before, strict=True):
+            if place.fp32_precision != value:
+                place.fp32_precision = value
+
+    try:
+        legacy: str | None = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        legacy = None
+        for place in places:
+            place.fp32_precision = "ieee"
+    return functools.partial(restore, legacy)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -134,6 +134,14 @@ for _name, _run, _fake in (
     torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_operator), lib=_LIBRARY)
 
 
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether a gradient can flow, also to a tensor that ``vmap`` has wrapped: the wrapper says no."""
+    if not torch.compiler.is_compiling():
+        while not tensor.requires_grad and torch._C._functorch.is_batchedtensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 class _FirstOrderOnly(torch.autograd.Function):
     """Passes gradients through; differentiating them again is an error instead of a silent zero."""
 
@@ -183,9 +191,11 @@ class RowsFunction(torch.autograd.Function):
             g_smooth = None
         elif g_smooth is None:
             g_smooth = torch.zeros_like(rows.nll)
-        dx, dw = torch.ops.harmonic_triton.rows_backward(
-            x, w, target, n, v, g, g_smooth, *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget
-        )
+        dx, dw = x.new_zeros(0), w.new_zeros(0)
+        if need_x or need_w:
+            dx, dw = torch.ops.harmonic_triton.rows_backward(
+                x, w, target, n, v, g, g_smooth, *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget
+            )
         dn = exponent_gradient(rows, n, g, g_smooth).to(n.dtype) if need_n else torch.zeros_like(n)
         upstream = (g,) if g_smooth is None else (g, g_smooth)
         dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, *upstream)
@@ -209,6 +219,9 @@ class ReducedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any):  # type: ignore[no-untyped-def, override]
         x, w, n, *saved = ctx.saved_tensors
+        needed = zip(ctx.needs_input_grad[:3], saved, (x, w, n), strict=True)
+        if any(need and d.shape != like.shape for need, d, like in needed):
+            raise RuntimeError("linear_harmonic_loss: a gradient is asked for that the forward pass was not told of")
         dx, dw, dn = ((d * g).to(like.dtype) for d, like in zip(saved, (x, w, n), strict=True))
         dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g)
         need_x, need_w, need_n = ctx.needs_input_grad[:3]

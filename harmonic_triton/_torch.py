@@ -40,14 +40,19 @@ class Head:
     n: Tensor  # () harmonic exponent
     eps: float
     v: Tensor  # (V,) smoothing weights, empty where there are none
-    mix: float  # alpha/V for the smoothing term
+    alpha: float  # of the uniform mix, for the smoothing term
 
     @classmethod
     def of(cls, w: Tensor, n: Tensor, v: Tensor | None, eps: float, alpha: float) -> Head:
         weight = w.to(compute_dtype(w.dtype))
         v = weight.new_empty(0) if v is None else v.to(weight.dtype)
         norms = torch.cat([block.square().sum(1) for block in weight.split(4096)])
-        return cls(weight, norms, n.to(weight.dtype), eps, v, alpha / len(w))
+        return cls(weight, norms, n.to(weight.dtype), eps, v, alpha)
+
+    @property
+    def mix(self) -> float:
+        """alpha/V."""
+        return self.alpha / len(self.weight)
 
     @property
     def smoothing(self) -> bool:
@@ -143,7 +148,7 @@ class Chunk:
                 rows.share_score.copy_((share * score).sum(1))
                 rows.share_sum.copy_(share.sum(1))
                 rows.share_rest.copy_(share.scatter(1, target, 0.0).sum(1))
-                rows.smooth.copy_(-torch.log(every + head.mix) @ head.v if head.mix
+                rows.smooth.copy_(-torch.log((every + head.mix) / (1 + head.alpha)) @ head.v if head.mix
                                   else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
         return rows, p
 
@@ -329,7 +334,7 @@ def reduced_forward(
     dX and dW are in the compute dtype: a gradient scaler's factor comes before the rounding to 16 bits.
     """
     head = Head.of(w, n, v, eps, alpha)
-    out, mix = Gradients(head, len(x), need_x, need_w), alpha / len(w)
+    out = Gradients(head, len(x), need_x, need_w)
     loss, dn = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
     every = Rows.zeros(len(x), head.weight, moments, v is not None)
     with full_fp32():
@@ -340,12 +345,12 @@ def reduced_forward(
             for tile in chunk.tiles():
                 rows, p = chunk.reduce(tile, moments)
                 _store(mine, tile, rows)
-                up[tile] = a[at[tile]] * mixed_slope(rows.nll, mix)
+                up[tile] = a[at[tile]] * mixed_slope(rows.nll, alpha, len(w))
                 if need_x or need_w:
                     smooth = None if up_smooth is None else up_smooth[tile]
                     sums[tile] = chunk.coefficients(tile, p, rows, up[tile], smooth)
             _store(every, at, mine)
-            loss += (a[at].double() * mixed_nll(mine.nll.double(), mix)).sum()
+            loss += (a[at].double() * mixed_nll(mine.nll.double(), alpha, len(w))).sum()
             if up_smooth is not None:
                 loss += (up_smooth.double() * mine.smooth.double()).sum()
             if need_n:

@@ -121,10 +121,9 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     if label_smoothing:
         v = (torch.ones(classes, device=x.device) if class_weight is None else class_weight).to(dtype) / classes
     token, smooth = _token_weights(labels, class_weight, ignore_index, reduction, num_items, label_smoothing, dtype)
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, linear_weight, n)]
+    wanted = [torch.is_grad_enabled() and _ops.requires_grad(tensor) for tensor in (x, linear_weight, n)]
     moments = return_stats or wanted[2]
     options = (float(eps), float(uniform_mix), ignore_index)
-    constant = math.log1p(uniform_mix)
     stats: tuple[Tensor, ...] = ()
     if backend == "reference":
         _ops.check_values(labels, classes, ignore_index, n)
@@ -139,17 +138,19 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
             x, linear_weight, n, v, labels, token, smooth, *options, *wanted, moments, backend, memory_budget or 0
         )
         rows = Rows._make(fields)
-        if constant:
-            loss = loss + constant * (
-                token.sum() if v is None or smooth is None else token.sum() + smooth.sum() * v.sum()
-            )
     else:
-        rows = Rows._make(
-            _ops.RowsFunction.apply(x, linear_weight, n, v, labels, *options, moments, backend, memory_budget or 0)
-        )
-        losses = token * (mixed_nll(rows.nll, uniform_mix / classes) + constant)
+        if any(wanted):
+            fields = _ops.RowsFunction.apply(
+                x, linear_weight, n, v, labels, *options, moments, backend, memory_budget or 0
+            )
+        else:
+            fields = torch.ops.harmonic_triton.rows_forward(
+                x, linear_weight, labels, n, v, *options, moments, backend, memory_budget or 0
+            )
+        rows = Rows._make(fields)
+        losses = token * mixed_nll(rows.nll, uniform_mix, classes)
         if v is not None and smooth is not None:
-            losses = losses + smooth * (rows.smooth + constant * v.sum())
+            losses = losses + smooth * rows.smooth
         losses = torch.where(labels == ignore_index, 0.0, losses)
         loss = losses if reduction == "none" else losses.sum()
     if return_stats and backend != "reference":

@@ -495,3 +495,103 @@ def test_compiled_as_the_first_call_of_a_process(backend, reduction):
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout == "equal\n"
+
+
+# Differentiating a vmap: the wrapper that vmap puts around a tensor hides that its inside wants a gradient.
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("batched", ["x", "n"])
+def test_gradient_of_a_vmap(batched, which, reduction):
+    torch.manual_seed(0)
+    x, w, t = torch.randn(4, 8), torch.randn(11, 8), torch.randint(11, (4,))
+    n = torch.tensor([2.0, 3.0, 4.0]) if batched == "n" else torch.tensor(3.0)
+
+    def over_n(one, x, w):
+        return ht.linear_harmonic_loss(x, w, t, n=one, reduction=reduction).sum()
+
+    def over_x(row, label, w, n):
+        return ht.linear_harmonic_loss(row[None], w, label[None], n=n, reduction=reduction).sum()
+
+    def vectorised(x, w, n):
+        if batched == "n":
+            return (torch.func.vmap(lambda one: over_n(one, x, w))(n) * torch.tensor([1.0, 2.0, -0.5])).sum()
+        rows = torch.func.vmap(lambda row, label: over_x(row, label, w, n))(x, t)
+        return (rows * torch.tensor([1.0, 2.0, -0.5, 3.0])).sum()
+
+    def looped(x, w, n):
+        if batched == "n":
+            return sum(k * over_n(one, x, w) for k, one in zip((1.0, 2.0, -0.5), n, strict=True))
+        return sum(k * over_x(*row, w, n) for k, row in zip((1.0, 2.0, -0.5, 3.0), zip(x, t, strict=True), strict=True))
+
+    got = torch.func.grad(vectorised, argnums=which)(x, w, n)
+    wanted = torch.func.grad(looped, argnums=which)(x, w, n)
+    for one, other in zip(got, wanted, strict=True):
+        assert other.norm() > 0
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    leaves = [tensor.clone().requires_grad_(k in which) for k, tensor in enumerate((x, w, n))]
+    vectorised(*leaves).backward()
+    for k, other in zip(which, wanted, strict=True):
+        assert (leaves[k].grad - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen"])
+def test_compiled_where_no_gradient_is_wanted(how, reduction):
+    torch._dynamo.reset()
+    x, w, t = torch.randn(4, 8), torch.randn(11, 8), torch.randint(11, (4,))
+    loss = lambda a, b, c: ht.linear_harmonic_loss(a, b, c, reduction=reduction, return_stats=True)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "frozen": torch.enable_grad}[how]
+    with context():
+        leaf = x if how == "frozen" else x.clone().requires_grad_()
+        got, stats = compiled(leaf, w, t)
+        wanted, expected = loss(leaf, w, t)
+    assert torch.equal(got, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected, strict=True))
+    assert not got.requires_grad
+
+
+# However a user asked for fast products, ours stay in fp32 and the setting is left as it was (torch refuses to mix its
+# two interfaces, so each is tried in a process of its own).
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_the_users_matmul_precision_is_left_alone(setting):
+    code = f"""
+import torch, threading, harmonic_triton as ht
+from harmonic_triton._numerics import full_fp32
+def state():
+    out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    try:
+        return [*out, torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        return [*out, "mixed"]
+x, w, t = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32), torch.arange(50).repeat(2)[:64]
+plain = ht.linear_harmonic_loss(x, w, t)
+{setting}
+before = state()
+ht.linear_harmonic_loss(x, w, t, reduction="none").sum().backward()
+ht.harmonic_logits(x, w)
+assert torch.equal(ht.linear_harmonic_loss(x, w, t), plain)
+with full_fp32():
+    assert state()[1] in ("ieee", "none"), state()
+assert state() == before, (state(), before)
+barrier = threading.Barrier(3)
+def work():
+    barrier.wait()
+    for _ in range(50):
+        ht.linear_harmonic_loss(x.detach(), w, t)
+threads = [threading.Thread(target=work) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert state() == before, (state(), before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
