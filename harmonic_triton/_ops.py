@@ -48,6 +48,11 @@ def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor) -> 
             )
     else:
         torch._assert_async(ok.all(), "harmonic_triton: target out of range")
+    check_exponent(n)
+
+
+def check_exponent(n: Tensor) -> None:
+    """n > 0 and finite: at once on the CPU, by a device-side assert on a GPU."""
     good = (n > 0) & n.isfinite()
     if n.device.type == "cpu":
         if not bool(good):
@@ -214,10 +219,13 @@ class ReducedFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros the size of dW for the outputs without gradient
         ctx.save_for_backward(*inputs[:3], *output[1:4])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, g: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
+        if g is None:
+            return (None,) * 16
         x, w, n, *saved = ctx.saved_tensors
         needed = zip(ctx.needs_input_grad[:3], saved, (x, w, n), strict=True)
         if any(need and d.shape != like.shape for need, d, like in needed):

@@ -46,8 +46,7 @@ class Head:
     def of(cls, w: Tensor, n: Tensor, v: Tensor | None, eps: float, alpha: float) -> Head:
         weight = w.to(compute_dtype(w.dtype))
         v = weight.new_empty(0) if v is None else v.to(weight.dtype)
-        norms = torch.cat([block.square().sum(1) for block in weight.split(4096)])
-        return cls(weight, norms, n.to(weight.dtype), eps, v, alpha)
+        return cls(weight, torch.linalg.vector_norm(weight, dim=1).square_(), n.to(weight.dtype), eps, v, alpha)
 
     @property
     def mix(self) -> float:
@@ -96,7 +95,7 @@ class Chunk:
     def rival(self, tile: slice) -> tuple[Tensor, Tensor]:
         """The nearest class beside the target, and its ratio by expansion; leaves the target's ratio at +inf."""
         ratio = self.ratio[tile].add_(self.shift[tile]).scatter_(1, self.target[tile], math.inf)
-        nearest, rival = ratio.min(1, keepdim=True)
+        nearest, rival = _row_min(ratio)
         return rival, torch.maximum(nearest, self.ratio_floor[tile])
 
     def rival_geometry(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +176,7 @@ class Gradients:
         self.head = head
         self.need_x, self.need_w = need_x, need_w
         self.dx = new(tokens, width) if need_x else new(0)
-        self.dw, self.column_sum = (new(classes, width), new(classes)) if need_w else (new(0), new(0))
+        self.dw, self.column_sum = (new(0), new(classes)) if need_w else (new(0), new(0))
 
     def add(self, chunk: Chunk, at: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None, sums: Tensor) -> None:
         """Add a chunk whose ``ratio`` holds its coefficients."""
@@ -211,16 +210,35 @@ class Gradients:
                 dx.addcmul_(a.to(x.dtype), torch.where(far, -head.weight[index.squeeze(1)], diff))
             self.dx[at] = dx
         if self.need_w:
-            self.dw.addmm_(chunk.ratio.t(), x * scale)
+            if len(self.dw):
+                self.dw.addmm_(chunk.ratio.t(), x * scale)
+            else:  # the first chunk
+                self.dw = torch.mm(chunk.ratio.t(), x * scale)
             self.column_sum.addmv_(chunk.ratio.t(), scale.squeeze(1))
             for a, index, diff in special:
                 _scatter_add(self.dw, index.squeeze(1), diff * -a.to(x.dtype))
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(dX, dW) in the compute dtype; empty where not asked for."""
-        if self.need_w:
+        if self.need_w and not len(self.dw):  # no token counts
+            self.dw = torch.zeros_like(self.head.weight)
+        elif self.need_w:
             self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
         return self.dx, self.dw
+
+
+def _row_min(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``values.min(1, keepdim=True)`` by blocks of columns: torch vectorises ``amin``, but no reduction with an index."""
+    block, columns = 256, values.shape[1]
+    if columns < 8 * block:
+        return values.min(1, keepdim=True)
+    whole = columns // block * block
+    least = values[:, :whole].unflatten(1, (-1, block)).amin(2)
+    if whole < columns:
+        least = torch.cat([least, values[:, whole:].amin(1, keepdim=True)], 1)
+    start = (least.argmin(1, keepdim=True) * block).clamp_max(columns - block)
+    least, index = values.gather(1, start + torch.arange(block, device=values.device)).min(1, keepdim=True)
+    return least, start + index
 
 
 def _scatter_add(out: Tensor, index: Tensor, values: Tensor) -> None:
