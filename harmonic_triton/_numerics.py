@@ -100,7 +100,7 @@ def _highest_precision() -> Callable[[], None]:
     """Set full precision through the interface that the user's setting came by (torch refuses a mix); returns the undo."""
     backends: Any = torch.backends
     products = (getattr(backends.cuda, "matmul", None), getattr(backends.mkldnn, "matmul", None))
-    places = [place for place in products if hasattr(place, "fp32_precision")]
+    places: list[Any] = [place for place in products if hasattr(place, "fp32_precision")]
     before = [place.fp32_precision for place in places]
 
     def restore(legacy: str | None) -> None:

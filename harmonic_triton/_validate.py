@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ def describe(value: Any) -> str:
 
 
 def tensors(**named: Any) -> None:
-    """Each argument is a tensor, and none is a DTensor among plain ones."""
+    """Each argument is a tensor that holds values, and none is a DTensor among plain ones."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
@@ -29,6 +31,9 @@ def tensors(**named: Any) -> None:
         raise TypeError(
             f"{which}: DTensor is not supported; pass the local or the full tensor (.to_local(), .full_tensor())"
         )
+    for name, value in named.items():
+        if value.is_meta:
+            raise ValueError(f"{name} is on meta and holds no values; give it some first (to_empty, then initialise)")
 
 
 def features(input: Tensor, linear_weight: Tensor) -> None:
@@ -50,9 +55,7 @@ def features(input: Tensor, linear_weight: Tensor) -> None:
             f"input is on {input.device} and linear_weight on {linear_weight.device}; move them to one device"
         )
     if input.dtype != linear_weight.dtype:
-        raise TypeError(
-            f"input is {input.dtype} and linear_weight {linear_weight.dtype}; cast one, or call under torch.autocast"
-        )
+        raise TypeError(f"input is {input.dtype} and linear_weight {linear_weight.dtype}; cast one of them")
 
 
 def labels(input: Tensor, target: Tensor, shift: bool) -> None:
@@ -66,8 +69,10 @@ def labels(input: Tensor, target: Tensor, shift: bool) -> None:
         )
     if target.device != input.device:
         raise ValueError(f"target is on {target.device} and input on {input.device}; move them to one device")
-    if shift and target.dim() == 0:
-        raise ValueError("shift=True needs a sequence: input (..., T, D) and target (..., T)")
+    if shift and (target.dim() == 0 or target.shape[-1] == 0):
+        raise ValueError(
+            f"shift=True needs a sequence: input (..., T, D) and target (..., T) with T >= 1, got {describe(target)}"
+        )
 
 
 def exponent(n: Any) -> None:
@@ -82,9 +87,30 @@ def exponent(n: Any) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    """A plain number (symbolic ones included)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    """A plain number (NumPy's and symbolic ones included)."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
+
+
+def integer(name: str, value: Any, least: float = -math.inf) -> None:
+    """An integer (NumPy's and symbolic ones included), at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def flag(name: str, value: Any) -> None:
+    """True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {describe(value)}")
+
+
+def options(owner: str, given: Collection[str], known: Collection[str]) -> None:
+    """Every option given is known."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"{owner} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}")
 
 
 def between(name: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -104,12 +130,12 @@ def reduction(value: str, num_items: Any) -> None:
     if value == "none":
         raise ValueError("num_items divides the summed loss; with reduction='none' divide the result yourself")
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1 or num_items.requires_grad:
+        if num_items.dim() != 0 or num_items.requires_grad:
             raise ValueError(f"num_items must be a number or a 0-d tensor without gradient, got {describe(num_items)}")
     else:
         number("num_items", num_items)
-        if num_items <= 0:
-            raise ValueError(f"num_items must be > 0, got {num_items}")
+        if not 0 < num_items < math.inf:
+            raise ValueError(f"num_items must be finite and > 0, got {num_items}")
 
 
 def class_weight(weight: Any, linear_weight: Tensor) -> None:
@@ -129,5 +155,5 @@ def class_weight(weight: Any, linear_weight: Tensor) -> None:
 
 def budget(value: Any) -> None:
     """Bytes, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0):
         raise ValueError(f"memory_budget must be a positive number of bytes or None, got {describe(value)}")

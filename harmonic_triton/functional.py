@@ -7,7 +7,7 @@ distances (Baek et al., *Harmonic Loss Trains Interpretable AI Models*, Eq. 2).
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from harmonic_triton import _ops, _validate, reference
 from harmonic_triton._dispatch import resolve
 from harmonic_triton._numerics import IDENTICAL, SMALLEST_SQ, Rows, compute_dtype, full_fp32, mixed_nll
+
+TOPK_CHUNK = 2**24  # bytes of the part of the N x V matrix held at a time
 
 
 class HarmonicStats(NamedTuple):
@@ -91,8 +93,13 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
             range raise on the CPU and stop the device on a GPU.
 
     An x exactly on its class vector has loss 0 and gradient 0; if another class lies there too, p = 1/2. Other classes
-    are never nearer than 1.2e-7 of sqrt(||x||^2 + ||w_j||^2), so that the loss stays finite. A second derivative needs
-    ``backend="reference"``; the fused ones raise.
+    are never nearer than 1.2e-7 of sqrt(||x||^2 + ||w_j||^2), or than 1e-18, so that the loss stays finite. (With label
+    smoothing the true loss of such a token is infinite; the fused backends give a large finite one.) A second
+    derivative needs ``backend="reference"``; the fused ones raise.
+
+    Accuracy: the target and its nearest rival are measured by direct differences. Every further class j adds a relative
+    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, under 1e-5 unless x lies within a hundredth of their norm of
+    three or more class vectors at once: those the fp32 backends cannot tell apart (float64 and "reference" can).
     """
     _validate.tensors(input=input, linear_weight=linear_weight, target=target)
     input, linear_weight = _autocast(input, linear_weight)
@@ -103,6 +110,8 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     _validate.between("uniform_mix", uniform_mix, 0.0)
     _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
     _validate.class_weight(class_weight, linear_weight)
+    _validate.integer("ignore_index", ignore_index)
+    _validate.flag("deterministic", deterministic)
     _validate.reduction(reduction, num_items)
     _validate.budget(memory_budget)
     if process_group is not None:
@@ -182,16 +191,13 @@ def harmonic_logits(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    _validate.tensors(input=input, linear_weight=linear_weight)
-    input, linear_weight = _autocast(input, linear_weight)
-    _validate.features(input, linear_weight)
-    _validate.exponent(n)
-    _validate.between("eps", eps, 0.0)
-    dtype = compute_dtype(input.dtype)
-    n = exponent_tensor(n, input.shape[-1], input.device, dtype)
-    with torch.autocast(input.device.type, enabled=False):  # the operands are cast; their products stay in fp32
-        scores = _scores_from_nearest(input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype), n, eps)
-    return (scores.log_softmax(-1) if normalize else scores).reshape(*input.shape[:-1], len(linear_weight))
+    x, w, n = _checked_head(input, linear_weight, n, eps)
+    with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
+        scores, nearest = _scores_from_nearest(x.to(w.dtype), w, n, eps)
+        if normalize:  # log sum_j exp(z_j) as the softplus of the sum over the others, which keeps 1 - p
+            others = scores.scatter(1, nearest, torch.finfo(scores.dtype).min)
+            scores = scores - F.softplus(others.logsumexp(1, keepdim=True), threshold=50.0)
+    return scores.reshape(*input.shape[:-1], len(w))
 
 
 def harmonic_topk(
@@ -208,17 +214,29 @@ def harmonic_topk(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    _validate.tensors(input=input, linear_weight=linear_weight)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {k!r}")
-    if linear_weight.dim() == 2 and not 1 <= k <= len(linear_weight):
-        raise ValueError(f"k must be between 1 and V = {len(linear_weight)}, got {k}")
-    with torch.no_grad():
-        rows = max(1, 2**25 // max(1, len(linear_weight)))
-        flat = input.reshape(-1, input.shape[-1]) if input.dim() else input
-        chunks = [harmonic_logits(chunk, linear_weight, n=n, eps=eps).topk(k, dim=-1) for chunk in flat.split(rows)]
-        values, indices = (torch.cat(parts).reshape(*input.shape[:-1], k) for parts in zip(*chunks, strict=True))
-    return values, indices
+    x, w, n = _checked_head(input, linear_weight, n, eps)
+    _validate.integer("k", k)
+    if not 1 <= k <= len(w):
+        raise ValueError(f"k must be between 1 and V = {len(w)}, got {k}")
+    if _in_transform():  # which allows no shared scratch
+        values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).detach().topk(k)
+        return values, indices
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
+        norms = torch.cat([block.square().sum(1) for block in w.split(4096)])
+        values, indices = w.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=w.device)
+        step = max(1, min(len(x), TOPK_CHUNK // (len(w) * w.element_size())))
+        scratch = w.new_empty(step, len(w))
+        for start in range(0, len(x), step):
+            at, chunk = slice(start, start + step), x[start : start + step].to(w.dtype)
+            scores = torch.addmm(norms, chunk, w.t(), alpha=-2, out=scratch[: len(chunk)])
+            nearest, s = _nearest(scores, chunk, w, norms, eps)
+            scores.sub_(scores.gather(1, nearest)).div_(s).clamp_min_(0.0).log1p_().mul_(-0.5 * n)
+            top, indices[at] = scores.scatter_(1, nearest, 0.0).topk(k)
+            others = scores.scatter_(1, nearest, torch.finfo(w.dtype).min)
+            rival = others.amax(1, keepdim=True)
+            total = others.sub_(rival).exp_().sum(1, keepdim=True).log_() + rival
+            values[at] = top - F.softplus(total, threshold=50.0)
+    return values.reshape(*input.shape[:-1], k), indices.reshape(*input.shape[:-1], k)
 
 
 def harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
@@ -242,6 +260,7 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     """
     _validate.tensors(distances=distances)
     _validate.exponent(n)
+    _check_value(n)
     if n is None:
         raise TypeError("n must be a number or a 0-d tensor; a default needs the width D, which distances do not show")
     if not distances.is_floating_point():
@@ -299,16 +318,49 @@ def _stats(rows: Rows, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     return entropy, shown, kept & (predicted == labels), rows.target_sq.sqrt(), -rows.nll
 
 
-def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> Tensor:
-    """-(n/2) log(s_j/s_nearest), (N, V): the expansion of NUMERICS with the nearest class measured directly."""
+def _checked_head(
+    input: Tensor, linear_weight: Tensor, n: float | Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked operands: x (N, D), w (V, D) in the compute dtype, and n () beside them."""
+    _validate.tensors(input=input, linear_weight=linear_weight)
+    input, linear_weight = _autocast(input, linear_weight)
+    _validate.features(input, linear_weight)
+    _validate.exponent(n)
+    _check_value(n)
+    _validate.between("eps", eps, 0.0)
+    w = linear_weight.to(compute_dtype(input.dtype))
+    return input.reshape(-1, input.shape[-1]), w, exponent_tensor(n, input.shape[-1], w.device, w.dtype)
+
+
+def _check_value(n: float | Tensor | None) -> None:
+    """A tensor n > 0 and finite, where its value can be read: not in a traced or transformed function."""
+    if isinstance(n, Tensor) and not torch.compiler.is_compiling() and not _in_transform():
+        _ops.check_exponent(n)
+
+
+def _in_transform() -> bool:
+    """Inside vmap, grad or another transform of torch.func, run eagerly."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _full_products() -> AbstractContextManager[None]:
+    """fp32 products in fp32; a traced function follows the global setting."""
+    return nullcontext() if torch.compiler.is_compiling() else full_fp32()
+
+
+def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The nearest classes (N, 1) by u_j = ||w_j||^2 - 2 x.w_j, and their s_j >= floor (N, 1) by direct differences."""
+    nearest = u.detach().argmin(1, keepdim=True)
+    close = nearest.squeeze(1)
+    floor = (IDENTICAL * (x.square().sum(1) + norms[close]) + SMALLEST_SQ).detach()
+    return nearest, torch.maximum((x - w[close]).square().sum(1) + eps, floor).unsqueeze(1)
+
+
+def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-(n/2) log(s_j/s_nearest) (N, V) by the expansion of NUMERICS, and the nearest classes (N, 1)."""
     norms = w.square().sum(1)
-    with nullcontext() if torch.compiler.is_compiling() else full_fp32():
-        u = norms - 2 * (x @ w.t())
-    nearest = u.detach().argmin(1)
-    close = w[nearest]
-    x_sq = x.square().sum(1)
-    floor = (IDENTICAL * (x_sq + norms[nearest]) + SMALLEST_SQ).detach()
-    s = torch.maximum((x - close).square().sum(1) + eps, floor).unsqueeze(1)
-    ratio = (u - u.gather(1, nearest.unsqueeze(1))) / s
-    own = F.one_hot(nearest, len(w)).bool()
-    return torch.where(own, 0.0, -0.5 * n * torch.log1p(ratio.clamp_min(0.0)))
+    with _full_products():
+        u = torch.addmm(norms, x, w.t(), alpha=-2)
+    nearest, s = _nearest(u, x, w, norms, eps)
+    scores = -0.5 * n * torch.log1p(((u - u.gather(1, nearest)) / s).clamp_min(0.0))
+    return scores.scatter(1, nearest, 0.0), nearest

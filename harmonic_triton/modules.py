@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from harmonic_triton import _validate
 from harmonic_triton.functional import HarmonicStats, harmonic_logits, linear_harmonic_loss
+
+LOSS_OPTIONS = [p.name for p in inspect.signature(linear_harmonic_loss).parameters.values() if p.kind == p.KEYWORD_ONLY]
 
 
 class HarmonicHead(nn.Module):
@@ -44,18 +47,26 @@ class HarmonicHead(nn.Module):
         **loss_options: Any,
     ) -> None:
         super().__init__()
+        _validate.integer("in_features", in_features, 1)
+        _validate.integer("out_features", out_features, 1)
         _validate.exponent(n)
         _validate.between("eps", eps, 0.0)
+        _validate.between("std", std, 0.0)
+        _validate.options("HarmonicHead", loss_options, LOSS_OPTIONS)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        value = float(in_features) ** 0.5 if n is None else float(n)
-        self.n: float | nn.Parameter = nn.Parameter(torch.tensor(value, device=device)) if learnable_n else value
+        self.initial_n = float(in_features) ** 0.5 if n is None else float(n)
+        self.n: float | nn.Parameter = self.initial_n
+        if learnable_n:
+            self.n = nn.Parameter(torch.empty((), device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the class vectors from N(0, std^2)."""
+        """Draw the class vectors from N(0, std^2); a learnable n gets its initial value."""
         nn.init.normal_(self.weight, std=self.std)
+        if isinstance(self.n, Tensor):
+            nn.init.constant_(self.n, self.initial_n)
 
     def forward(
         self, input: Tensor, target: Tensor | None = None, **options: Any
@@ -67,7 +78,9 @@ class HarmonicHead(nn.Module):
         return linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
-        n = self.n.item() if isinstance(self.n, Tensor) else self.n
+        n = self.n
+        if isinstance(n, Tensor):
+            n = self.initial_n if n.is_meta else n.item()
         return f"in_features={self.in_features}, out_features={self.out_features}, n={n:g}, eps={self.eps:g}"
 
 
@@ -80,6 +93,7 @@ class LinearHarmonicLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        _validate.options("LinearHarmonicLoss", options, LOSS_OPTIONS)
         self.options = options
 
     def forward(self, linear_weight: Tensor, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, HarmonicStats]:

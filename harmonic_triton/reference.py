@@ -31,20 +31,22 @@ def log_scores(x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: flo
 
     Returns (N, V) and (N,), fp64. The floor applies to every class but the target. Where x lies exactly on its class
     vector every z_j is -inf, or 0 for one other class that lies there as well (p = 1/2 each); no gradient flows then.
+    A class vector or an x that is not finite makes its z_j NaN.
     """
     s = squared_distances(x, w)
     own = F.one_hot(target, len(w)).bool()
     norms = x.double().square().sum(-1, keepdim=True) + w.double().square().sum(-1)
+    s = torch.where(norms.isfinite(), s, math.nan)
     floor = (FLOOR * norms + 1e-36).detach()
     s_c = s.gather(1, target.unsqueeze(1)) + eps
     others = torch.maximum(s + eps, floor)
     on_target = s_c == 0
     z = -0.5 * n * (torch.where(own, 1.0, others).log() - torch.where(on_target, 1.0, s_c).log())
-    z = torch.where(own, 0.0, z)
+    z = torch.where(own, 0.0 * s_c, z)  # 0, or NaN
     if bool(on_target.any()):
         there = ((s + eps <= floor) & ~own).long()
         double = (there.cumsum(1) == 1) & (there == 1)
-        z = torch.where(on_target & ~own, torch.where(double, 0.0, -math.inf), z)
+        z = torch.where(on_target & ~own & ~z.isnan(), torch.where(double, 0.0, -math.inf), z)
     return z, s_c.squeeze(1)
 
 
@@ -56,8 +58,9 @@ def negative_log_likelihood(z: Tensor, target: Tensor) -> Tensor:
     best = others.amax(1, keepdim=True).detach()
     best = torch.where(best.isinf(), 0.0, best)
     total = (others - best).exp().sum(1)
-    nonzero = torch.where(total > 0, total, 1.0)
-    return torch.where(total > 0, F.softplus(nonzero.log() + best.squeeze(1), threshold=700.0), 0.0)
+    zero = total == 0
+    total = torch.where(zero, 1.0, total)
+    return torch.where(zero, 0.0, F.softplus(total.log() + best.squeeze(1), threshold=700.0))
 
 
 def linear_harmonic_loss(
@@ -78,13 +81,11 @@ def linear_harmonic_loss(
     n = math.sqrt(input.shape[-1]) if n is None else n
     n = n.to(input.device, torch.float64) if isinstance(n, Tensor) else n
     kept = target != ignore_index
-    losses = input.new_zeros(len(target), dtype=torch.float64)
-    if bool(kept.any()):
-        z, _ = log_scores(input[kept], linear_weight, target[kept], n, eps)
-        log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
-        losses = losses.index_put((kept.nonzero().squeeze(1),), _row_losses(
-            log_p, z, target[kept], uniform_mix, class_weight, label_smoothing))  # fmt: skip
-    weights = kept.double() if class_weight is None else class_weight.double()[target.clamp_min(0)] * kept
+    z, _ = log_scores(input[kept], linear_weight, target[kept], n, eps)
+    log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
+    rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing)
+    losses = rows.new_zeros(len(target)).index_put((kept.nonzero().squeeze(1),), rows)
+    weights = kept.double() if class_weight is None else class_weight.double()[target.where(kept, 0)] * kept
     return reduce(losses, weights, reduction, num_items)
 
 
@@ -109,9 +110,10 @@ def reduce(losses: Tensor, weights: Tensor, reduction: str, num_items: Tensor | 
         return losses
     if reduction == "sum" and num_items is None:
         return losses.sum()
-    count = weights.sum() if num_items is None else num_items
-    total = losses.sum()
-    return torch.where(weights.sum() == 0, total, total / count) if num_items is None else total / count
+    if num_items is None:
+        count = weights.sum()
+        num_items = torch.where(count == 0, 1.0, count)
+    return losses.sum() / num_items
 
 
 @torch.no_grad()

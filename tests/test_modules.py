@@ -119,3 +119,32 @@ def test_bad_arguments_are_refused_at_construction():
     for options, text in (({"n": -1.0}, "n must"), ({"eps": -1.0}, "eps must")):
         with pytest.raises(ValueError, match=text):
             ht.HarmonicHead(4, 5, **options)
+    for options in ({"redction": "sum"}, {"redction": "sum", "reduction": "sum"}):
+        with pytest.raises(TypeError, match="HarmonicHead has no option 'redction'; it takes .*reduction"):
+            ht.HarmonicHead(4, 5, **options)
+    with pytest.raises(TypeError, match="LinearHarmonicLoss has no option 'foo'; it takes .*reduction"):
+        ht.LinearHarmonicLoss(foo=1)
+    for sizes, text in (((0, 11), "in_features must be at least 1, got 0"), ((8, 0), "out_features must be")):
+        with pytest.raises(ValueError, match=text):
+            ht.HarmonicHead(*sizes)
+    with pytest.raises(TypeError, match="out_features must be an int, got 11.0"):
+        ht.HarmonicHead(8, 11.0)
+
+
+@pytest.mark.parametrize("n", [None, 5.0])
+def test_a_head_made_on_meta_gets_its_values_later(n):
+    module = ht.HarmonicHead(12, 9, n=n, learnable_n=True, device="meta")
+    assert f"n={12**0.5 if n is None else n:g}" in repr(module)
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        module.n.fill_(-1e30)
+    torch.manual_seed(3)
+    module.reset_parameters()
+    wanted = head(n=n, learnable_n=True)
+    assert torch.equal(module(X, target=TARGET), wanted(X, target=TARGET))
+    assert repr(module) == repr(wanted)
+    with torch.no_grad():
+        module.n.fill_(2.0)
+    fixed = head()
+    fixed.n = 2.0
+    assert "n=2," in repr(module) and "n=2," in repr(fixed)

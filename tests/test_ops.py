@@ -539,7 +539,7 @@ def test_gradient_of_a_vmap(batched, which, reduction):
 def test_compiled_where_no_gradient_is_wanted(how, reduction):
     torch._dynamo.reset()
     x, w, t = torch.randn(4, 8), torch.randn(11, 8), torch.randint(11, (4,))
-    loss = lambda a, b, c: ht.linear_harmonic_loss(a, b, c, reduction=reduction, return_stats=True)  # noqa: E731
+    loss = lambda a, b, c: ht.linear_harmonic_loss(a, b, c, reduction=reduction, return_stats=True)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "frozen": torch.enable_grad}[how]
     with context():

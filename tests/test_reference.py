@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import harmonic_triton as ht
 from harmonic_triton import reference
 
 mpmath.mp.dps = 400
@@ -103,3 +104,58 @@ def test_the_papers_ablations():
     assert not torch.isclose(got, -harmax[own, target].log().mean())
     cross_entropy = -(dots.exp() / dots.exp().sum(1, keepdim=True))[own, target].log().mean()
     torch.testing.assert_close(reference.cross_entropy_loss(x, w, target), cross_entropy)
+
+
+@pytest.mark.parametrize("classes", [1, 6])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_visible(poison, classes):
+    """In x[i] it makes that token's loss NaN, in w every token's: never a finite loss."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 4), torch.randn(classes, 4)
+    target = torch.arange(5) % classes
+    x[1] = w[target[1]]  # an x exactly on its class vector
+    for options in ({}, {"uniform_mix": 0.1}, {"label_smoothing": 0.1}):
+        bad = x.clone()
+        bad[3, 2] = poison
+        losses = reference.linear_harmonic_loss(bad, w, target, n=3.0, reduction="none", **options)
+        assert losses.isnan().tolist() == [False, False, False, True, False]
+        for row in range(classes):
+            bad = w.clone()
+            bad[row, 2] = poison
+            losses = reference.linear_harmonic_loss(x, bad, target, n=3.0, reduction="none", **options)
+            assert losses.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("case", ["ignored", "empty", "shifted"])
+@pytest.mark.parametrize("classes", [1, 6])
+def test_no_token_at_all_gives_zero_and_zero_gradients(case, reduction, classes):
+    x, w, n = torch.full((1, 2, 4), math.nan), torch.randn(classes, 4), torch.tensor(3.0)
+    target = torch.full((1, 2), -100)
+    if case != "ignored":
+        x, target = (x[:0], target[:0]) if case == "empty" else (x[:, :1], torch.zeros(1, 1, dtype=torch.int64))
+    leaves = [t.requires_grad_() for t in (x, w, n)]
+    loss = ht.linear_harmonic_loss(
+        x, w, target, n=n, reduction=reduction, shift=case == "shifted", backend="reference", label_smoothing=0.1
+    )
+    loss.sum().backward()
+    for value in (loss, *(leaf.grad for leaf in leaves)):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_classes_without_weight_leave_no_gradient():
+    x, w, target = torch.randn(5, 4).requires_grad_(), torch.randn(6, 4).requires_grad_(), torch.arange(5)
+    loss = reference.linear_harmonic_loss(x, w, target, class_weight=torch.zeros(6))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_an_ignore_index_beyond_the_classes_may_meet_class_weights(reduction):
+    x, w, target, weight = torch.randn(4, 3), torch.randn(6, 3), torch.tensor([0, 9, 5, 9]), torch.rand(6)
+    options = {"class_weight": weight, "reduction": reduction}
+    got = reference.linear_harmonic_loss(x, w, target, ignore_index=9, **options)
+    wanted = reference.linear_harmonic_loss(x, w, torch.where(target == 9, -100, target), **options)
+    assert torch.equal(got, wanted)
