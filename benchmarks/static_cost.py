@@ -71,7 +71,7 @@ def kernels() -> dict[str, tuple[Any, bool]]:
     for module in pkgutil.iter_modules(_triton.__path__, _triton.__name__ + "."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if name.endswith("_kernel"):
-                found[name] = (value, "PRECISION" in value.arg_names)
+                found[name] = (value, "BLOCK_V" in value.arg_names)
     return found
 
 
@@ -88,7 +88,7 @@ def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool
 
     config = CONFIGS[arch, DTYPES[dtype]]
     fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
-    fixed |= {"stride_xd": 1, "stride_wd": 1, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    fixed |= {"stride_xd": 1, "stride_wd": 1}
     options = {"num_warps": ROW_WARPS, "num_stages": 2}
     if products:
         fixed |= {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}

@@ -73,6 +73,23 @@ def test_compiles_within_limits(arch):
         assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
 
 
+def test_products_compile_for_other_amd_gpus():
+    """CONFIGS knows one of them; what it asks of the products must not be a speciality of gfx942."""
+    program = """if True:
+        from benchmarks import static_cost
+        from harmonic_triton._triton.configs import CONFIGS
+        for arch in ("gfx90a", "gfx950"):
+            static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
+            switches = {"MOMENTS": False, "SMOOTHING": False}
+            cost = static_cost.run_job(("forward_kernel", switches, "bf16", arch))
+            print(cost.matrix_instructions)"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert all(map(int, run.stdout.split()))
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = {dtype: name for name, dtype in DTYPES.items()}
 KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", int: "i32", float: "fp32"}

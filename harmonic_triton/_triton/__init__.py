@@ -12,11 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
+from harmonic_triton._dispatch import interpreted
 from harmonic_triton._numerics import Rows, full_fp32
 from harmonic_triton._triton import backward, forward
 from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, tile_config
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
+GRID_LIMIT = 65535  # programs along the second axis of a grid
 
 
 class _Call:
@@ -29,8 +31,7 @@ class _Call:
         self.config = config = tile_config(x.device, x.dtype)
         self.tile = {
             "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
-            "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32", "UPCAST": x.device.type == "cpu",
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
+            "UPCAST": interpreted(), "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
         self.rows = {"BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "num_warps": ROW_WARPS}
         self.row_grid = (triton.cdiv(self.tokens, ROW_BLOCK),)
@@ -137,7 +138,7 @@ def rows_backward(
         row_sums = x.new_zeros((2, call.tokens), dtype=torch.float32)
         block_n, block_v = call.config.block_n, call.config.block_v
         per_class = call.tokens * x.element_size() + 4 * call.width * need_w + 4 * triton.cdiv(call.tokens, block_n)
-        width = max(block_v, (budget or DEFAULT_BUDGET) // per_class // block_v * block_v)
+        width = block_v * min(max(1, (budget or DEFAULT_BUDGET) // per_class // block_v), GRID_LIMIT)
         a = x.new_empty((call.tokens, min(width, triton.cdiv(call.classes, 8) * 8)))
         for first in range(0, call.classes, width):
             here = min(width, call.classes - first)

@@ -87,7 +87,7 @@ def gradient_kernel(
     N, V, D, eps, first, width, stride_an,  # the slice is classes first ... first + width
     stride_xn, stride_xd, stride_wv, stride_wd,
     SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding."""
     row_tile = tl.program_id(0).to(tl.int64)
@@ -103,7 +103,7 @@ def gradient_kernel(
     _, inverse, floor = scale_of(target_sq, own, eps)
     ratio = ratio_tile(
         x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
-        D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
+        D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
     )  # fmt: skip
     half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
@@ -137,7 +137,7 @@ def finish_x_kernel(
 ):  # fmt: skip
     """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     alive = target >= 0
     rival = tl.load(rival_ptr + rows, mask=alive, other=0)
@@ -173,7 +173,7 @@ def finish_w_kernel(
     """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j."""
     local = tl.program_id(0).to(tl.int64)
     j = first + local
-    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = features < D
     w = tl.load(w_ptr + j * stride_wv + features * stride_wd, mask=inside, other=0.0).to(tl.float32)
     product = tl.load(product_ptr + local * D + features, mask=inside, other=0.0) / tl.load(unproduct_ptr)

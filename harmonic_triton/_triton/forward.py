@@ -9,19 +9,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 IDENTICAL = tl.constexpr(2.0**-46)
 SMALLEST_SQ = tl.constexpr(1e-36)
+LARGEST_SQ = tl.constexpr(2.0**125)  # squared norms up to here keep u_j - u_c inside fp32
 
 
 @triton.jit
 def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """norms[j] = ||w_j||^2 in fp32, from the operands that the products use."""
+    """norms[j] = ||w_j||^2 in fp32, from the operands that the products use; NaN where fp32 cannot hold what follows."""
     classes = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.arange(0, BLOCK_D)
+    features = tl.arange(0, BLOCK_D).to(tl.int64)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = (classes < V)[:, None] & (features < D - start)[None, :]
         offset = (start + features)[None, :]
         w = tl.load(w_ptr + classes[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(w * w, 1)
+    total = tl.where(total < LARGEST_SQ, total, float("nan"))  # NaN and infinity too: every token must show it
     tl.store(norms_ptr + classes, total, mask=classes < V)
 
 
@@ -50,7 +52,7 @@ def forward_kernel(
     stride_xn, stride_xd, stride_wv, stride_wd,
     MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -74,7 +76,7 @@ def forward_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         ratio = ratio_tile(
             x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
-            D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION, UPCAST,
+            D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
         )  # fmt: skip
         counted = (cols < last)[None, :] & (cols[None, :] != own_class[:, None])
         score = tl.where(counted, log_scores(ratio, half_n), float("-inf"))
@@ -164,15 +166,17 @@ def finish_kernel(
     # The rival's own term in the sums is exactly 1 (relative to itself): what is left belongs to the others.
     base = anchor.to(tl.float64)
     rest = tl.where(alone, 0.0, tl.maximum(total - 1.0, 0.0))
-    top = tl.maximum(base, tl.where(alone, base, rival_score))
-    sum_ = tl.exp2(rival_score - top) + rest * tl.exp2(base - top)
+    top = tl.where(alone, 0.0, tl.where(rest > 0.0, tl.maximum(base, rival_score), rival_score))
+    sum_ = tl.exp2(rival_score - top) + rest * tl.exp2(tl.minimum(base - top, 0.0))
     # nll = log(1 + y) with y = 2^top * sum; from above where y is large
     y = tl.exp2(-tl.abs(top)) * tl.where(top > 0, 1.0 / sum_, sum_)
     nll = log1p_small(y) + tl.where(top > 0, top * LN2 + tl.log(sum_), 0.0)
     on_target = target_sq + eps == 0.0
     identical = (s_r <= least) & (alone == 0)
     nll = tl.where(on_target, tl.where(identical, LN2, 0.0), nll)
-    nll = tl.where(target_sq - own < float("inf"), nll, float("nan"))  # a NaN or an infinity in x
+    # A NaN or an infinity in x; s_c beyond fp32; a NaN in w, which best and rest have dropped and total has not.
+    sound = (tl.abs(target_sq - own) < LARGEST_SQ) & (scale < 3e38) & (total == total)
+    nll = tl.where(sound, nll, float("nan"))
     nll = tl.where(alive, nll, 0.0)
     inside = rows < N
     tl.store(nll_ptr + rows, nll.to(tl.float32), mask=inside)
@@ -181,7 +185,7 @@ def finish_kernel(
     tl.store(rival_score_ptr + rows, tl.where(alive, shown, 0.0).to(tl.float32), mask=inside)
     finite_score = tl.where(alone, 0.0, rival_score)
     if MOMENTS:
-        others = tl.where(alone, 0.0, mean - base) * tl.exp2(base - nll * LOG2E)
+        others = tl.where(alone, 0.0, mean - base) * tl.exp2(tl.minimum(base - nll * LOG2E, 1e3))
         moment = (others + finite_score * tl.exp2(rival_score - nll * LOG2E)) * LN2
         tl.store(score_mean_ptr + rows, tl.where(alive & (on_target == 0), moment, 0.0).to(tl.float32), mask=inside)
     if SMOOTHING:

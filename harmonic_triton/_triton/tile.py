@@ -16,11 +16,16 @@ def ratio_tile(
     own, inverse, floor,  # (BLOCK_N,) u_c = s_c - ||x||^2, 1/s_c, the ratio below which the expansion is noise
     D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, BLOCK_V) ratios in fp32; the product runs on the operands' own dtype with fp32 accumulation."""
+    """(BLOCK_N, BLOCK_V) ratios in fp32; the product runs on the operands' own dtype with fp32 accumulation.
+
+    Features are widened before they meet a stride: in a transposed W they may be 2^31 entries apart. A stride of 1 is a
+    constant to the compiler, so contiguous operands pay nothing, and nobody pays for a copy.
+    """
     dot = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    features = tl.arange(0, BLOCK_D)
+    features = tl.arange(0, BLOCK_D).to(tl.int64)
+    step = tl.full((), BLOCK_D, tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd
     w_ptrs = w_ptr + cols.to(tl.int64)[None, :] * stride_wv + features[:, None] * stride_wd
     for start in range(0, D, BLOCK_D):
@@ -30,9 +35,9 @@ def ratio_tile(
         if UPCAST:  # the interpreter's products of bf16 are wrong
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        dot = tl.dot(x, w, dot, input_precision=PRECISION)
-        x_ptrs += BLOCK_D * stride_xd
-        w_ptrs += BLOCK_D * stride_wd
+        dot = tl.dot(x, w, dot, input_precision="ieee")
+        x_ptrs += step * stride_xd
+        w_ptrs += step * stride_wd
     norms = tl.load(norms_ptr + cols, mask=cols < V, other=0.0)
     # u_j - u_c with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
     ratio = ((norms[None, :] - 2.0 * dot) - own[:, None]) * inverse[:, None]
@@ -68,7 +73,7 @@ def difference_sq(
     apart = tl.zeros((BLOCK_N,), dtype=tl.float64)
     expanded = tl.zeros((BLOCK_N,), dtype=tl.float32)
     w_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    features = tl.arange(0, BLOCK_D)
+    features = tl.arange(0, BLOCK_D).to(tl.int64)
     for start in range(0, D, BLOCK_D):
         inside = alive[:, None] & (features < D - start)[None, :]
         offset = (start + features)[None, :]
