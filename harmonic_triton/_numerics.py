@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,8 @@ class Rows(NamedTuple):
     """
 
     nll: Tensor  # -log p_c
-    score_mean: Tensor  # sum_{j != c} p_j z_j; the entropy is nll - score_mean, d nll/dn is score_mean/n
+    score_mean: Tensor  # sum_{j != c} p_j z_j; d nll/dn is score_mean/n
+    entropy: Tensor  # of p over the classes: nll - score_mean, formed before rounding to the compute dtype
     smooth: Tensor  # sum_j v_j (-log q_j) with q_j = (p_j + alpha/V)/(1 + alpha)
     share_score: Tensor  # sum_j share_j z_j with share_j = v_j p_j/(p_j + alpha/V)
     share_sum: Tensor  # sum_j share_j
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     @classmethod
     def zeros(cls, count: int, like: Tensor, moments: bool, smoothing: bool) -> Rows:
         """Room for ``count`` tokens; ``moments`` and ``smoothing`` say which sums are wanted."""
-        lengths = (count, count * moments, *4 * (count * smoothing,), count, count)
+        lengths = (count, *2 * (count * moments,), *4 * (count * smoothing,), count, count)
         return cls._make([*(like.new_zeros(k) for k in lengths), like.new_zeros(count, dtype=torch.int64)])
 
     def select(self, index: Tensor | slice) -> Rows:
@@ -61,8 +61,8 @@ def mixed_nll(nll: Tensor, alpha: float, classes: int) -> Tensor:
     if not alpha:
         return nll
     p, mix = torch.exp(-nll), alpha / classes
-    above = (torch.expm1(-nll.clamp_max(0.7)) - alpha + mix) / (1 + alpha)  # (p + mix)/(1 + alpha) - 1
-    return torch.where(p > 0.5, -torch.log1p(above), math.log1p(alpha) - torch.log(p + mix))
+    rest = torch.where(p < 0.5, 1 - p, -torch.expm1(-nll))  # autograd loses p in expm1's derivative where p is small
+    return torch.log1p((alpha - mix + rest) / (p + mix))
 
 
 def mixed_slope(nll: Tensor, alpha: float, classes: int) -> Tensor | float:

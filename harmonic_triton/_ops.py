@@ -186,7 +186,7 @@ class RowsFunction(torch.autograd.Function):
         ctx.save_for_backward(x, w, n, v, target, *output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _mean: Any, g_smooth: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, g: Tensor | None, _mean: Any, _entropy: Any, g_smooth: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
         x, w, n, v, target, *fields = ctx.saved_tensors
         eps, alpha, ignore_index, _, backend, budget = ctx.options
         rows = Rows(*fields)

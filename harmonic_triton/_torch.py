@@ -142,6 +142,10 @@ class Chunk:
             every.scatter_(1, target, (-nll).exp().to(p.dtype))
             if moments:
                 rows.score_mean.copy_((every * score).sum(1).masked_fill_(on_target.squeeze(1), 0.0))
+                apart = (nll - rival_score).masked_fill(rival_score == -math.inf, 0.0)
+                entropy = (-nll).exp() * nll + (-apart).exp() * apart
+                entropy += (p * (nll.to(p.dtype) - score)).sum(1, keepdim=True)
+                rows.entropy.copy_(torch.where(on_target, nll, entropy.clamp_min_(0.0)).squeeze(1))
             if head.smoothing:
                 share = head.share(every, head.v)
                 rows.share_score.copy_((share * score).sum(1))

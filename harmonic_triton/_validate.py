@@ -121,6 +121,11 @@ def between(name: str, value: Any, low: float, high: float = math.inf) -> None:
         raise ValueError(f"{name} must be finite and {limit}, got {value}")
 
 
+def eps(value: Any) -> None:
+    """A squared distance that fp32 can still be added to."""
+    between("eps", value, 0.0, 2.0**125)
+
+
 def reduction(value: str, num_items: Any) -> None:
     """A known reduction; num_items divides a sum over tokens, so it makes no sense with 'none'."""
     if value not in ("none", "mean", "sum"):

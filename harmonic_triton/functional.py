@@ -106,7 +106,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     _validate.features(input, linear_weight)
     _validate.labels(input, target, shift)
     _validate.exponent(n)
-    _validate.between("eps", eps, 0.0)
+    _validate.eps(eps)
     _validate.between("uniform_mix", uniform_mix, 0.0)
     _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
     _validate.class_weight(class_weight, linear_weight)
@@ -313,7 +313,7 @@ def _stats(rows: Rows, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     kept = labels != ignore_index
     first = torch.where(rows.rival_score == 0, torch.minimum(rows.rival, labels), rows.rival)
     predicted = torch.where(rows.rival_score < 0, labels, first)  # a NaN score predicts the rival
-    entropy = torch.where(kept, rows.nll - rows.score_mean, 0.0)
+    entropy = torch.where(kept, rows.entropy, 0.0)
     shown = torch.where(kept, predicted, ignore_index)
     return entropy, shown, kept & (predicted == labels), rows.target_sq.sqrt(), -rows.nll
 
@@ -327,7 +327,7 @@ def _checked_head(
     _validate.features(input, linear_weight)
     _validate.exponent(n)
     _check_value(n)
-    _validate.between("eps", eps, 0.0)
+    _validate.eps(eps)
     w = linear_weight.to(compute_dtype(input.dtype))
     return input.reshape(-1, input.shape[-1]), w, exponent_tensor(n, input.shape[-1], w.device, w.dtype)
 

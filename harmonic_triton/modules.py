@@ -50,7 +50,7 @@ class HarmonicHead(nn.Module):
         _validate.integer("in_features", in_features, 1)
         _validate.integer("out_features", out_features, 1)
         _validate.exponent(n)
-        _validate.between("eps", eps, 0.0)
+        _validate.eps(eps)
         _validate.between("std", std, 0.0)
         _validate.options("HarmonicHead", loss_options, LOSS_OPTIONS)
         self.in_features, self.out_features, self.std = in_features, out_features, std

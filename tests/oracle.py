@@ -102,7 +102,9 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options):
     tiny = info.tiny * 100  # probabilities below fp32's normal range are rounded to its steps, or flushed
     apart = (a * s.sqrt() * relative) * unit
     # the same for A s_c/n, which is what goes through the products
-    apart = apart + tiny * n * v * g.double()[kept].abs().unsqueeze(1) * torch.maximum(s.rsqrt(), s.sqrt() / s.gather(1, own))
+    apart = apart + tiny * n * v * g.double()[kept].abs().unsqueeze(1) * torch.maximum(
+        s.rsqrt(), s.sqrt() / s.gather(1, own)
+    )
     through = a * (1 - special)
     rounded = narrow if x.element_size() == 2 else unit
 

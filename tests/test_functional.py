@@ -412,6 +412,31 @@ def test_runs_are_bitwise_equal(backend):
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 0.01, 3.0])
+def test_uniform_mix_near_certainty(backend, alpha):
+    """p near 1 and near 0: the mixed loss keeps its digits where log(p + mix) + log(1 + alpha) would cancel."""
+    x, w, target, g = make()
+    x[::2] = (w[target] + 0.05 * x)[::2]
+    options = {"uniform_mix": alpha, "reduction": "none", "upstream": g}
+    got = gradients(x, w, target, backend=backend, **options)
+    wanted = gradients(x, w, target, backend="reference", **options)
+    assert ((got[0] - wanted[0]).abs() <= 2e-5 * wanted[0]).all()
+    all_close(got, wanted)
+
+
+def test_entropy_of_confident_and_wrong_tokens(backend):
+    """Tiny beside the loss, and no less than 0 but for rounding; the torch backend keeps its digits."""
+    x, w, target, _ = make()
+    x = w[(target + 1) % CLASSES] + 1e-3 * x
+    _, stats = linear_harmonic_loss(x, w, target, n=N, return_stats=True, backend=backend)
+    log_p = dense_log_p(x, w, N)
+    wanted = -(log_p.exp() * log_p).sum(1)
+    assert wanted.max() < 1e-10
+    if backend == "torch":
+        assert ((stats.entropy - wanted).abs() <= 1e-3 * wanted).all()
+    assert (stats.entropy.abs() <= 1e-6 * -stats.target_log_prob).all()
+
+
 @pytest.mark.parametrize("near", [False, True])
 def test_statistics_are_those_of_the_dense_probabilities(backend, near):
     x, w, target, _ = make()

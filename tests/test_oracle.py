@@ -117,4 +117,6 @@ def test_three_coinciding_classes(backend, away):
     assert dx.isfinite().all()
     assert dw.isfinite().all()
     if away >= 0.1:
-        assert (loss[target >= 0] - math.log(3)).abs().max() < (1e-3 if away == 0.1 else 0.05)  # what the other classes add
+        assert (loss[target >= 0] - math.log(3)).abs().max() < (
+            1e-3 if away == 0.1 else 0.05
+        )  # what the other classes add

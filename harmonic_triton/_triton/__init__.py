@@ -84,7 +84,8 @@ def rows_forward(
         )  # fmt: skip
         forward.finish_kernel[call.row_grid](
             x, w, call.target, call.target_sq, call.own, n, v, call.v_sum, best, index, total, mean, smooth,
-            out.nll, out.score_mean, out.smooth, out.share_score, out.share_sum, out.share_rest, out.rival_score, out.rival,
+            out.nll, out.score_mean, out.entropy, out.smooth, out.share_score, out.share_sum, out.share_rest,
+            out.rival_score, out.rival,
             call.tokens, call.width, eps, shares, *call.strides,
             MOMENTS=moments, SMOOTHING=smoothing, **call.rows,
         )  # fmt: skip

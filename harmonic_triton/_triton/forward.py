@@ -118,7 +118,7 @@ def log1p_small(y):
 def finish_kernel(
     x_ptr, w_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr, v_sum_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
-    nll_ptr, score_mean_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
+    nll_ptr, score_mean_ptr, entropy_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
     rival_score_ptr, rival_ptr,  # out (N,)
     N, D, eps, SPLITS, stride_xn, stride_xd, stride_wv, stride_wd,
     MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -187,7 +187,9 @@ def finish_kernel(
     if MOMENTS:
         others = tl.where(alone, 0.0, mean - base) * tl.exp2(tl.minimum(base - nll * LOG2E, 1e3))
         moment = (others + finite_score * tl.exp2(rival_score - nll * LOG2E)) * LN2
-        tl.store(score_mean_ptr + rows, tl.where(alive & (on_target == 0), moment, 0.0).to(tl.float32), mask=inside)
+        moment = tl.where(alive & (on_target == 0), moment, 0.0)
+        tl.store(score_mean_ptr + rows, moment.to(tl.float32), mask=inside)
+        tl.store(entropy_ptr + rows, (nll - moment).to(tl.float32), mask=inside)
     if SMOOTHING:
         v_r = tl.load(v_ptr + rival, mask=alive, other=0.0).to(tl.float64)
         v_sum = tl.load(v_sum_ptr).to(tl.float64)
