@@ -28,6 +28,7 @@ from harmonic_triton._numerics import (
 )
 
 DEFAULT_BUDGET = 128 * 2**20  # bytes of scratch for the chunk; about 600 tokens at GPT-2's vocabulary
+COLUMN_BLOCK = 512  # classes in one product x @ W.T on a CPU: 1.3 times the rate of the whole width at once
 TILE_ELEMENTS = 3 * 2**19  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
 
 
@@ -81,7 +82,11 @@ class Chunk:
         self.scale = torch.maximum(self.scale, info.eps**2 * 1e-6 * self.x_sq)
         # r_j = (u_j - u_c)/s_c with u_j = ||w_j||^2 - 2 x.w_j; ||x||^2 has dropped out
         inverse = self.scale.reciprocal()
-        torch.mul(inverse.to(x.dtype), head.norms, out=ratio).addmm_(x * (-2 * inverse).to(x.dtype), head.weight.t())
+        left, block = x * (-2 * inverse).to(x.dtype), COLUMN_BLOCK if x.device.type == "cpu" else len(head.norms)
+        for part, norms, weight in zip(
+            ratio.split(block, 1), head.norms.split(block), head.weight.split(block), strict=True
+        ):
+            torch.mul(inverse.to(x.dtype), norms, out=part).addmm_(left, weight.t())
         self.shift = ((self.x_sq - self.target_sq) * inverse).to(x.dtype)  # -u_c/s_c, added tile by tile
         # below this the expansion is rounding noise
         floor = 4 * info.eps * torch.maximum(self.x_sq, self.scale)
