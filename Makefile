@@ -1,4 +1,5 @@
-# Every target makes the virtual environment it needs from Python alone.
+# Every target makes the virtual environment it needs from Python alone. pip is configured as usual (PIP_INDEX_URL, ...),
+# for example to take PyTorch's CPU build.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

@@ -1,5 +1,6 @@
 """The README's snippets are executed, and what it names exists."""
 
+import json
 import re
 import subprocess
 import sys
@@ -35,6 +36,28 @@ def test_the_two_lines_of_the_diff_run():
     exec("\n".join(added), scope)
     assert scope["loss"].item() > 0
     assert scope["logits"].shape == (2, 1, 50)
+
+
+def test_it_has_a_table_a_plot_and_no_placeholder():
+    assert "@@" not in README
+    assert re.search(r"^\|---", README, re.MULTILINE)
+    assert re.search(r"^!\[.+\]\(.+\.png\)", README, re.MULTILINE)
+
+
+def test_the_table_is_the_measured_one():
+    """Every time and memory of the README's table stands in the run that it names."""
+    run = ROOT / re.search(r"\[the run\]\((.+)\.md\)", README)[1]
+    records = [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
+    measured = {r["baseline"]: r for r in records if "baseline" in r}
+    names = {"linear_harmonic_loss": "ours_torch", "cross_entropy": "cross_entropy", "authors": "authors_dense"}
+    rows = re.findall(
+        r"^\| .*?(linear_harmonic_loss|cross_entropy|authors).*? \| ([\d.]+) s \| (\d+) MB \|", README, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for name, seconds, megabytes in rows:
+        record = measured[names[name]]
+        assert abs(record["seconds"]["both"]["median"] - float(seconds)) < 0.006
+        assert abs(record["memory_bytes"] / 1e6 - float(megabytes)) < 0.6
 
 
 def test_files_images_and_make_targets_exist():
