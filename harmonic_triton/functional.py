@@ -160,7 +160,6 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         losses = token * mixed_nll(rows.nll, uniform_mix, classes)
         if v is not None and smooth is not None:
             losses = losses + smooth * rows.smooth
-        losses = torch.where(labels == ignore_index, 0.0, losses)
         loss = losses if reduction == "none" else losses.sum()
     if return_stats and backend != "reference":
         stats = _stats(rows, labels, ignore_index)

@@ -98,7 +98,7 @@ def test_torch_grid(place, dtype, n):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_triton_grid(place, dtype):
     compare(*inputs(37, 67, 83, DTYPES[dtype], place), "triton", n=28.0)
 
