@@ -221,7 +221,7 @@ def harmonic_topk(
         values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).detach().topk(k)
         return values, indices
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
-        norms = torch.cat([block.square().sum(1) for block in w.split(4096)])
+        norms = torch.linalg.vector_norm(w, dim=1).square_()
         values, indices = w.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=w.device)
         step = max(1, min(len(x), TOPK_CHUNK // (len(w) * w.element_size())))
         scratch = w.new_empty(step, len(w))
