@@ -26,7 +26,7 @@ from harmonic_triton._triangle import PACKED, Triangle
 
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
 DRIFT = 4.0  # spreads between mean and reference beyond which a warning is due
-LARGEST = 2.0**52  # of a loss: the sum of a million squares of it stays within fp32
+LARGEST = 2.0**52  # norm of a draw: the sum of a million squares of it stays within fp32
 CONSTANT = 2.0**-40  # spread over mean below which a loss counts as constant: float64 sums resolve no more
 PRECISIONS = ("split", "fast", "ieee")
 
@@ -55,8 +55,8 @@ class StreamingCovariance:
     Triton). The reference is the mean of the first full buffer, unless given, and stays what it is. Memory: m²/2
     numbers for the triangle and ``buffer_size`` m for the buffer; a result is m² more.
 
-    A draw with a loss that is not finite (or beyond 2^52, whose square would end fp32) is dead: it is counted in
-    :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
+    A draw with a loss that is not finite is dead (and one of norm 2^52 or more, whose squares would end fp32): it is
+    counted in :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
 
     Results depend on how draws are grouped into buffers, by rounding: the same updates give the same bits (on a CPU with
     the same number of threads), whatever is read in between.
@@ -128,7 +128,8 @@ class StreamingCovariance:
             TypeError, ValueError: losses or chain have the wrong type, shape or device.
         """
         rows, chains = self._checked_draws(losses, chain)
-        alive = torch.linalg.vector_norm(rows, math.inf, dim=1) < LARGEST  # false for NaN
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        alive = norms < LARGEST  # false for NaN
         if not bool(alive.all()):
             living = alive.tolist()
             for lives, one in zip(living, chains, strict=True):
@@ -201,10 +202,11 @@ class StreamingCovariance:
         holders = [rank for rank, theirs in enumerate(every) if theirs["counts"]]
         if not holders:
             return
-        reference = torch.empty(self.num_samples, dtype=self.dtype, device=self.device)
         if dist.get_rank(group) == holders[0]:
             self._flush()
-            reference = self._reference
+        reference = torch.zeros(self.num_samples, dtype=self.dtype, device=self.device)
+        if self._reference is not None:
+            reference.copy_(self._reference)
         dist.broadcast(reference, holders[0] if group is None else dist.get_global_rank(group, holders[0]), group=group)
         if self._reference is None:
             self._reference = reference
@@ -662,7 +664,7 @@ def _shifted(count: int, total: Tensor, old: Tensor, new: Tensor) -> tuple[Tenso
 def _sum(rows: Tensor) -> Tensor:
     """(m,) float64 sum of (k, m), a few rows at a time: they are widened first."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in rows.split(64):
+    for part in rows.split(16):
         total += part.sum(0, dtype=torch.float64)
     return total
 
