@@ -53,7 +53,7 @@ class StreamingCovariance:
     Draws are collected in a buffer; a full buffer is added to one triangle of the second moment about the reference by
     a rank-k update (CPU: LAPACK's packed ``sfrk`` where SciPy is installed, else products of panels by PyTorch; GPU:
     Triton). The reference is the mean of the first full buffer, unless given, and stays what it is. Memory: m²/2
-    numbers for the triangle and ``buffer_size`` m for the buffer; a result is m² more.
+    numbers for the triangle and ``buffer_size`` m for the buffer, which is given back when a result, m² more, is read.
 
     A draw with a loss that is not finite is dead (and one of norm 2^52 or more, whose squares would end fp32): it is
     counted in :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
@@ -424,6 +424,7 @@ class StreamingCovariance:
         if divisor < 1:
             raise ValueError(f"within_chain needs a chain with two draws, got {self.count} draws of as many chains")
         self._flush()
+        self._buffer = None  # its memory is free for the result
         reference = cast(Tensor, self._reference).double()  # set, now that draws have left the buffer
         if within_chain:
             centres = torch.stack([(self._sums[c] - n * reference) / math.sqrt(n) for c, n in self._counts.items()])
