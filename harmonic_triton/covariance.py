@@ -22,7 +22,7 @@ from torch import Tensor
 
 from harmonic_triton import _validate
 from harmonic_triton._dispatch import resolve
-from harmonic_triton._triangle import PACKED, Triangle
+from harmonic_triton._triangle import PACKED, Triangle, fastest_gap, padded
 
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
 DRIFT = 4.0  # spreads between mean and reference beyond which a warning is due
@@ -99,6 +99,7 @@ class StreamingCovariance:
         self.num_samples, self.dtype, self.buffer_size, self.precision = int(num_samples), dtype, buffer_size, precision
         self.device = torch.empty(0, device=device).device
         self.backend = _resolve(backend, self.device, dtype)
+        self._gap = _gap(self.backend, self.device)
         if reference is not None:
             self._check_vector(reference)
             reference = reference.detach().to(dtype)
@@ -185,10 +186,11 @@ class StreamingCovariance:
         several processes drew from is one chain.
 
         Raises:
-            ValueError: the processes' accumulators differ in samples, dtype or backend.
+            ValueError: the processes' accumulators differ in samples, dtype, backend or
+                layout (SciPy on some, not on others).
         """
         mine = {
-            "kind": (self.num_samples, str(self.dtype), self.backend),
+            "kind": (self.num_samples, str(self.dtype), self.backend, self._gap),
             "counts": self._counts,
             "dead": self._dead,
         }
@@ -196,7 +198,7 @@ class StreamingCovariance:
         dist.all_gather_object(every, mine, group=group)
         if any(theirs["kind"] != mine["kind"] for theirs in every):
             raise ValueError(
-                "the accumulators of a group must have one num_samples, dtype and backend, got"
+                "the accumulators of a group must have one num_samples, dtype, backend and (gap of the) layout, got"
                 f" {', '.join(str(theirs['kind']) for theirs in every)} by rank"
             )
         self._dead = _total(theirs["dead"] for theirs in every)
@@ -346,10 +348,6 @@ class StreamingCovariance:
 
     # --- how -------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _gap(self) -> int:
-        return _gap(self.backend)
-
     def _second_moment(self) -> Triangle:
         if self._triangle is None:
             self._triangle = Triangle(self.num_samples, gap=self._gap, dtype=self.dtype, device=self.device)
@@ -382,7 +380,7 @@ class StreamingCovariance:
         """The buffer, wide enough for draws of ``dtype``."""
         dtype = torch.promote_types(self.dtype, dtype)
         if self._buffer is None:
-            width = self.num_samples + self.num_samples % 2
+            width = padded(self.num_samples, self._gap)
             self._buffer = torch.zeros(self.buffer_size, width, dtype=dtype, device=self.device)
         self._buffer = self._buffer.to(torch.promote_types(self._buffer.dtype, dtype))
         return self._buffer
@@ -572,7 +570,7 @@ def _loss_covariance(losses: Tensor, backend: str) -> Tensor:
         losses = losses.detach().contiguous()
         total = _sum(losses)
         shift = (total / draws).to(losses.dtype)
-        triangle = Triangle(m, gap=_gap(backend), dtype=losses.dtype, device=losses.device)
+        triangle = Triangle(m, gap=_gap(backend, losses.device), dtype=losses.dtype, device=losses.device)
         scratch = losses.new_zeros(min(draws, BUFFER), triangle.width) if backend == "torch" else None
         for rows in losses.split(BUFFER):
             _rank_k(triangle, rows, shift, scratch, "split")
@@ -621,9 +619,9 @@ def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return resolve(backend, device, dtype)
 
 
-def _gap(backend: str) -> int:
+def _gap(backend: str, device: torch.device) -> int:
     if backend == "torch":
-        return PACKED
+        return fastest_gap(device)
     from harmonic_triton._triton.covariance import GAP
 
     return GAP

@@ -245,7 +245,7 @@ def test_reset_forgets_everything_but_a_given_reference():
 # --- dead draws, constant losses, drift ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e17])
 def test_dead_draws_are_quarantined_by_chain(value, backend):
     """One bad loss condemns its draw; the others give the bits they give alone."""
     chains = ar1(draws=300).to(DEVICE)
@@ -443,7 +443,7 @@ def test_all_reduce_between_processes():
         mp.spawn(rank_of_two, args=(folder, chains), nprocs=2)
         states = {name: torch.load(Path(folder) / f"{name}.pt") for name in ("both0", "both1", "second0", "second1")}
         refusals = [(Path(folder) / f"refusal{rank}").read_text() for rank in range(2)]
-    assert all("one num_samples, dtype and backend" in refusal for refusal in refusals)
+    assert all("one num_samples, dtype, backend" in refusal for refusal in refusals)
     for case in ("both", "second"):
         assert same(states[f"{case}0"], states[f"{case}1"])
         accumulator = StreamingCovariance(41, buffer_size=64)
