@@ -447,10 +447,8 @@ class StreamingCovariance:
                 f"out must be ({m}, {m}), {self.dtype}, on {self.device}, got {_validate.describe(out)};"
                 " leave it out to have it allocated"
             )
-        high = moments.centres.to(self.dtype)
-        low = (moments.centres - high).to(self.dtype)
-        left, right = torch.cat([-high, -high, -low]), torch.cat([high, low, high])
-        self._second_moment().unfold(out, left, right, 1.0 / moments.divisor, inverse_sd)
+        centres = moments.centres.to(self.dtype)  # their rounding is to S what that of S itself is
+        self._second_moment().unfold(out, -centres, centres, 1.0 / moments.divisor, inverse_sd)
         return out
 
     # --- checks ----------------------------------------------------------------------------------------------------------
