@@ -116,8 +116,8 @@ def _panels(samples: range, side: int) -> list[range]:
 def _standardised(problem: Problem, panel: range) -> Tensor:
     """Columns of mean 0 and norm 1 (0 for a constant sample), (T, panel) fp32."""
     at = slice(panel.start, panel.stop)
-    values = problem.traces[:, at].to(problem.device, torch.float32)
-    return values.sub_(problem.mean[at].float()).mul_(problem.scale[at].float())
+    values = problem.traces[:, at].to(problem.device, torch.float32) - problem.mean[at].float()
+    return values.mul_(problem.scale[at].float())
 
 
 def _differ(labels: Tensor, i: range, j: range) -> Tensor:

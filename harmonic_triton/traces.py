@@ -6,6 +6,7 @@ For m >> T the T x m traces are smaller than the m x m matrix and hold as much.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -140,24 +141,24 @@ class LossTraces:
         """
         losses, chains = self._checked_draws(losses, chain)
         state = self._state
-        alive = torch.stack([row.abs().amax() < LARGEST_LOSS for row in losses]).cpu() if len(losses) else chains > 0
-        dead = dict(state.dead)
+        alive = (torch.linalg.vector_norm(losses, math.inf, dim=1) < LARGEST_LOSS).cpu()  # false for NaN
+        dead = self.dead
         for number in chains[~alive].tolist():
             dead[number] = dead.get(number, 0) + 1
-        kept = [row for row, lives in zip(losses, alive.tolist(), strict=True) if lives]
+        kept = (losses if alive.all() else losses[alive.to(losses.device)]).to(self.device)
         reference, sums = state.reference, state.sums.clone()
-        if reference is None and kept:
+        draws = torch.empty(kept.shape, dtype=self.dtype, device=self.device)
+        if reference is None and len(kept):
             reference = torch.zeros_like(sums[0])
             for row in kept:
-                reference += row.to(self.device)
+                reference += row
             reference /= len(kept)
-        draws = torch.empty(len(kept), self.num_samples, dtype=self.dtype, device=self.device)
-        for draw, row in zip(draws, kept, strict=True):  # one by one, so that sums do not depend on the batches
-            shifted = row.to(self.device, torch.float64) - reference
+        for row, draw in zip(kept, draws, strict=True):  # one by one, so that sums do not depend on the batches
+            shifted = row - reference
             sums[0] += shifted
             sums[1].addcmul_(shifted, shifted)
             draw.copy_(shifted)
-        if kept:
+        if len(kept):
             self._store.write(state.count, draws)
         state = State(state.count + len(kept), reference, sums, torch.cat([state.chains, chains[alive]]), dead)
         if len(losses):
@@ -274,7 +275,7 @@ class LossTraces:
             samples: which samples, likewise.
         """
         rows, columns = _selection("draws", draws, self.count), _selection("samples", samples, self.num_samples)
-        return self._stored()[rows][:, columns].to(self.device, torch.float32)
+        return self._stored()[rows][:, columns].to(self.device, torch.float32, copy=True)
 
     @property
     def chain_means(self) -> dict[int, Tensor]:

@@ -1,6 +1,6 @@
 """Nearest samples by correlation: tiles of a product of traces, and a best k kept in registers as its epilogue."""
 
-# mypy: disable-error-code="no-untyped-def"  # kernels
+# mypy: ignore-errors
 
 from __future__ import annotations
 
