@@ -191,6 +191,15 @@ def check_neighbors(traces: LossTraces, k: int, labels: torch.Tensor | None = No
     np.testing.assert_allclose(distances.numpy(), want_distances, rtol=2e-7, atol=2e-6)
 
 
+def test_keys_order_as_scores_do_and_equal_scores_by_index():
+    """Whatever the sign; a zero has none."""
+    scores = torch.tensor([1.0, 0.5, 0.5, 1e-40, 0.0, -0.0, -1e-40, -0.5, -1.0, -math.inf])
+    indices = torch.tensor([9, 2, 3, 1, 0, 2**31 - 1, 0, 7, 1, 0])
+    keys = _neighbors.pack(scores, indices)
+    assert torch.equal(keys, keys.sort(descending=True).values) and len(keys.unique()) == len(keys)
+    assert torch.equal(_neighbors.unpack_score(keys), scores) and torch.equal(_neighbors.unpack_index(keys), indices)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
     """Both, over several tiles: m = 150 is a multiple of none."""
@@ -214,6 +223,13 @@ def test_neighbors_are_those_of_brute_force(backend, dtype, labelled):
     check_neighbors(traces, 7, labels)
     assert traces.neighbors(1).distances[[9, 40, 60, 61, 149]].tolist() == [[0.0]] * 5
     assert traces.neighbors(3).indices[[5, 100]].tolist() == [[0, 1, 2]] * 2  # all equally far
+
+
+def test_neighbors_over_whole_tiles():
+    """The tiles as they are: three along a side, each larger than the sample that gives its first threshold."""
+    traces, labels = filled(small(samples=2500)), torch.arange(2500) % 4
+    check_neighbors(traces, 7, labels)
+    check_neighbors(traces, 7)
 
 
 def test_many_duplicates_give_the_lowest_indices(backend):
@@ -260,8 +276,22 @@ def test_backends_agree_bitwise_on_mapped_and_drifted_traces(backend, tmp_path, 
     want = filled(losses, 1, backend="torch").neighbors(5)
     mapped = filled(losses, 1, backend=backend, path=tmp_path / "traces")
     assert all(map(torch.equal, mapped.neighbors(5), want))
-    problem = _neighbors.Problem(mapped._stored().clone(), *mapped._moments(), None)  # rows of 300 bytes: not aligned
-    assert torch.equal(_neighbors.search(problem, 5, range(150), backend, None)[0], want.indices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiny_losses_are_samples_like_others(backend, dtype):
+    """Leave-one-out losses of a confident model: 1e-30 beside 1. Powers of two: nothing but the exponents changes."""
+    losses = small()
+    traces = filled(losses, dtype=DTYPES[dtype])
+    losses[:, ::3] *= 2.0**-100
+    tiny = filled(losses, dtype=DTYPES[dtype], backend=backend)
+    assert all(map(torch.equal, tiny.neighbors(5), traces.neighbors(5)))
+    torch.testing.assert_close(tiny.correlation(slice(None)), traces.correlation(slice(None)), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(tiny.covariance([1]), traces.covariance([1]))
+    losses[:, ::3] *= 2.0**-20  # a spread below 1e-35: as good as constant, and no NaN
+    none = filled(losses, dtype=DTYPES[dtype], backend=backend)
+    assert none.neighbors(3).indices[::3].tolist() == [[1, 2, 3], *[[0, 1, 2]] * 49]
+    assert (none.correlation(slice(0, None, 3), slice(None)) == 0).all()
 
 
 def test_labels_of_any_integers_and_arrays():
