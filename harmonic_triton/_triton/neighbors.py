@@ -37,8 +37,8 @@ CONFIGS = {
     ("sm90", 4): SearchConfig(32, 64, 16, 8, 1),
     ("sm100", 4): SearchConfig(32, 64, 16, 8, 1),
     ("gfx942", 4): SearchConfig(64, 64, 32, 8, 2),
-    ("interpreter", 2): SearchConfig(32, 32, 32, 4, 1),
-    ("interpreter", 4): SearchConfig(32, 32, 32, 4, 1),
+    ("interpreter", 2): SearchConfig(64, 64, 64, 4, 1),
+    ("interpreter", 4): SearchConfig(64, 64, 64, 4, 1),
 }
 
 
