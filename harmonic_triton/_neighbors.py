@@ -102,7 +102,7 @@ def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[i
                 tile.fill_diagonal_(-math.inf)
             allowed = None if problem.labels is None else _differ(problem.labels, i, j)
             _take(keys[i.start - rows.start : i.stop - rows.start], tile, allowed, 0, j.start)
-            if j in own and i != j:
+            if i != j and j.start in rows:
                 _take(keys[j.start - rows.start : j.stop - rows.start], tile, allowed, 1, i.start)
             if progress is not None:
                 progress(done, len(work))

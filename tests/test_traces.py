@@ -193,7 +193,7 @@ def check_neighbors(traces: LossTraces, k: int, labels: torch.Tensor | None = No
 
 def test_keys_order_as_scores_do_and_equal_scores_by_index():
     """Whatever the sign; a zero has none."""
-    scores = torch.tensor([1.0, 0.5, 0.5, 1e-40, 0.0, -0.0, -1e-40, -0.5, -1.0, -math.inf])
+    scores = torch.tensor([1.0, 0.5, 0.5, 1e-40, -0.0, 0.0, -1e-40, -0.5, -1.0, -math.inf])
     indices = torch.tensor([9, 2, 3, 1, 0, 2**31 - 1, 0, 7, 1, 0])
     keys = _neighbors.pack(scores, indices)
     assert torch.equal(keys, keys.sort(descending=True).values) and len(keys.unique()) == len(keys)
