@@ -22,7 +22,7 @@ from harmonic_triton._dispatch import interpreted
 from harmonic_triton._numerics import Rows, exponent_gradient, full_fp32, mixed_nll, mixed_slope
 from harmonic_triton._strategy import chunk_tokens
 from harmonic_triton._triton import backward, forward
-from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, tile_config
+from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, kept_tile, tile_config
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
 GRID_LIMIT = 65535  # programs along the second axis of a grid
@@ -187,7 +187,8 @@ def _coefficients(
     Returns its row sums (2, N), plain and times the ratio, and column sums (width,); None for dot products.
     """
     p_coef, v_coef, _, _, _, unscale = factors.values
-    width, (block_n, block_v) = a.shape[1], (call.config.block_n, call.config.block_v)
+    tile = call.tile if kept is None else call.tile | kept_tile(call.config)
+    width, block_n, block_v = a.shape[1], tile["BLOCK_N"], tile["BLOCK_V"]
     tiles, row_tiles = triton.cdiv(width, block_v), triton.cdiv(call.tokens, block_n)
     partial = columns = None
     if not call.dot:
@@ -197,7 +198,7 @@ def _coefficients(
         call.x, call.w, call.norms, call.target, call.target_ref, call.own, call.n, call.v, rows.nll, rows.rival,
         p_coef, v_coef, unscale, kept, tile_best, a, partial, columns,
         call.tokens, call.classes, call.width, call.eps, first, width, a.stride(0), *call.strides,
-        SMOOTHING=smoothing, KEPT=kept is not None, **call.tile,
+        SMOOTHING=smoothing, KEPT=kept is not None, **tile,
     )  # fmt: skip
     if partial is None or columns is None:
         return None, None
@@ -236,7 +237,7 @@ def rows_backward(
         block_n, block_v = call.config.block_n, call.config.block_v
         per_class = call.tokens * x.element_size() + 4 * call.width * need_w + 4 * triton.cdiv(call.tokens, block_n)
         width = block_v * min(max(1, (budget or DEFAULT_BUDGET) // per_class // block_v), GRID_LIMIT)
-        slice_ = x.new_empty((call.tokens, min(width, triton.cdiv(call.classes, 8) * 8)))
+        slice_ = x.new_empty((call.tokens, min(width, triton.cdiv(call.classes, 64) * 64)))
         for first in range(0, call.classes, width):
             a = slice_[:, : min(width, call.classes - first)]
             sums, columns = _coefficients(call, factors, rows, a, first, g_smooth is not None)

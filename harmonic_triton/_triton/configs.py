@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
+KEPT_ROWS, KEPT_ENTRIES = 32, 512  # of the element-wise pass over stored log-scores: rows of a tile, entries of a warp
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,8 @@ def architecture(device: torch.device) -> str:
 def tile_config(device: torch.device, dtype: torch.dtype) -> TileConfig:
     """The stored configuration for operands of ``dtype`` on ``device``."""
     return CONFIGS[architecture(device), dtype.itemsize]
+
+
+def kept_tile(config: TileConfig) -> dict[str, int]:
+    """How the element-wise pass differs: it must keep the products' BLOCK_V, whose tiles the log-scores are relative to."""
+    return {"BLOCK_N": KEPT_ROWS, "num_warps": KEPT_ROWS * config.block_v // KEPT_ENTRIES}
