@@ -85,11 +85,16 @@ def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
         yield dict(zip(switches, values, strict=True))
 
 
-def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str) -> Launch:
-    """The specialisation of one kernel; a ``KeyError`` names a constant that is not known here."""
+def launch_of(
+    name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str, config: Any = None
+) -> Launch:
+    """The specialisation of one kernel, with the stored tile configuration unless another one is given.
+
+    A ``KeyError`` names a constant that is not known here.
+    """
     from harmonic_triton._triton.configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, kept_tile
 
-    config = CONFIGS[arch, DTYPES[dtype]]
+    config = config or CONFIGS[arch, DTYPES[dtype]]
     fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
     fixed |= {"stride_xd": 1, "stride_wd": 1}
     options = {"num_warps": ROW_WARPS, "num_stages": 2}
@@ -125,13 +130,15 @@ def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool
     return launch
 
 
-def compile_one(name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str) -> Cost:
+def compile_one(
+    name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str, config: Any = None
+) -> Cost:
     """Compile one kernel and read its cost."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch = launch_of(name, function, products, switches, dtype, arch)
+    launch = launch_of(name, function, products, switches, dtype, arch, config)
     source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=launch.options)
     if arch.startswith("gfx"):
