@@ -22,8 +22,8 @@ PRODUCTS = {2: 790e12, 4: 67e12}  # operations a second by bytes of an operand: 
 COPY = 4.3e12  # bytes a second
 LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of log-scores on a small GPU
 MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 log-scores at once
-SIDE_BYTES = 0.25  # a log-score's share of the tile maxima and of the partial sums, in tiles of 64 x 64 and more
-MOST_CLASSES = 64 * 65535  # the second axis of a grid ends at 65535 tiles
+SIDE = 2  # tile maxima and partial sums take at most half a byte (1/SIDE) for each log-score: tiles of 32 x 32
+MOST_CLASSES = 32 * 65535  # the second axis of a grid ends at 65535 tiles
 
 _forced: str | None = None
 
@@ -57,7 +57,7 @@ def gradients_in_forward(backend: str, x: Tensor, w: Tensor, budget: int) -> boo
 
 def chunk_tokens(tokens: int, classes: int, size: int, budget: int, device: torch.device) -> int:
     """How many tokens' log-scores of ``size`` bytes fit the budget, at most all."""
-    return min(tokens, int((budget or _default_budget(device)) / (classes * (size + SIDE_BYTES))))
+    return min(tokens, (budget or _default_budget(device)) * SIDE // (classes * (size * SIDE + 1)))
 
 
 @torch.compiler.assume_constant_result

@@ -276,10 +276,25 @@ def chosen(tokens, width, classes, dtype=torch.bfloat16, budget=2**31):
     ((8192, 256, 50257), {}, "recompute"),  # a product costs less than the log-scores' traffic
     ((8192, 256, 50257), {"dtype": torch.float32}, "chunks"),  # not in fp32
     ((8192, 768, 50257), {"budget": 1}, "recompute"),
-    ((64, 4096, 64 * 65536), {}, "recompute"),  # beyond a grid
+    ((2**16, 4096, 2**16), {"budget": 2**60}, "chunks"),
+    ((2**16, 4096, 2**22), {"budget": 2**60}, "recompute"),  # more tiles than a grid takes
 ])  # fmt: skip
 def test_choice(shape, options, wanted):
     assert chosen(*shape, **options) == wanted
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choice_is_traced(dynamic):
+    """torch.compile of a whole function: as many tokens and classes as there are, known or not."""
+    traced = torch.compile(
+        lambda x, w, target: ht.linear_cross_entropy(x, w, target, backend="triton"),
+        fullgraph=True, dynamic=dynamic, backend="eager",
+    )  # fmt: skip
+    for tokens in (3, 5):
+        x, w = (torch.randn(rows, 8, device=DEVICE, requires_grad=True) for rows in (tokens, 9))
+        target = torch.arange(tokens, device=DEVICE)
+        want = ht.linear_cross_entropy(x, w, target, backend="torch")
+        torch.testing.assert_close(traced(x, w, target), want)
 
 
 def test_torch_always_forms_gradients_in_forward():
