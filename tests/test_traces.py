@@ -438,12 +438,12 @@ def test_dead_draws_are_counted_and_left_out(bad):
 
 def test_a_constant_has_no_variance():
     """Also where its fp64 mean over six draws is not the constant itself."""
-    constant = next(x for x in (0.1 * n for n in range(1, 1000)) if sum([x] * 6) / 6 != x)
-    traces = LossTraces(2, dtype=torch.float32)
-    traces.update(torch.tensor([[constant, 0.0]], dtype=torch.float64).expand(6, 2))
-    traces.update(torch.tensor([[constant, 1.0]], dtype=torch.float64).expand(5, 2))
-    assert (traces.variance() > 0).tolist() == [False, True]
-    assert traces.correlation(slice(None)).nonzero().tolist() == [[1, 1]]
+    losses = torch.linspace(0.1, 9.0, 200, dtype=torch.float64).repeat(11, 1)
+    losses[6:, 7] += 1.0
+    traces = filled(losses, 6, dtype=torch.float32)
+    assert (traces.draws()[0] != 0).any()
+    assert traces.variance().nonzero().tolist() == [[7]]
+    assert traces.correlation(slice(None)).nonzero().tolist() == [[7, 7]]
 
 
 def test_answers_follow_the_draws():
