@@ -351,13 +351,11 @@ class LossTraces:
         x = v.detach().to(self.device, torch.float64).reshape(self.num_samples, -1)
         factor = scale.unsqueeze(1) if correlation else (self.count - 1) ** -0.5
         x = factor * (x - x.mean(0) if centered else x)
-        out, total = torch.zeros_like(x), x.new_zeros(x.shape[1])
+        out = torch.zeros_like(x)
         for chunk in self._stored().split(max(1, CHUNK // self.num_samples)):
             values = chunk.to(self.device, torch.float64)
-            along = values @ x - mean @ x
-            out.addmm_(values.t(), along)
-            total += along.sum(0)
-        out = factor * (out - mean.unsqueeze(1) * total)
+            out.addmm_(values.t(), values @ x - mean @ x)  # one factor about its mean is enough
+        out *= factor
         return (out - out.mean(0) if centered else out).reshape(v.shape)
 
     def linear_operator(self, *, correlation: bool = True, centered: bool = False) -> LinearOperator:

@@ -437,12 +437,26 @@ def test_dead_draws_are_counted_and_left_out(bad):
 
 
 def test_a_constant_has_no_variance():
-    """Also where its fp64 mean over three draws is not the constant itself."""
-    traces = LossTraces(3, dtype=torch.float32)
-    traces.update(torch.tensor([[0.1, 1e3 / 7, 0.0]], dtype=torch.float64).expand(3, 3))
-    traces.update(torch.tensor([[0.1, 1e3 / 7, 1.0]], dtype=torch.float64).expand(5, 3))
-    assert (traces.variance() > 0).tolist() == [False, False, True]
-    assert traces.correlation(slice(None)).nonzero().tolist() == [[2, 2]]
+    """Also where its fp64 mean over six draws is not the constant itself."""
+    losses = torch.linspace(0.1, 9.0, 200, dtype=torch.float64).repeat(11, 1)
+    losses[6:, 7] += 1.0
+    traces = filled(losses, 6, dtype=torch.float32)
+    assert (traces.draws()[0] != 0).any()
+    assert traces.variance().nonzero().tolist() == [[7]]
+    assert traces.correlation(slice(None)).nonzero().tolist() == [[7, 7]]
+
+
+def test_answers_follow_the_draws():
+    """Asked in between, the traces answer for what they hold by then."""
+    losses = small()
+    traces = LossTraces(150)
+    for part in (slice(0, 15), slice(15, 40)):
+        traces.update(losses[part])
+        fresh = LossTraces(150)
+        fresh.update(losses[:15])
+        fresh.update(losses[15 : part.stop])
+        assert torch.equal(traces.correlation(slice(None)), fresh.correlation(slice(None)))
+        assert all(map(torch.equal, traces.neighbors(5), fresh.neighbors(5)))
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -466,6 +480,8 @@ def test_a_checkpoint_drops_what_came_later(mapped, after, tmp_path):
     assert resumed.count == (27 if mapped else 0)
     resumed.load_state_dict(torch.load(tmp_path / "checkpoint"))
     assert resumed.count == after and resumed.dead == {}
+    if mapped:
+        assert LossTraces.open(path).count == after
     for start in range(after, 40, 4):
         resumed.update(losses[start : start + 4])
     assert same(resumed, want) and resumed.dead == {0: 1}
