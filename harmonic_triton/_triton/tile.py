@@ -71,7 +71,7 @@ def keep_scores(score, best, half_n, DOT: tl.constexpr):
     than bf16's own rounding of A for all those within e^4 of it. DOT: z itself; beyond 65504 it is -inf and p is 0.
     """
     kept = score - tl.where(best == float("-inf"), 0.0, best)[:, None]
-    return kept if DOT else kept / half_n
+    return kept if DOT else kept * (1.0 / half_n)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def kept_scores(kept, best, half_n, DOT: tl.constexpr):
         score = kept + anchor[:, None]
         shrink = score
     else:
-        shrink = kept + (anchor / half_n)[:, None]
+        shrink = kept + (anchor * (1.0 / half_n))[:, None]
         score = shrink * half_n
     return score, shrink
 
