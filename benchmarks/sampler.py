@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 MODULUS, WIDTH, HEADS, LAYERS = 97, 128, 4, 2
-PROBE = {"lr": 5e-8, "nbeta": 500.0, "localization": 6e6}
+PROBE: dict[str, Any] = {"lr": 5e-8, "nbeta": 500.0, "localization": 6e6}
 
 
 class Case(NamedTuple):

@@ -573,15 +573,16 @@ class _Weights:
 
     def vmap_obstacle(self, data: Samples) -> str | None:
         """Why chains cannot be vmapped; None if they can."""
-        batch = data.block(0, 2)
-        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
+        one, each = data.batch(torch.zeros(1, dtype=torch.int64)), data.batch(torch.zeros(2, dtype=torch.int64))
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(one)):
             return "a batch holds values that are not tensors"
+        each = tree_map(lambda leaf: leaf.unflatten(0, (2, 1)), each)
         weights = self.center.expand(2, -1).clone().requires_grad_()
         with self.evaluating(), warnings.catch_warnings(), torch.enable_grad():
             warnings.filterwarnings("error", message="There is a performance drop")
             try:
-                losses = self.losses_of_group(weights, batch, None)
-                torch.autograd.grad(losses.sum(), weights)
+                for batch, batch_dim in ((one, None), (each, 0)):
+                    torch.autograd.grad(self.losses_of_group(weights, batch, batch_dim).sum(), weights)
             except (RuntimeError, NotImplementedError, UserWarning) as error:
                 return str(error).splitlines()[0]
         return None

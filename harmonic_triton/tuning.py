@@ -116,8 +116,11 @@ def tune(
         say(str(table[-1]))
         if 1 / CLOSE <= _ratio(table[-1], target) <= CLOSE:
             break
+        if _at_its_largest(table):
+            say("the excess loss no longer rises as localization falls: the data alone hold the chains")
+            break
         localization = _next_localization(table, target)
-    best = min(table, key=lambda trial: abs(math.log(_ratio(trial, target))))
+    best = min(table, key=lambda trial: (round(abs(math.log(_ratio(trial, target))), 1), -trial.localization))
     if not math.isfinite(best.excess_loss):
         raise RuntimeError(
             f"every chain diverged at localizations {table[0].localization:.3g} ... {table[-1].localization:.3g};"
@@ -241,6 +244,14 @@ def _ratio(trial: Trial, target: float) -> float:
     if not math.isfinite(trial.excess_loss) or trial.dead:
         return 1e6
     return max(trial.excess_loss / target, 1e-3)
+
+
+def _at_its_largest(table: list[Trial]) -> bool:
+    """A localization several times smaller left the excess loss where it was, to the noise of a trial."""
+    if len(table) < 2 or table[-1].dead or table[-2].dead:
+        return False
+    last, previous = table[-1], table[-2]
+    return last.localization < previous.localization / 2 and last.excess_loss < 1.1 * previous.excess_loss
 
 
 def _next_localization(table: list[Trial], target: float) -> float:

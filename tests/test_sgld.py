@@ -523,9 +523,10 @@ def test_a_diverging_chain_dies_alone(size):
     sampler = Sampler(Barrier(False), barrier_loss, x, x, config, seed=SEED_OF_ONE_DEATH)
     got = torch.empty_like(walled)
     with pytest.warns(UserWarning, match="diverged") as caught:
-        for block in sampler.run():
-            got[block.chain, block.draw] = block.losses
-            assert torch.equal(block.losses.isnan().all(1), block.train_loss.isnan())
+        blocks = list(sampler.run())
+    for block in blocks:
+        got[block.chain, block.draw] = block.losses
+        assert torch.equal(block.losses.isnan().all(1), block.train_loss.isnan())
     assert len(caught) == 1 == len(sampler.dead)
     dead = next(iter(sampler.dead))
     alive = [chain for chain in range(4) if chain != dead]

@@ -20,39 +20,28 @@ def exact_excess(model, x, config):
     return 0.5 * (H @ torch.linalg.inv(A - config.lr * A @ A / 4)).trace().item()
 
 
-@pytest.mark.parametrize(("nbeta", "target"), [(200.0, None), (200.0, 0.003), (20.0, 0.01)])
+@pytest.mark.parametrize(("nbeta", "target"), [(200.0, 0.003), (20.0, 0.02)])
 def test_linear_regression(nbeta, target):
-    """The target itself is met to the factor at which the search ends, twice over for the noise of 4 x 30 draws."""
+    """On target to the factor at which the search ends, twice over for the noise of 4 x 30 draws."""
     model, x, y = regression()
     result = tune(
         model, regression_loss, (x, y), seed=0, nbeta=nbeta, target_excess=target, batch_size=N, verbose=False
     )
-    config = result.config
-    if target is None:  # the loss at w* is 0.12, more than any localization below the posterior's own width reaches
-        target = result.table[-1].excess_loss
+    config, check = result.config, result.table[-1]
     assert 1 / (2 * CLOSE) <= exact_excess(model, x, config) / target <= 2 * CLOSE
     top = torch.linalg.eigvalsh(config.nbeta * x.T @ x / N).max() + config.localization
     assert 0.8 * SHARE_OF_BOUND <= config.lr * top / 4 <= 1.3 * SHARE_OF_BOUND
-    check = result.table[-1]
     assert check.autocorrelation_time / config.num_steps_bw_draws <= LONGEST
     assert check.dead == 0 and check.r_hat < 1.1
 
 
 def test_an_unreachable_target_is_reported():
+    """The data alone hold the excess below d/(2 nbeta) = 0.02; the search notices, and keeps what localization it can."""
     model, x, y = regression()
     with pytest.warns(UserWarning, match="off its target"):
-        result = tune(
-            model,
-            regression_loss,
-            (x, y),
-            seed=0,
-            nbeta=2000.0,
-            target_excess=10.0,
-            batch_size=N,
-            max_trials=4,
-            verbose=False,
-        )
-    assert len(result.table) == 5 and result.config.localization < result.table[0].localization
+        result = tune(model, regression_loss, (x, y), seed=0, nbeta=200.0, batch_size=N, verbose=False)
+    assert len(result.table) < 6 and result.config.localization > 1
+    assert 0.005 < exact_excess(model, x, result.config) < 0.03
 
 
 def mlp(steps=300):
