@@ -244,9 +244,13 @@ class Sampler:
         center = self._weights.center
         self._state = {name: tensor.to(center.device, copy=True) for name, tensor in state["state"].items()}
 
-    def run(self) -> Iterator[Draws]:
-        """Draws from the present state on: for each group of chains, one block for each draw."""
-        self._warn_if_unstable()
+    def run(self, *, check_step_size: bool = True) -> Iterator[Draws]:
+        """Draws from the present state on: for each group of chains, one block for each draw.
+
+        A run from the start first warns if lr is beyond :meth:`stability_bound` (24 gradients of a minibatch).
+        """
+        if check_step_size:
+            self._warn_if_unstable()
         while self._group < len(self.groups):
             chains = self.groups[self._group]
             if all(chain in self.dead for chain in chains):
@@ -534,7 +538,7 @@ class _Weights:
         losses = functional_call(self.probe, swapped, (batch,), tie_weights=False)
         for name, version in self.versions.items():
             if self.private[name]._version != version:  # the forward wrote to it: no pass may see another's traces
-                self.private[name].copy_(self.buffers[name])
+                self.private[name] = self.buffers[name].clone()
                 self.versions[name] = self.private[name]._version
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             raise TypeError(f"per_sample_loss must return a floating tensor, got {_validate.describe(losses)}")
@@ -721,7 +725,7 @@ def stability_bound(
         num_iterations: of two gradients each.
 
     Returns:
-        The bound; inf where the curvature is 0.
+        The bound; inf where there is no positive curvature, 0 where gradients are not finite.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -756,14 +760,16 @@ def _stability_bound(weights: _Weights, data: Samples, config: SGLDConfig, seed:
         streams.noise(v, [0], 0)
         v = weights.masked_(v.squeeze(0))
         v /= v.norm()
-        value = config.localization + shift
+        value, reach = config.localization + shift, 1 + center.norm().item()
         for _ in range(iterations):
-            width = 1 / math.sqrt(abs(value)) if value else 1e-3 * (1 + center.norm().item())
+            width = min(1 / math.sqrt(abs(value)), reach) if value else reach
             product = (gradient(center + width * v) - gradient(center - width * v)).mul_(config.nbeta / (2 * width))
             product.add_(v, alpha=config.localization + shift)
             value, norm = torch.dot(v, product).item(), product.norm().item()
-            if not math.isfinite(norm) or norm == 0:
-                return value
+            if not math.isfinite(norm):
+                return math.inf
+            if norm == 0:
+                return 0.0
             v = product / norm
         return value
 

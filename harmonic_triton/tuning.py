@@ -90,7 +90,7 @@ def tune(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the loss at w* is 0 and no target is given.
-        RuntimeError: every chain diverged at every localization tried.
+        RuntimeError: every chain diverged at every localization tried, or gradients are not finite.
     """
     _validate.integer("max_trials", max_trials, 1)
     if target_excess is not None:
@@ -120,7 +120,9 @@ def tune(
             say("the excess loss no longer rises as localization falls: the data alone hold the chains")
             break
         localization = _next_localization(table, target)
-    best = min(table, key=lambda trial: (round(abs(math.log(_ratio(trial, target))), 1), -trial.localization))
+    nearest = min(abs(math.log(_ratio(trial, target))) for trial in table)
+    alike = [trial for trial in table if abs(math.log(_ratio(trial, target))) <= nearest + 0.15]
+    best = max(alike, key=lambda trial: trial.localization)
     if not math.isfinite(best.excess_loss):
         raise RuntimeError(
             f"every chain diverged at localizations {table[0].localization:.3g} ... {table[-1].localization:.3g};"
@@ -206,7 +208,10 @@ class _Probe:
         )
         first = self.sampler(dataclasses.replace(self.base, localization=1e-3 * max(self.base.nbeta, 1e-3)))
         self.initial_loss = first.initial_losses.double().mean().item()
-        self.curvature = max(4 / first.stability_bound() - first.config.localization, 0.0)
+        bound = first.stability_bound()
+        if bound == 0:
+            raise RuntimeError("gradients next to the trained weights are not finite; no step size is stable there")
+        self.curvature = max(4 / bound - first.config.localization, 0.0)
 
     def config(self, localization: float) -> SGLDConfig:
         """The base settings at a localization, with the step size that goes with it."""
@@ -226,7 +231,7 @@ class _Probe:
         losses = sampler.initial_losses.new_full((self.num_chains, num_draws, sampler.num_samples), math.nan)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dead chains are counted here
-            for block in sampler.run():
+            for block in sampler.run(check_step_size=False):
                 losses[block.chain, block.draw] = block.losses
         alive = losses[[chain for chain in range(self.num_chains) if chain not in sampler.dead]]
         alive = alive[alive.isfinite().all(-1).all(-1)]
