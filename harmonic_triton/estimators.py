@@ -9,7 +9,7 @@ an improved R-hat* (2021); Lau is Lau et al., *The local learning coefficient* (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -104,8 +104,22 @@ def cka_of_factors(first: Tensor, second: Tensor) -> float:
             raise ValueError(f"{name} must be (draws, m), got {_validate.describe(factor)}")
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"first has {first.shape[1]} samples and second {second.shape[1]}; the same are compared")
-    x, y = (factor.double() - factor.mean(1, keepdim=True, dtype=torch.float64) for factor in (first, second))
-    return alignment(*((a @ b.T).square().sum().item() for a, b in ((x, y), (x, x), (y, y))))
+    return cka_of_chunks([(first, second)])
+
+
+def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """:func:`cka_of_factors` by chunks of samples: pairs of (T, chunk) and (T', chunk), which is all that is held."""
+    samples = 0
+    totals: list[Tensor] = []
+    for first, second in chunks:
+        x, y = first.double(), second.double()
+        terms = [x @ y.T, x @ x.T, y @ y.T, x.sum(1), y.sum(1)]
+        totals = [a + b for a, b in zip(totals, terms, strict=True)] if totals else terms
+        samples += x.shape[1]
+    *products, x_sum, y_sum = totals
+    pairs = ((x_sum, y_sum), (x_sum, x_sum), (y_sum, y_sum))
+    centred = (total - torch.outer(a, b) / samples for total, (a, b) in zip(products, pairs, strict=True))
+    return alignment(*(matrix.square().sum().item() for matrix in centred))
 
 
 def alignment(product: float, first: float, second: float) -> float:
