@@ -121,6 +121,8 @@ class LossKernel:
         queries: QueryCovariance | None = None,
         about: About = About(),  # noqa: B008  # a constant
     ) -> None:
+        if within_chain and isinstance(accumulator, LossTraces):
+            raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
@@ -165,7 +167,11 @@ class LossKernel:
         return cls(collector.accumulator, collector.record, within_chain=within_chain, labels=labels, about=about)
 
     def estimate(self, within_chain: bool) -> LossKernel:
-        """The same draws with the pooled or the within-chain estimate."""
+        """The same draws with the pooled or the within-chain estimate.
+
+        Raises:
+            ValueError: within-chain of a kernel that keeps traces.
+        """
         return LossKernel(
             self.accumulator,
             self.record,
@@ -208,13 +214,16 @@ class LossKernel:
         """
         if isinstance(self.accumulator, StreamingCovariance):
             return self._computed[1]
+        self._refuse_dense()
+        return self.block(torch.arange(self.num_samples), correlation=False)
+
+    def _refuse_dense(self) -> None:
         size = 4 * self.num_samples**2
         if size > DENSE_BYTES:
             raise ValueError(
-                f"a covariance of m = {self.num_samples:,} samples would take {size / 2**30:.0f} GiB; this kernel keeps"
-                " traces: take block(rows, columns), neighbors(k) or product(vector)"
+                f"m x m for m = {self.num_samples:,} samples would take {size / 2**30:.0f} GiB; this kernel keeps traces:"
+                " take block(rows, columns), neighbors(k) or product(vector)"
             )
-        return self.block(torch.arange(self.num_samples), correlation=False)
 
     @cached_property
     def _computed(self) -> tuple[Tensor, Tensor]:
@@ -225,6 +234,9 @@ class LossKernel:
     @cached_property
     def correlation(self) -> Tensor:
         """(m, m) fp32 ρ, 0 where a variance is 0 (paper, Eq. 5). Raises as :attr:`covariance`."""
+        if isinstance(self.accumulator, LossTraces):
+            self._refuse_dense()
+            return self.block(torch.arange(self.num_samples))
         rho = self.covariance.clone()
         scale = self._inverse_deviation.to(rho.dtype)
         return rho.mul_(scale).mul_(scale[:, None]).clamp_(-1.0, 1.0)
@@ -249,7 +261,7 @@ class LossKernel:
         """
         if isinstance(self.accumulator, LossTraces):
             read = self.accumulator.correlation if correlation else self.accumulator.covariance
-            return read(rows, columns)
+            return read(rows, slice(None) if columns is None else columns)
         part = self.covariance[rows] if columns is None else self.covariance[rows][:, columns]
         if not correlation:
             return part
@@ -623,6 +635,7 @@ class Collector:
             waiting = self.pending.setdefault(chain, [])
             if alive:
                 waiting.append(losses.clone())
+        for chain in list(self.pending):
             if self.record.read[chain].all():
                 self._enter(chain)
 
