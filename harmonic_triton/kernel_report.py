@@ -130,7 +130,7 @@ def scatter(
     label_names: Sequence[str] | None = None,
 ) -> None:
     """The embedding, coloured by label, or by loss variance without labels."""
-    points = embedding.cpu().numpy()
+    points = embedding.float().cpu()
     style: dict[str, Any] = {
         "s": min(14.0, max(0.5, 2e4 / len(points))),
         "linewidths": 0,
@@ -142,20 +142,20 @@ def scatter(
         shuffled = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         palette = needs("matplotlib").colormaps["tab10"].colors
         colours = [palette[int(i)] for i in torch.searchsorted(values, labels[shuffled])]
-        axis.scatter(*points[shuffled.numpy()].T, c=colours, **style)
+        axis.scatter(points[shuffled, 0], points[shuffled, 1], color=colours, **style)
         for i, value in enumerate(values.tolist()):
             axis.plot([], [], "o", color=palette[i], label=printable(label_name(value, label_names)), markersize=5)
         axis.legend(frameon=False, fontsize=8, loc="best", handletextpad=0.2)
         axis.set_title("by label")
     elif labels is not None:
-        axis.scatter(*points.T, c=torch.searchsorted(values, labels).numpy(), cmap="turbo", **style)
+        axis.scatter(points[:, 0], points[:, 1], c=torch.searchsorted(values, labels).numpy(), cmap="turbo", **style)
         axis.set_title(f"colours: {len(values):,} labels in order")
     else:
         spread = kernel.variance.clamp_min(0.0).sqrt().clamp_min(1e-12).log10().cpu().numpy()
-        drawn = axis.scatter(*points.T, c=spread, cmap="viridis", **style)
+        drawn = axis.scatter(points[:, 0], points[:, 1], c=spread, cmap="viridis", **style)
         axis.figure.colorbar(drawn, ax=axis, fraction=0.045, pad=0.03, label="log10 of the loss's standard deviation")
     axis.set(xticks=[], yticks=[])
-    low, high = (torch.as_tensor(points).quantile(q, 0) for q in (0.001, 0.999))
+    low, high = (points.quantile(q, 0) for q in (0.001, 0.999))
     margin = 0.08 * (high - low) + 1e-9
     axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
 

@@ -57,7 +57,9 @@ def test_moments_are_those_of_the_draws(keep):
     np.testing.assert_allclose(kernel.distance(), np.sqrt(2 * np.maximum(1 - rho, 0)), atol=CLOSE[keep] / 0.3)
     rows, columns = torch.tensor([3, 1, 7]), torch.tensor([2, 29])
     np.testing.assert_allclose(kernel.block(rows, columns), rho[[3, 1, 7]][:, [2, 29]], atol=CLOSE[keep])
-    np.testing.assert_allclose(kernel.block(rows, correlation=False), wanted[[3, 1, 7]], atol=CLOSE[keep] * wanted.max())
+    np.testing.assert_allclose(
+        kernel.block(rows, correlation=False), wanted[[3, 1, 7]], atol=CLOSE[keep] * wanted.max()
+    )
     vector = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     np.testing.assert_allclose(kernel.product(vector), rho @ vector.numpy(), atol=CLOSE[keep] * vector.abs().sum())
 
@@ -77,7 +79,11 @@ def test_within_chain_estimate_from_the_same_state():
 def test_neighbours_drop_equal_labels_before_k_are_taken(keep, monkeypatch):
     kernel = given(keep)
     rho = torch.from_numpy(np.corrcoef(losses().flatten(0, 1).double().numpy().T))
-    for exclude, labels in ((None, torch.arange(30)), (True, kernel.labels), (torch.arange(30) % 2, torch.arange(30) % 2)):
+    for exclude, labels in (
+        (None, torch.arange(30)),
+        (True, kernel.labels),
+        (torch.arange(30) % 2, torch.arange(30) % 2),
+    ):
         if keep == "covariance":
             monkeypatch.setattr(estimators, "BLOCK", 100)  # three rows at a time
         indices, distances = kernel.neighbors(4, exclude_same=exclude)
@@ -99,7 +105,9 @@ def test_numbers_and_their_definitions():
     assert kernel.singular_fluctuation == pytest.approx(50 / 90 / 2 * kernel.empirical_variance)
     assert kernel.llc == pytest.approx(50 * (flat.mean().item() - 1.9), rel=1e-6)
     assert math.isnan(given().llc) and math.isnan(given().singular_fluctuation)
-    np.testing.assert_allclose(kernel.bif(torch.tensor([4, 2])), -np.cov(flat.T.numpy())[:, [4, 2]], rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(
+        kernel.bif(torch.tensor([4, 2])), -np.cov(flat.T.numpy())[:, [4, 2]], rtol=1e-4, atol=1e-8
+    )
     assert kernel.cka(kernel) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="query_data"):
         kernel.bif()
@@ -195,7 +203,12 @@ def test_diagnostics_see_what_is_wrong():
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_save_and_load(keep, tmp_path):
-    kernel = given(keep, about=About(nbeta=3.0, step_size=0.1, num_train=7, stability_bound=0.2, config={"lr": 0.1}, fingerprint={"model": "x"}))
+    kernel = given(
+        keep,
+        about=About(
+            nbeta=3.0, step_size=0.1, num_train=7, stability_bound=0.2, config={"lr": 0.1}, fingerprint={"model": "x"}
+        ),
+    )
     path = kernel.save(tmp_path / "kernel.safetensors")
     again = LossKernel.load(path)
     assert torch.equal(again.covariance, kernel.covariance) and torch.equal(again.mean, kernel.mean)
