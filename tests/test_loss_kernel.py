@@ -386,7 +386,7 @@ def in_child(directory, keep, steps):
 def processes():
     """Starts processes that have torch imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_loss_kernel"])
+    context.set_forkserver_preload(["harmonic_triton.loss_kernel", "safetensors.torch", "scipy.linalg", "pytest"])
     return lambda target, *arguments: context.Process(target=target, args=arguments)
 
 
