@@ -275,6 +275,7 @@ def write(
     if method not in EMBEDDINGS:
         raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
     labels = sample_labels(kernel, labels)
+    layout = EMBEDDINGS[method] if embedding is None else "the embedding that was given"
     excluded = exclude_same is not None and exclude_same is not False
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
@@ -290,7 +291,7 @@ def write(
         )
         + section(
             "Kernel and embedding",
-            f"Left: correlations of the samples' losses. Right: {EMBEDDINGS[method] if embedding is None else 'the embedding that was given'}"
+            f"Left: correlations of the samples' losses. Right: {layout}"
             f"{', pairs with one label left out' if excluded else ''}. Axes of an embedding have no meaning.",
             image(
                 overview(

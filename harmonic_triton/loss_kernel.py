@@ -10,23 +10,18 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.data import ConcatDataset, Dataset
 
-from harmonic_triton import _checkpoint, _validate, estimators, kernel_record
-from harmonic_triton._progress import Progress
-from harmonic_triton.covariance import LARGEST, StreamingCovariance
-from harmonic_triton.estimators import PrincipalComponents, needs, sample_labels
+from harmonic_triton import _collect, _kernel_files, _validate, estimators, kernel_record
+from harmonic_triton._collect import Collector, QueryCovariance
+from harmonic_triton.covariance import StreamingCovariance
+from harmonic_triton.estimators import PrincipalComponents, sample_labels
 from harmonic_triton.kernel_record import ChainRecord, Diagnostics
 from harmonic_triton.sgld import Draws, Sampler, SGLDConfig
 from harmonic_triton.traces import LossTraces
@@ -35,8 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-FORMAT = 1
-DENSE = 4096  # samples up to which the matrix is held whatever the number of draws
 DENSE_BYTES = 2**32  # largest m x m that a kernel of traces forms when asked for it
 SUBSET = 2000  # samples that stand for all where pairs are averaged in a kernel of traces
 
@@ -50,48 +43,6 @@ class About(NamedTuple):
     num_train: int = 0  # n, 0 where unknown
     config: dict[str, Any] = {}
     fingerprint: dict[str, str] = {}
-
-
-class QueryCovariance:
-    """Cov(ℓ_i, φ_q) of m samples with q queries from whole chains: sums about each chain's own mean, in fp64."""
-
-    def __init__(self, num_chains: int, num_samples: int, num_queries: int) -> None:
-        self.within = torch.zeros(num_samples, num_queries, dtype=torch.float64)
-        self.counts = torch.zeros(num_chains, dtype=torch.int64)
-        self.sample_means = torch.zeros(num_chains, num_samples, dtype=torch.float64)
-        self.query_means = torch.zeros(num_chains, num_queries, dtype=torch.float64)
-
-    def update(self, chain: int, losses: Tensor, queries: Tensor) -> None:
-        """Enter a whole chain: losses (T, m), queries (T, q)."""
-        losses, queries = losses.double().cpu(), queries.double().cpu()
-        self.counts[chain] = len(losses)
-        self.sample_means[chain], self.query_means[chain] = losses.mean(0), queries.mean(0)
-        self.within += (losses - losses.mean(0)).T @ (queries - queries.mean(0))
-
-    def compute(self, within_chain: bool) -> Tensor:
-        """(m, q) fp64 covariance, pooled over the chains or within them."""
-        used = self.counts > 0
-        counts = self.counts[used].double()
-        if within_chain:
-            return self.within / (counts - 1).sum()
-        weights = counts[:, None] / counts.sum()
-        samples, queries = self.sample_means[used], self.query_means[used]
-        between = (samples - (weights * samples).sum(0)).T @ (counts[:, None] * (queries - (weights * queries).sum(0)))
-        return (self.within + between) / (counts.sum() - 1)
-
-    def merge(self, other: QueryCovariance) -> None:
-        """Add what another entered, of other chains."""
-        for name, values in vars(other).items():
-            getattr(self, name).add_(values)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(vars(self))
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> QueryCovariance:
-        new = cls.__new__(cls)
-        vars(new).update(state)
-        return new
 
 
 class LossKernel:
@@ -405,7 +356,9 @@ class LossKernel:
         if isinstance(self.accumulator, LossTraces) and isinstance(other.accumulator, LossTraces):
             mine, others = self.accumulator, other.accumulator
             step = max(1, estimators.BLOCK // max(mine.count, others.count))
-            return estimators.cka_of_chunks(zip(standardised_chunks(mine, step), standardised_chunks(others, step), strict=True))
+            return estimators.cka_of_chunks(
+                zip(standardised_chunks(mine, step), standardised_chunks(others, step), strict=True)
+            )
         return estimators.cka(self.correlation, other.correlation)
 
     @cached_property
@@ -454,7 +407,7 @@ class LossKernel:
         if method == "pca":
             return start.float()
         graph = self.neighbors(min(num_neighbors, self.num_samples - 1), exclude_same)
-        return umap_layout(*graph, start, min_dist, seed)
+        return estimators.umap_layout(*graph, start, min_dist, seed)
 
     def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
         """Sorted heatmap of ρ beside the embedding; see ``kernel_report.overview``. Written to ``path`` if given."""
@@ -479,24 +432,18 @@ class LossKernel:
         Raises:
             ImportError: without the ``analysis`` extra.
         """
-        tensors: dict[str, Tensor] = {}
-        state = {
-            "kind": "traces" if isinstance(self.accumulator, LossTraces) else "covariance",
-            "accumulator": whole_state(self.accumulator),
-            "record": self.record.state_dict(),
-            "labels": self.labels,
-            "queries": None if self.queries is None else self.queries.state_dict(),
-            "within_chain": self.within_chain,
-            "about": self.about._asdict(),
-        }
-        metadata = {"format": str(FORMAT), "loss_kernel": json.dumps(flatten(state, tensors, "state"))}
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            needs("safetensors.torch").save_file(tensors, beside, metadata=metadata)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        _kernel_files.save(
+            path,
+            {
+                "accumulator": _kernel_files.accumulator_state(self.accumulator),
+                "record": self.record.state_dict(),
+                "labels": self.labels,
+                "queries": None if self.queries is None else self.queries.state_dict(),
+                "within_chain": self.within_chain,
+                "about": self.about._asdict(),
+            },
+        )
         return path
 
     @classmethod
@@ -506,18 +453,9 @@ class LossKernel:
         Raises:
             ValueError: the file holds something else. ImportError: without the ``analysis`` extra.
         """
-        with needs("safetensors").safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != str(FORMAT) or "loss_kernel" not in metadata:
-                raise ValueError(f"{os.fspath(path)} is no loss kernel that this version reads (format {FORMAT})")
-            state = unflatten(json.loads(metadata["loss_kernel"]), file.get_tensor)
-        samples = len(state["record"]["initial_losses"])
-        kind: Any = LossTraces if state["kind"] == "traces" else StreamingCovariance
-        dtype = getattr(torch, state["accumulator"]["dtype"].removeprefix("torch."))
-        accumulator = kind(samples, device=device, dtype=dtype)
-        accumulator.load_state_dict(state["accumulator"])
+        state = _kernel_files.load(Path(path))
         return cls(
-            accumulator,
+            _kernel_files.accumulator_from(state["accumulator"], device),
             ChainRecord.from_state_dict(state["record"]),
             within_chain=state["within_chain"],
             labels=state["labels"],
@@ -582,100 +520,6 @@ class Neighborhood(NamedTuple):
     neighbors: list[tuple[int, str, float]]  # (sample, name, ρ), nearest first
 
 
-class Collector:
-    """Takes draws as a sampler yields them and enters whole chains into the accumulator, in the order they end.
-
-    A chain's draws wait until it has ended, T m floats for every chain that runs at the time: one that ends non-finite
-    has died, and none of its draws is entered, not even those on its way there. So the kernel is that of the other
-    chains alone, and does not depend on how chains were grouped. Single non-finite draws of a living chain are left out.
-    """
-
-    def __init__(
-        self,
-        num_chains: int,
-        num_draws: int,
-        initial_losses: Tensor,  # (m,)
-        num_read: int,  # m and the queries behind
-        keep: str,
-        device: torch.device | str,
-        backend: str,
-        path: Path | None,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        self.num_samples = len(initial_losses)
-        self.record = ChainRecord(num_chains, num_draws, initial_losses)
-        queries = num_read - self.num_samples
-        self.queries = QueryCovariance(num_chains, self.num_samples, queries) if queries else None
-        self.accumulator: StreamingCovariance | LossTraces
-        if chosen(keep, self.num_samples, num_chains * num_draws) == "covariance":
-            self.accumulator = StreamingCovariance(self.num_samples, device=device, backend=backend)
-        else:
-            self.accumulator = LossTraces(self.num_samples, path=path, dtype=dtype, device=device, backend=backend)
-        self.pending: dict[int, list[Tensor]] = {}
-
-    def update(self, draws: Draws) -> None:
-        """Enter draws (k, m + q)."""
-        finite = (draws.losses.abs() < LARGEST).all(1)
-        samples = draws.losses[:, : self.num_samples]
-        self.record.update(draws.chain.cpu(), draws.draw.cpu(), samples, draws.train_loss, finite)
-        for losses, chain, alive in zip(draws.losses, draws.chain.tolist(), finite.tolist(), strict=True):
-            waiting = self.pending.setdefault(chain, [])
-            if alive:
-                waiting.append(losses.clone())
-        for chain in list(self.pending):
-            if self.record.read[chain].all():
-                self._enter(chain)
-
-    def _enter(self, chain: int) -> None:
-        waiting = self.pending.pop(chain)
-        if self.record.died(chain) is not None:
-            return
-        losses = torch.stack(waiting)
-        self.accumulator.update(losses[:, : self.num_samples], chain=chain)
-        if self.queries is not None:
-            self.queries.update(chain, losses[:, : self.num_samples], losses[:, self.num_samples :])
-
-    def check(self) -> None:
-        """There is a kernel: two draws or more.
-
-        Raises:
-            ValueError: every chain died, or there is one draw.
-        """
-        if self.accumulator.count < 2:
-            deaths = ", ".join(f"chain {chain} at draw {draw}" for chain, draw in self.record.dead.items())
-            raise ValueError(
-                f"{self.accumulator.count} draws are left, a covariance needs two"
-                + (f"; died: {deaths}. Take a smaller step size or a larger localization" if deaths else "")
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "accumulator": self.accumulator.state_dict(),
-            "record": self.record.state_dict(),
-            "queries": None if self.queries is None else self.queries.state_dict(),
-            "pending": {chain: torch.stack(rows) if rows else None for chain, rows in self.pending.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.accumulator.load_state_dict(state["accumulator"])
-        self.record.load_state_dict(state["record"])
-        if state["queries"] is not None:
-            self.queries = QueryCovariance.from_state_dict(state["queries"])
-        device = self.accumulator.device
-        self.pending = {
-            chain: [] if rows is None else list(rows.to(device)) for chain, rows in state["pending"].items()
-        }
-
-
-def chosen(keep: str, num_samples: int, num_draws: int) -> str:
-    """What ``keep`` means: m x m pays while m is no larger than the number of draws, or small."""
-    if keep not in ("covariance", "traces", "auto"):
-        raise ValueError(f"keep must be 'covariance', 'traces' or 'auto', got {keep!r}")
-    if keep != "auto":
-        return keep
-    return "covariance" if num_samples <= max(num_draws, DENSE) else "traces"
-
-
 def loss_kernel(
     model: nn.Module,
     per_sample_loss: Callable[[nn.Module, Any], Tensor],
@@ -718,17 +562,17 @@ def loss_kernel(
             fewer than two draws are left because chains died.
     """
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
-    rank, world = processes()
+    rank, world = _collect.processes()
     if isinstance(config, SGLDConfig) and world > config.num_chains:
         raise ValueError(f"{world} processes share {config.num_chains} chains; start one a chain at most")
-    read = eval_data if query_data is None else joined(eval_data, query_data)
+    read = eval_data if query_data is None else _collect.joined(eval_data, query_data)
     sampler = Sampler(model, per_sample_loss, train_data, read, config, seed=seed, device=device, mask=mask)
     samples = sampler.num_samples
     if query_data is not None:
-        samples = samples * len_of(eval_data) // (len_of(eval_data) + len_of(query_data))
+        samples = samples * _collect.num_samples(eval_data) // _collect.num_samples(read)
     if labels is not None:
         labels = sample_labels("labels", labels, samples)
-    kept = chosen(keep, samples, config.num_chains * config.num_draws)
+    kept = _collect.chosen(keep, samples, config.num_chains * config.num_draws)
     if kept == "traces" and within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -752,9 +596,11 @@ def loss_kernel(
         config=dataclasses.asdict(config),
         fingerprint=sampler.fingerprint,
     )
-    collect(sampler, collector, directory, {"keep": kept, "processes": str(world)}, checkpoint_seconds, progress)
+    _collect.collect(
+        sampler, collector, directory, {"keep": kept, "processes": str(world)}, checkpoint_seconds, progress
+    )
     if world > 1:
-        gather(collector, rank, world, directory)
+        _collect.gather(collector, rank, world, directory)
     collector.check()
     return LossKernel(
         collector.accumulator,
@@ -766,172 +612,7 @@ def loss_kernel(
     )
 
 
-def collect(
-    sampler: Sampler,
-    collector: Collector,
-    directory: Path | None,
-    settings: dict[str, str],
-    seconds: float,
-    progress: bool,
-) -> None:
-    """Run the sampler to its end into the collector, from the last checkpoint on."""
-    path = None if directory is None else directory / f"kernel-{processes()[0]}.pt"
-    fingerprint = {**sampler.fingerprint, **settings}
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            state = _checkpoint.load(path)
-            _checkpoint.check_fingerprint(state["fingerprint"], fingerprint)
-            sampler.load_state_dict(state["sampler"])
-            collector.load_state_dict(state["collector"])
-
-    def save() -> None:
-        if path is not None:
-            state = {"fingerprint": fingerprint, "sampler": sampler.state_dict(), "collector": collector.state_dict()}
-            _checkpoint.save(path, state)
-
-    bar = Progress(sampler) if progress else None
-    saved = time.monotonic()
-    try:
-        for draws in sampler.run():
-            collector.update(draws)
-            if bar is not None:
-                bar.update(draws.losses)
-            if time.monotonic() - saved >= seconds or not sampler.remaining:
-                save()
-                saved = time.monotonic()
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def gather(collector: Collector, rank: int, world: int, directory: Path | None) -> None:
-    """Every rank's chains in each rank's collector."""
-    every: list[Any] = [None] * world
-    torch.distributed.all_gather_object(every, (collector.record, collector.queries))
-    for other, (record, queries) in enumerate(every):
-        if other != rank:
-            collector.record.merge(record)
-            if collector.queries is not None:
-                collector.queries.merge(queries)
-    if isinstance(collector.accumulator, StreamingCovariance):
-        collector.accumulator.all_reduce()
-        return
-    mine, path = collector.accumulator, directory and directory / f"traces-of-all-{rank}"
-    if path is not None:
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier end of this run
-    union = LossTraces(mine.num_samples, path=path, device=mine.device, backend=mine.backend)
-    counts = torch.zeros(collector.record.num_chains, dtype=torch.int64, device=mine.device)
-    for chain, count in mine.chain_counts.items():
-        counts[chain] = count
-    torch.distributed.all_reduce(counts)
-    for chain, count in enumerate(counts.tolist()):
-        if not count:
-            continue
-        losses = torch.empty(count, mine.num_samples, dtype=torch.float64, device=mine.device)
-        if chain % world == rank:
-            losses.copy_(mine.draws(mine.chains == chain)).add_(mine.reference)
-        torch.distributed.broadcast(losses, src=chain % world)
-        union.update(losses, chain=chain)
-    collector.accumulator = union
-
-
-def processes() -> tuple[int, int]:
-    """(rank, number of processes) of torch.distributed; (0, 1) without."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def joined(first: Any, second: Any) -> Any:
-    """The samples of two data sets, one after the other."""
-    leaves, spec = tree_flatten(first)
-    others, other_spec = tree_flatten(second)
-    if spec == other_spec and all(isinstance(leaf, Tensor) for leaf in leaves + others):
-        return tree_map(lambda a, b: torch.cat([a, b]), first, second)
-    if isinstance(first, Dataset) and isinstance(second, Dataset):
-        return ConcatDataset([first, second])
-    raise TypeError(
-        f"query_data must have the form of eval_data (tensors alike, or map-style Datasets), got {type(second).__name__}"
-        f" for {type(first).__name__}"
-    )
-
-
-def len_of(data: Any) -> int:
-    """Samples of tensors or of a dataset."""
-    leaves = tree_flatten(data)[0]
-    return len(leaves[0]) if isinstance(leaves[0], Tensor) else len(data)
-
-
 def standardised_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
     """(T, step) standardised traces of a few samples after the other."""
     for start in range(0, traces.num_samples, step):
         yield estimators.standardised(traces.draws(samples=slice(start, start + step)))
-
-
-def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: float, seed: int) -> Tensor:
-    """UMAP (McInnes et al. 2018) of a nearest-neighbour graph, by umap-learn.
-
-    Args:
-        indices, distances: (m, k) without the samples themselves, -1 where there is none; start: (m, d) coordinates to
-            begin with.
-
-    Returns:
-        (m, d) fp32.
-    """
-    umap = needs("umap")
-    size, device = len(indices), indices.device
-    itself = torch.arange(size, device=device)[:, None]  # umap-learn counts a sample as its own first neighbour
-    graph = torch.cat([itself, indices], 1).cpu().numpy()
-    lengths = torch.cat([torch.zeros(size, 1, device=device), distances.clamp_max(2.0)], 1).float().cpu().numpy()
-    spread = (start / start.std(0)).clamp(-3, 3).float().cpu().numpy()  # a few outliers would flatten the rest
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", module="umap|sklearn"
-        )  # that transform() is off, that a seed means one thread
-        layout = umap.UMAP(
-            n_neighbors=graph.shape[1],
-            n_components=spread.shape[1],
-            min_dist=min_dist,
-            init=spread,
-            random_state=seed,
-            n_jobs=1,
-            low_memory=True,
-            precomputed_knn=(graph, lengths),
-            force_approximation_algorithm=True,
-        ).fit_transform(spread)
-    return torch.from_numpy(layout)
-
-
-def whole_state(accumulator: StreamingCovariance | LossTraces) -> dict[str, Any]:
-    """Its state dict, with the draws of traces that lie in a directory."""
-    state = accumulator.state_dict()
-    if isinstance(accumulator, LossTraces) and state["draws"] is None:
-        parts = [slice(start, start + 64) for start in range(0, accumulator.count, 64)]
-        state["draws"] = torch.cat([accumulator.draws(part).to(accumulator.dtype) for part in parts])
-    return state
-
-
-def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """JSON for nested dicts, sequences and plain values; tensors go into ``tensors`` under their path."""
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        items = [[key, flatten(item, tensors, f"{name}.{key}")] for key, item in value.items()]
-        return {"dict": items}
-    if isinstance(value, (list, tuple)):
-        return {"list": [flatten(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]}
-    return value
-
-
-def unflatten(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The inverse of :func:`flatten`; tuples have become lists."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensor(content)
-    if kind == "dict":
-        return {key: unflatten(item, tensor) for key, item in content}
-    return [unflatten(item, tensor) for item in content]
