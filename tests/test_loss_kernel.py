@@ -393,7 +393,7 @@ def processes():
 def finished(processes, directory, keep, steps):
     process = processes(in_child, directory, keep, steps)
     process.start()
-    process.join(300)
+    process.join(900)  # the disk may be busy
     assert process.exitcode == 0
     return LossKernel.load(directory / "kernel.safetensors")
 
