@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._numerics import full_fp32
-from harmonic_triton._trace_store import ALIGNMENT, aligned
 
 SPARE = 4  # candidates beyond k
 PANEL = {"cpu": 1024, "cuda": 8192}  # samples along a side of a tile of the PyTorch search
 ROW_PANEL = 32768  # samples whose best k one launch of the Triton search looks for
-COLUMN_BYTES = 2**30  # of memory-mapped traces that it is given at a time
+COLUMN_BYTES = 2**30  # of traces that it is given at a time
+ALIGNMENT = 16  # values: rows of memory begin at multiples of it, for wide loads
 FINISH = 16384  # rows whose distances are formed at a time
 SAMPLE = 256  # members of a tile that give the first threshold
 LARGEST_TRITON_K = 64 - SPARE  # of keys that its registers hold
@@ -86,7 +86,7 @@ def empty_keys(rows: int, width: int, device: torch.device) -> Tensor:
 def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
     """(rows, width) keys. Every tile among the rows themselves serves its rows and its columns."""
     keys = empty_keys(len(rows), width, problem.device)
-    samples, side = problem.traces.shape[1], PANEL[problem.device.type]
+    samples, side = problem.traces.shape[1], PANEL.get(problem.device.type, PANEL["cuda"])
     own, below, above = (_panels(part, side) for part in (rows, range(rows.start), range(rows.stop, samples)))
     work = [(i, j) for i in own for j in below]
     work += [(i, j) for i in own for j in own if i.start <= j.start]
@@ -102,7 +102,7 @@ def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[i
                 tile.fill_diagonal_(-math.inf)
             allowed = None if problem.labels is None else _differ(problem.labels, i, j)
             _take(keys[i.start - rows.start : i.stop - rows.start], tile, allowed, 0, j.start)
-            if j in own and i != j:
+            if i != j and j.start in rows:
                 _take(keys[j.start - rows.start : j.stop - rows.start], tile, allowed, 1, i.start)
             if progress is not None:
                 progress(done, len(work))
@@ -116,8 +116,8 @@ def _panels(samples: range, side: int) -> list[range]:
 def _standardised(problem: Problem, panel: range) -> Tensor:
     """Columns of mean 0 and norm 1 (0 for a constant sample), (T, panel) fp32."""
     at = slice(panel.start, panel.stop)
-    values = problem.traces[:, at].to(problem.device, torch.float32)
-    return values.sub_(problem.mean[at].float()).mul_(problem.scale[at].float())
+    values = problem.traces[:, at].to(problem.device, torch.float32) - problem.mean[at].float()
+    return values.mul_(problem.scale[at].float())
 
 
 def _differ(labels: Tensor, i: range, j: range) -> Tensor:
@@ -168,34 +168,29 @@ def _triton_keys(problem: Problem, width: int, rows: range, progress: Callable[[
     from harmonic_triton._triton import neighbors
 
     draws, samples = problem.traces.shape
-    first = rows.start // ALIGNMENT * ALIGNMENT
-    keys = empty_keys(rows.stop - first, neighbors.width_of(width), problem.device)
-    scale = problem.scale.float()
+    keys = empty_keys(len(rows), neighbors.width_of(width), problem.device)
+    # Products of raw values: those of tiny losses would vanish, so each sample is first brought near a spread of 1.
+    power = torch.exp2((problem.scale * math.sqrt(draws)).log2().round().nan_to_num(neginf=0.0))
+    scale = (problem.scale / power).float()
     mean = (problem.mean * problem.scale * math.sqrt(draws)).float()
-    resident = problem.traces.device == problem.device
-    side = samples if resident else aligned(COLUMN_BYTES // (draws * problem.traces.element_size()) + 1)
-    columns = _panels(range(samples), side)
-    work = [(i, j) for i in _panels(range(first, rows.stop), ROW_PANEL) for j in columns]
+
+    def loaded(panel: range) -> Tensor:
+        """Columns of the traces times powers of two, (T, panel) on the device, rows of memory aligned."""
+        columns, factor = (part[..., panel.start : panel.stop] for part in (problem.traces, power))
+        room = columns.new_empty(draws, -(-len(panel) // ALIGNMENT) * ALIGNMENT, device=problem.device)
+        return torch.mul(columns.to(problem.device), factor.to(columns.dtype), out=room[:, : len(panel)])
+
+    side = max(1, COLUMN_BYTES // (draws * problem.traces.element_size()))
+    work = [(i, j) for i in _panels(rows, ROW_PANEL) for j in _panels(range(samples), side)]
     held, left = range(0), torch.empty(0)
     for done, (i, j) in enumerate(work, 1):
         if i != held:
-            held, left = i, _on_device(problem, i)
-        right = _on_device(problem, j)
-        neighbors.take(
-            keys[i.start - first : i.stop - first], left, right, i.start, j.start, scale, mean, problem.labels
-        )
+            held, left = i, loaded(i)
+        at = slice(i.start - rows.start, i.stop - rows.start)
+        neighbors.take(keys[at], left, loaded(j), i.start, j.start, scale, mean, problem.labels)
         if progress is not None:
             progress(done, len(work))
-    return keys[rows.start - first :]
-
-
-def _on_device(problem: Problem, panel: range) -> Tensor:
-    """Columns of the traces as stored, (T, panel), aligned; a copy only where they are not on the device."""
-    columns = problem.traces[:, panel.start : panel.stop]
-    if columns.device == problem.device and columns.stride(0) % ALIGNMENT == 0:
-        return columns
-    room = columns.new_empty(len(columns), aligned(len(panel)), device=problem.device)
-    return room[:, : len(panel)].copy_(columns)
+    return keys
 
 
 def _finish(problem: Problem, rows: range, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,6 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
-ALIGNMENT = 16  # values: rows of draws in memory begin at multiples of it
-
-
-def aligned(count: int) -> int:
-    """``count`` values and the padding after them."""
-    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,7 @@ class MemoryStore:
     """Draws in one tensor on a device; its room doubles when it is full."""
 
     def __init__(self, num_samples: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        self.num_samples = num_samples
-        self.rows = torch.empty(capacity, aligned(num_samples), dtype=dtype, device=device)
+        self.rows = torch.empty(capacity, num_samples, dtype=dtype, device=device)
 
     def write(self, start: int, draws: Tensor) -> None:
         """Put draws (k, m) at rows start ... start + k."""
@@ -50,11 +43,11 @@ class MemoryStore:
             grown = self.rows.new_empty(max(stop, 2 * len(self.rows)), self.rows.shape[1])
             grown[:start] = self.rows[:start]
             self.rows = grown
-        self.rows[start:stop, : self.num_samples] = draws
+        self.rows[start:stop] = draws
 
     def read(self, count: int) -> Tensor:
         """The first draws, (count, m)."""
-        return self.rows[:count, : self.num_samples]
+        return self.rows[:count]
 
     def commit(self, state: State) -> None:
         """Memory does not outlive the process: nothing to do."""

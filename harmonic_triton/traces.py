@@ -6,6 +6,7 @@ For m >> T the T x m traces are smaller than the m x m matrix and hold as much.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
 LARGEST_LOSS = 2.0**52  # from there on a draw is as dead as one that is not finite, as in StreamingCovariance
 CHUNK = 2**24  # values converted at a time
+SMALLEST_SUM = 1e-70  # of squares about a mean: below it a sample is constant, since fp32 cannot hold its scale
 NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
 
 Samples = slice | Sequence[int] | Tensor
@@ -46,7 +48,8 @@ class LossTraces:
     moves a correlation by at most a few 1e-4, far below Monte-Carlo noise, float32 by 5e-6. ``mean`` and ``variance``
     come from fp64 sums of the losses before rounding, so they hold even where the traces have drifted too far from the
     reference to be stored well (which is warned of); everything else comes from the stored values and is consistent in
-    itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1.
+    itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1. A spread below
+    1e-35/sqrt(T) counts as none, and rho is 0.
 
     Example::
 
@@ -59,7 +62,7 @@ class LossTraces:
         num_samples: m.
         path: directory to keep the draws in; opened again where it already holds some. Every update is on the disk
             when it returns (a few milliseconds: better many draws at a time), and a process killed at any moment leaves
-            the last complete one. One process may write, many may read. None keeps the draws on ``device``.
+            the last complete one. One process may write; open it to read while none does. None keeps the draws on ``device``.
         dtype: torch.bfloat16 or torch.float32.
         device: of the computations, and of the draws without ``path``; None is the CPU.
         backend: of ``neighbors``: "auto", "triton" or "torch". Only "auto" falls back.
@@ -140,24 +143,24 @@ class LossTraces:
         """
         losses, chains = self._checked_draws(losses, chain)
         state = self._state
-        alive = torch.stack([row.abs().amax() < LARGEST_LOSS for row in losses]).cpu() if len(losses) else chains > 0
-        dead = dict(state.dead)
+        alive = (torch.linalg.vector_norm(losses, math.inf, dim=1) < LARGEST_LOSS).cpu()  # false for NaN
+        dead = self.dead
         for number in chains[~alive].tolist():
             dead[number] = dead.get(number, 0) + 1
-        kept = [row for row, lives in zip(losses, alive.tolist(), strict=True) if lives]
+        kept = (losses if alive.all() else losses[alive.to(losses.device)]).to(self.device)
         reference, sums = state.reference, state.sums.clone()
-        if reference is None and kept:
+        draws = torch.empty(kept.shape, dtype=self.dtype, device=self.device)
+        if reference is None and len(kept):
             reference = torch.zeros_like(sums[0])
             for row in kept:
-                reference += row.to(self.device)
+                reference += row
             reference /= len(kept)
-        draws = torch.empty(len(kept), self.num_samples, dtype=self.dtype, device=self.device)
-        for draw, row in zip(draws, kept, strict=True):  # one by one, so that sums do not depend on the batches
-            shifted = row.to(self.device, torch.float64) - reference
+        for row, draw in zip(kept, draws, strict=True):  # one by one, so that sums do not depend on the batches
+            shifted = row - reference
             sums[0] += shifted
             sums[1].addcmul_(shifted, shifted)
             draw.copy_(shifted)
-        if kept:
+        if len(kept):
             self._store.write(state.count, draws)
         state = State(state.count + len(kept), reference, sums, torch.cat([state.chains, chains[alive]]), dead)
         if len(losses):
@@ -274,7 +277,9 @@ class LossTraces:
             samples: which samples, likewise.
         """
         rows, columns = _selection("draws", draws, self.count), _selection("samples", samples, self.num_samples)
-        return self._stored()[rows][:, columns].to(self.device, torch.float32)
+        stored = self._stored()
+        part = stored[rows][:, columns] if isinstance(rows, slice) else stored[:, columns][rows]  # slices copy nothing
+        return part.to(self.device, torch.float32, copy=True)
 
     @property
     def chain_means(self) -> dict[int, Tensor]:
@@ -305,25 +310,28 @@ class LossTraces:
         Args:
             rows: which samples, a slice, indices or a mask; columns: likewise, None for the same ones.
         """
-        return (self._products(rows, columns)[0] / (self.count - 1)).float()
+        products, row_scale, column_scale = self._products(rows, columns)
+        row_spread, column_spread = (torch.where(scale > 0, 1 / scale, 0.0) for scale in (row_scale, column_scale))
+        return products.mul_(row_spread.unsqueeze(1)).mul_(column_spread).div_(self.count - 1).float()
 
     def correlation(self, rows: Samples, columns: Samples | None = None) -> Tensor:
         """A block of rho, (rows, columns) fp32 in [-1, 1]; 0 where either variance is 0. Arguments as in covariance."""
-        products, row_scale, column_scale = self._products(rows, columns)
-        return products.mul_(row_scale.unsqueeze(1)).mul_(column_scale).clamp_(-1.0, 1.0).float()
+        return self._products(rows, columns)[0].clamp_(-1.0, 1.0).float()
 
     def _products(self, rows: Samples, columns: Samples | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum over draws of the products of two samples about their means, in fp64; scales of rows and of columns)."""
+        """(rho of rows and columns in fp64, scales of rows, of columns)."""
         row_at = _selection("rows", rows, self.num_samples)
         column_at = row_at if columns is None else _selection("columns", columns, self.num_samples)
         mean, scale = self._moments()
-        row_mean, column_mean = mean[row_at].float(), mean[column_at].float()
-        total = torch.zeros(len(row_mean), len(column_mean), dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(mean[row_at]), len(mean[column_at]), dtype=torch.float64, device=self.device)
+
+        def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
+            return (chunk[:, at].to(self.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
+
         with full_fp32():
             for chunk in self._stored().split(1024):  # as many as an fp32 product sums without harm
-                left = chunk[:, row_at].to(self.device, torch.float32) - row_mean
-                right = left if columns is None else chunk[:, column_at].to(self.device, torch.float32) - column_mean
-                total += left.t() @ right
+                left = standardised(chunk, row_at)
+                total += left.t() @ (left if columns is None else standardised(chunk, column_at))
         return total, scale[row_at], scale[column_at]
 
     def matvec(self, v: Tensor, *, correlation: bool = False, centered: bool = False) -> Tensor:
@@ -381,8 +389,7 @@ class LossTraces:
     ) -> Neighbors:
         """The k samples most correlated with each, without the m x m matrix; never the sample itself.
 
-        Equal distances go to the lower index. A sample of variance 0 is at sqrt(2) from all. Memory is O(m k) beside tiles
-        (with ``backend="triton"`` the traces must fit on the device where they are not memory-mapped).
+        Equal distances go to the lower index. A sample of variance 0 is at sqrt(2) from all. Memory is O(m k) beside tiles.
 
         Args:
             k: at least 1.
@@ -457,7 +464,7 @@ class LossTraces:
                 torch.minimum(low, value, out=low)
                 torch.maximum(high, value, out=high)
             about_mean = squares - total.square() / self.count
-            varies = (low < high) & (about_mean > 0)
+            varies = (low < high) & (about_mean > SMALLEST_SUM)
             self._warn_of_drift(squares[varies] / about_mean[varies])
             self._moments_of_stored = total / self.count, torch.where(varies, about_mean.rsqrt(), 0.0)
         return self._moments_of_stored

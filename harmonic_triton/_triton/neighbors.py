@@ -1,6 +1,6 @@
 """Nearest samples by correlation: tiles of a product of traces, and a best k kept in registers as its epilogue."""
 
-# mypy: disable-error-code="no-untyped-def"  # kernels
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from harmonic_triton._dispatch import interpreted
-from harmonic_triton._trace_store import aligned
 from harmonic_triton._triton.configs import architecture
 
 
@@ -38,8 +37,8 @@ CONFIGS = {
     ("sm90", 4): SearchConfig(32, 64, 16, 8, 1),
     ("sm100", 4): SearchConfig(32, 64, 16, 8, 1),
     ("gfx942", 4): SearchConfig(64, 64, 32, 8, 2),
-    ("interpreter", 2): SearchConfig(32, 32, 32, 4, 1),
-    ("interpreter", 4): SearchConfig(32, 32, 32, 4, 1),
+    ("interpreter", 2): SearchConfig(64, 64, 64, 4, 1),
+    ("interpreter", 4): SearchConfig(64, 64, 64, 4, 1),
 }
 
 
@@ -129,7 +128,7 @@ def take(
     """Enter into ``keys`` (P, width) what of the traces ``columns`` (T, Q) is nearer to ``rows`` (T, P).
 
     The traces are samples first_row ... and first_column ... of those that ``scale``, ``mean`` and ``labels`` (m,) tell of.
-    Rows of memory are padded to whole groups of ALIGNMENT values: wide loads need that, and read the padding.
+    Rows of memory are padded, to a multiple of 16 values where loads are to be wide, and the padding is read.
     """
     (draws, row_count), column_count = rows.shape, columns.shape[1]
     config = CONFIGS[architecture(rows.device), rows.element_size()]
@@ -138,7 +137,7 @@ def take(
     with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
         neighbors_kernel[(triton.cdiv(row_count, config.block_p),)](
             rows, columns, scale[row_at], mean[row_at], row_labels, scale[column_at], mean[column_at], column_labels,
-            keys, row_count, column_count, draws, aligned(row_count), aligned(column_count), first_row, first_column,
+            keys, row_count, column_count, draws, rows.stride(0), columns.stride(0), first_row, first_column,
             rows.stride(0), columns.stride(0),
             LABELS=labels is not None, WIDTH=keys.shape[1], BLOCK_P=config.block_p, BLOCK_Q=config.block_q,
             BLOCK_T=config.block_t, UPCAST=interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
