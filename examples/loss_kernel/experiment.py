@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from harmonic_triton import SGLDConfig
+from harmonic_triton.sgld import SGLDConfig, stability_bound
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Settings:
         """The sampler's configuration, with ``changes`` in place of single fields."""
         names = {f.name for f in fields(SGLDConfig)} & {f.name for f in fields(Settings)}
         return SGLDConfig(**{**{name: getattr(self, name) for name in names}, **changes})
+
+
+def step_size(model: nn.Module, loss: Any, data: Any, probe: SGLDConfig, fraction: float, seed: int) -> float:
+    """A fraction of the largest stable step, for probes of models whose curvature nobody looked at."""
+    return fraction * stability_bound(model, loss, data, probe, seed=seed)
 
 
 @dataclass

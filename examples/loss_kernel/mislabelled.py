@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import harmonic_triton as ht
-from harmonic_triton import LossKernel, estimators
+
+from harmonic_triton import estimators
+from harmonic_triton.loss_kernel import LossKernel, loss_kernel
+from harmonic_triton.losses import classification_loss
 
 from .classifiers import fit, perceptron
 from .experiment import Clock, Settings
@@ -78,8 +80,8 @@ def run(settings: Mislabelled, out: Path, clock: Clock) -> dict[str, Any]:
             seed=settings.seed,
         )
     with clock("sampling"):
-        kernel = ht.loss_kernel(
-            model, ht.classification_loss, (images, labels), (images, labels), settings.probe(), seed=settings.seed
+        kernel = loss_kernel(
+            model, classification_loss, (images, labels), (images, labels), settings.probe(), seed=settings.seed
         )
     with clock("analysis"):
         auc = estimators.memorization_auc(kernel.variance, kernel.initial_losses, wrong)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import harmonic_triton as ht
-from harmonic_triton import LossKernel, estimators
+
+from harmonic_triton import estimators
+from harmonic_triton.loss_kernel import LossKernel, loss_kernel
+from harmonic_triton.losses import classification_loss
 
 from .arithmetic import TASKS, Pairs, Transformer, accuracy, all_pairs, split, train
 from .experiment import Clock, Settings
@@ -105,9 +107,9 @@ def run(settings: Modular, out: Path, clock: Clock) -> dict[str, Any]:
     inputs, results = pairs.inputs, pairs.results
     chosen = balanced(pairs, settings.eval_samples, settings.seed)
     with clock("sampling"):
-        kernel = ht.loss_kernel(
+        kernel = loss_kernel(
             model,
-            ht.classification_loss,
+            classification_loss,
             (inputs[train_index], results[train_index]),
             (inputs[chosen], results[chosen]),
             settings.probe(),
