@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import math
-import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,3 +247,145 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load, check, sample, write, print."""
+    from harmonic_triton.loss_kernel import loss_kernel
+
+    need_extras(report=not options.no_report)
+    task = load(options.entry, options.entry_arg)
+    check_sizes(options.entry, task, count_samples(options.entry, task))
+    config = configured(options, task)
+    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = options.checkpoint_dir or options.out / "checkpoint"
+    if options.no_resume:
+        clear(checkpoints)
+    print(f"{options.entry}: {config}", flush=True)
+    kernel = loss_kernel(
+        task.model,
+        task.per_sample_loss,
+        task.train_data,
+        task.eval_data,
+        config,
+        seed=options.seed,
+        device=options.device,
+        mask=options.mask,
+        labels=task.labels,
+        keep=options.keep,
+        within_chain=options.within_chain,
+        checkpoint_dir=checkpoints,
+        checkpoint_seconds=options.checkpoint_seconds,
+        progress=not options.quiet,
+    )
+    if is_first_process():
+        write(kernel, task, config, options)
+    return 0
+
+
+def need_extras(report: bool) -> None:
+    """Raise before any work if what is written at the end cannot be."""
+    wanted = ["safetensors", *(["matplotlib", "scipy", "sklearn", "umap"] if report else [])]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{', '.join(missing)} not installed: pip install 'harmonic-triton[analysis]'"
+            + (", or leave the report out with --no-report" if report and missing != ["safetensors"] else "")
+        )
+
+
+def count_samples(text: str, task: Task) -> int:
+    """m, from the loss of the first evaluation sample."""
+    from harmonic_triton._data import Samples
+
+    device = next((p.device for p in task.model.parameters()), torch.device("cpu"))
+    data = Samples("eval_data", task.eval_data, device)
+    training = task.model.training
+    task.model.eval()
+    try:
+        with torch.no_grad():
+            first = task.per_sample_loss(task.model, data.block(0, 1))
+    except Exception as error:
+        raise EntryPointError(
+            f"{text}: per_sample_loss(model, batch) fails on the first sample of eval_data: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        task.model.train(training)
+    if not isinstance(first, Tensor) or first.dim() == 0 or len(first) != 1:
+        got = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise EntryPointError(f"{text}: per_sample_loss gives {got} for one sample, expected (1,) or (1, ...)")
+    return len(data) * first.numel()
+
+
+def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
+    """The probe: what was given, the rest by default, step size and localization by trial where asked for."""
+    from harmonic_triton.loss_kernel import len_of
+    from harmonic_triton.sgld import SGLDConfig, stability_bound
+
+    given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
+    count = len_of(task.train_data)
+    values = {**PROBE, "nbeta": count / math.log(max(count, 2)), "batch_size": min(PROBE["batch_size"], count), **given}
+    chosen = values["lr"] is not None
+    config = SGLDConfig(**{**values, "lr": values["lr"] if chosen else 1e-30})
+    about = (task.model, task.per_sample_loss, task.train_data)
+    if not chosen:
+        config = replace(config, lr=STABILITY * stability_bound(*about, config, seed=options.seed, mask=options.mask))
+    if not math.isfinite(config.lr):
+        raise ValueError("the curvature is 0 and no --localization holds the weights: give --lr or --localization")
+    return config
+
+
+def clear(directory: Path) -> None:
+    """Remove a run's checkpoint, and nothing else."""
+    for path in directory.glob("kernel-*.pt"):
+        path.unlink()
+    for path in directory.glob("traces-*"):
+        shutil.rmtree(path)
+
+
+def is_first_process() -> bool:
+    """True but on the other ranks of torch.distributed."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not torch.distributed.get_rank()
+
+
+def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.Namespace) -> None:
+    """Kernel, tables, report and results into the output folder; the most telling lines to stdout."""
+    out, k = options.out, min(options.neighbors, kernel.num_samples - 1)
+    kernel.save(out / "kernel.safetensors")
+    indices, distances = (t.cpu() for t in kernel.neighbors(k, exclude_same=task.labels))
+    rows = torch.linspace(0, kernel.num_samples - 1, min(options.table, kernel.num_samples)).round().long().tolist()
+    table = write_neighbors(out / "neighbors.tsv", indices, distances, task.names, rows)
+    groups = None
+    if task.groups is not None:
+        groups = write_groups(out / "groups.tsv", group_correlation(kernel, task.groups), task.group_names)
+    verdicts = kernel.diagnostics.verdicts()
+    results = {
+        "entry": options.entry,
+        "entry_args": options.entry_arg,
+        "seed": options.seed,
+        "config": asdict(config),
+        "samples": kernel.num_samples,
+        "draws": kernel.num_draws,
+        "chains": kernel.num_chains,
+        "initial_loss": kernel.initial_losses.double().mean().item(),
+        "mean_loss": kernel.mean.mean().item(),
+        "llc": kernel.llc,
+        "diagnostics": [verdict._asdict() for verdict in verdicts],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for verdict in verdicts:
+        mark = {True: "good", False: "LOOK", None: ""}[verdict.good]
+        print(f"{verdict.name:32} {mark:5} {verdict.value}\n{'':38} {verdict.words}")
+    print(f"\nnearest samples ({out / 'neighbors.tsv'} has {len(rows)} samples):")
+    print(*table[: 1 + 3 * k], sep="\n")
+    if groups is not None:
+        print(f"\ngroups whose mean losses move together ({out / 'groups.tsv'}):")
+        print(*groups[:16], sep="\n")
+    if not options.no_report:
+        title = f"Loss kernel of {options.entry}"
+        kernel.report(
+            out / "report.html", title=title, names=task.names, labels=task.groups, label_names=task.group_names,
+            exclude_same=task.labels,
+        )  # fmt: skip
+        print(f"\nreport: {out / 'report.html'}")
