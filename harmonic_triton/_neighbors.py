@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._numerics import full_fp32
+from harmonic_triton._trace_store import ALIGNMENT, aligned
 
 SPARE = 4  # candidates beyond k
 PANEL = {"cpu": 1024, "cuda": 8192}  # samples along a side of a tile of the PyTorch search
@@ -82,15 +83,11 @@ def empty_keys(rows: int, width: int, device: torch.device) -> Tensor:
     return pack(score, torch.arange(width, device=device)).repeat(rows, 1)
 
 
-def _torch_keys(
-    problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None
-) -> Tensor:
+def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
     """(rows, width) keys. Every tile among the rows themselves serves its rows and its columns."""
     keys = empty_keys(len(rows), width, problem.device)
     samples, side = problem.traces.shape[1], PANEL[problem.device.type]
-    own, below, above = (
-        _panels(part, side) for part in (rows, range(rows.start), range(rows.stop, samples))
-    )
+    own, below, above = (_panels(part, side) for part in (rows, range(rows.start), range(rows.stop, samples)))
     work = [(i, j) for i in own for j in below]
     work += [(i, j) for i in own for j in own if i.start <= j.start]
     work += [(i, j) for i in own for j in above]
@@ -150,13 +147,13 @@ def _take(keys: Tensor, tile: Tensor, allowed: Tensor | None, dim: int, first: i
     place = (positions // tile.shape[1], positions % tile.shape[1])
     owner, other = place[dim], place[1 - dim]
     found = pack(tile.flatten()[positions], first + other)
-    touched = torch.zeros(len(keys), dtype=torch.bool, device=keys.device).index_fill_(0, owner, True).nonzero()[:, 0]
-    everyone = torch.cat([owner, touched.repeat_interleave(width)])
-    everything = torch.cat([found, keys[touched].flatten()])
-    order = everything.argsort(descending=True)
-    order = order[everyone[order].argsort(stable=True)]
-    starts = torch.searchsorted(everyone[order], touched)
-    keys[touched] = everything[order][starts[:, None] + torch.arange(width, device=keys.device)]
+    owner, order = owner.sort(stable=True)
+    touched, member, counts = owner.unique_consecutive(return_inverse=True, return_counts=True)
+    rank = torch.arange(len(owner), device=keys.device) - (counts.cumsum(0) - counts)[member]
+    room = keys.new_full((len(touched), width + int(counts.max())), torch.iinfo(torch.int64).min)
+    room[:, :width] = keys[touched]
+    room[member, width + rank] = found[order]
+    keys[touched] = room.topk(width).values
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -166,31 +163,39 @@ def _positions(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero()[:, 0]
 
 
-def _triton_keys(
-    problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None
-) -> Tensor:
+def _triton_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
     """(rows, width') keys in no order, width' >= width. A program owns its rows, so nothing is shared by symmetry."""
     from harmonic_triton._triton import neighbors
 
     draws, samples = problem.traces.shape
-    keys = empty_keys(len(rows), neighbors.width_of(width), problem.device)
+    first = rows.start // ALIGNMENT * ALIGNMENT
+    keys = empty_keys(rows.stop - first, neighbors.width_of(width), problem.device)
     scale = problem.scale.float()
     mean = (problem.mean * problem.scale * math.sqrt(draws)).float()
     resident = problem.traces.device == problem.device
-    side = samples if resident else max(1, COLUMN_BYTES // (draws * problem.traces.element_size()))
+    side = samples if resident else aligned(COLUMN_BYTES // (draws * problem.traces.element_size()) + 1)
     columns = _panels(range(samples), side)
-    work = [(i, j) for i in _panels(rows, ROW_PANEL) for j in columns]
+    work = [(i, j) for i in _panels(range(first, rows.stop), ROW_PANEL) for j in columns]
     held, left = range(0), torch.empty(0)
     for done, (i, j) in enumerate(work, 1):
         if i != held:
-            held, left = i, problem.traces[:, i.start : i.stop].to(problem.device)
-        right = problem.traces[:, j.start : j.stop].to(problem.device)
+            held, left = i, _on_device(problem, i)
+        right = _on_device(problem, j)
         neighbors.take(
-            keys[i.start - rows.start : i.stop - rows.start], left, right, i.start, j.start, scale, mean, problem.labels
+            keys[i.start - first : i.stop - first], left, right, i.start, j.start, scale, mean, problem.labels
         )
         if progress is not None:
             progress(done, len(work))
-    return keys
+    return keys[rows.start - first :]
+
+
+def _on_device(problem: Problem, panel: range) -> Tensor:
+    """Columns of the traces as stored, (T, panel), aligned; a copy only where they are not on the device."""
+    columns = problem.traces[:, panel.start : panel.stop]
+    if columns.device == problem.device and columns.stride(0) % ALIGNMENT == 0:
+        return columns
+    room = columns.new_empty(len(columns), aligned(len(panel)), device=problem.device)
+    return room[:, : len(panel)].copy_(columns)
 
 
 def _finish(problem: Problem, rows: range, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

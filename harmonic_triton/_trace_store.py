@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 FORMAT = 1
+ALIGNMENT = 16  # values: rows of draws in memory begin at multiples of it
 
 
-class State(NamedTuple):
+def aligned(count: int) -> int:
+    """``count`` values and the padding after them."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class State:
     """All there is to know of a number of draws beside the draws themselves."""
 
     count: int
@@ -32,7 +40,8 @@ class MemoryStore:
     """Draws in one tensor on a device; its room doubles when it is full."""
 
     def __init__(self, num_samples: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        self.rows = torch.empty(capacity, num_samples, dtype=dtype, device=device)
+        self.num_samples = num_samples
+        self.rows = torch.empty(capacity, aligned(num_samples), dtype=dtype, device=device)
 
     def write(self, start: int, draws: Tensor) -> None:
         """Put draws (k, m) at rows start ... start + k."""
@@ -41,11 +50,11 @@ class MemoryStore:
             grown = self.rows.new_empty(max(stop, 2 * len(self.rows)), self.rows.shape[1])
             grown[:start] = self.rows[:start]
             self.rows = grown
-        self.rows[start:stop] = draws
+        self.rows[start:stop, : self.num_samples] = draws
 
     def read(self, count: int) -> Tensor:
         """The first draws, (count, m)."""
-        return self.rows[:count]
+        return self.rows[:count, : self.num_samples]
 
     def commit(self, state: State) -> None:
         """Memory does not outlive the process: nothing to do."""
@@ -87,7 +96,9 @@ class FileStore:
         with np.load(self.path / self.header["state"]) as arrays:
             reference, sums, chains = (torch.from_numpy(arrays[name]) for name in ("reference", "sums", "chains"))
         dead = {int(chain): number for chain, number in self.header["dead"].items()}
-        return State(self.header["count"], reference.to(device) if len(reference) else None, sums.to(device), chains, dead)
+        return State(
+            self.header["count"], reference.to(device) if len(reference) else None, sums.to(device), chains, dead
+        )
 
     def write(self, start: int, draws: Tensor) -> None:
         """Put draws (k, m) at rows start ... start + k; they count from the next commit on."""

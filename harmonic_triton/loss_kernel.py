@@ -25,7 +25,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from harmonic_triton import _checkpoint, _validate, estimators, kernel_record
 from harmonic_triton._progress import Progress
-from harmonic_triton.covariance import StreamingCovariance
+from harmonic_triton.covariance import LARGEST, StreamingCovariance
 from harmonic_triton.estimators import PrincipalComponents, needs, sample_labels
 from harmonic_triton.kernel_record import ChainRecord, Diagnostics
 from harmonic_triton.sgld import Draws, Sampler, SGLDConfig
@@ -79,10 +79,10 @@ class QueryCovariance:
         between = (samples - (weights * samples).sum(0)).T @ (counts[:, None] * (queries - (weights * queries).sum(0)))
         return (self.within + between) / (counts.sum() - 1)
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Sums over the ranks, each of which entered other chains."""
-        for values in vars(self).values():
-            torch.distributed.all_reduce(values, group=group)
+    def merge(self, other: QueryCovariance) -> None:
+        """Add what another entered, of other chains."""
+        for name, values in vars(other).items():
+            getattr(self, name).add_(values)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(vars(self))
@@ -121,6 +121,8 @@ class LossKernel:
         queries: QueryCovariance | None = None,
         about: About = About(),  # noqa: B008  # a constant
     ) -> None:
+        if within_chain and isinstance(accumulator, LossTraces):
+            raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
@@ -165,7 +167,11 @@ class LossKernel:
         return cls(collector.accumulator, collector.record, within_chain=within_chain, labels=labels, about=about)
 
     def estimate(self, within_chain: bool) -> LossKernel:
-        """The same draws with the pooled or the within-chain estimate."""
+        """The same draws with the pooled or the within-chain estimate.
+
+        Raises:
+            ValueError: within-chain of a kernel that keeps traces.
+        """
         return LossKernel(
             self.accumulator,
             self.record,
@@ -195,9 +201,7 @@ class LossKernel:
     @cached_property
     def mean(self) -> Tensor:
         """(m,) fp64 mean loss over the draws of all chains."""
-        if isinstance(self.accumulator, LossTraces):
-            return self.accumulator.mean()
-        return self._computed[0]
+        return self.accumulator.mean()
 
     @cached_property
     def covariance(self) -> Tensor:
@@ -207,34 +211,32 @@ class LossKernel:
             ValueError: the kernel keeps traces and m x m would take more than 4 GiB; take :meth:`block`.
         """
         if isinstance(self.accumulator, StreamingCovariance):
-            return self._computed[1]
-        size = 4 * self.num_samples**2
-        if size > DENSE_BYTES:
-            raise ValueError(
-                f"a covariance of m = {self.num_samples:,} samples would take {size / 2**30:.0f} GiB; this kernel keeps"
-                " traces: take block(rows, columns), neighbors(k) or product(vector)"
-            )
-        return self.block(torch.arange(self.num_samples), correlation=False)
-
-    @cached_property
-    def _computed(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance from the sums."""
-        result = self.accumulator.compute(within_chain=self.within_chain)  # type: ignore[union-attr]
-        return result.mean, result.covariance
+            return self.accumulator.compute(self.within_chain).covariance
+        self._refuse_dense()
+        return self.accumulator.covariance(slice(None))
 
     @cached_property
     def correlation(self) -> Tensor:
         """(m, m) fp32 ρ, 0 where a variance is 0 (paper, Eq. 5). Raises as :attr:`covariance`."""
-        rho = self.covariance.clone()
-        scale = self._inverse_deviation.to(rho.dtype)
-        return rho.mul_(scale).mul_(scale[:, None]).clamp_(-1.0, 1.0)
+        if isinstance(self.accumulator, StreamingCovariance):
+            return self.accumulator.correlation(self.within_chain)
+        self._refuse_dense()
+        return self.accumulator.correlation(slice(None))
+
+    def _refuse_dense(self) -> None:
+        size = 4 * self.num_samples**2
+        if size > DENSE_BYTES:
+            raise ValueError(
+                f"m x m for m = {self.num_samples:,} samples would take {size / 2**30:.0f} GiB; this kernel keeps traces:"
+                " take block(rows, columns), neighbors(k) or product(vector)"
+            )
 
     @cached_property
     def variance(self) -> Tensor:
         """(m,) fp64 variance of each loss, the diagonal of K: the per-sample singular fluctuation (paper, D.3)."""
         if isinstance(self.accumulator, StreamingCovariance):
-            return self.covariance.diagonal().double()
-        return self.accumulator.variance().double()
+            return self.accumulator.variance(self.within_chain)
+        return self.accumulator.variance()
 
     @cached_property
     def _inverse_deviation(self) -> Tensor:
@@ -249,7 +251,7 @@ class LossKernel:
         """
         if isinstance(self.accumulator, LossTraces):
             read = self.accumulator.correlation if correlation else self.accumulator.covariance
-            return read(rows, columns)
+            return read(rows, slice(None) if columns is None else columns)
         part = self.covariance[rows] if columns is None else self.covariance[rows][:, columns]
         if not correlation:
             return part
@@ -404,10 +406,10 @@ class LossKernel:
             mine, others = self.accumulator, other.accumulator
             step = max(1, estimators.BLOCK // max(mine.count, others.count))
             chunks = (slice(start, start + step) for start in range(0, self.num_samples, step))
-            return estimators.cka_of_chunks(
-                tuple(estimators.standardised(traces.draws(samples=chunk)) for traces in (mine, others))
-                for chunk in chunks
-            )
+            read = [
+                lambda chunk, t=traces: estimators.standardised(t.draws(samples=chunk)) for traces in (mine, others)
+            ]
+            return estimators.cka_of_chunks((read[0](chunk), read[1](chunk)) for chunk in chunks)
         return estimators.cka(self.correlation, other.correlation)
 
     @cached_property
@@ -484,7 +486,7 @@ class LossKernel:
         tensors: dict[str, Tensor] = {}
         state = {
             "kind": "traces" if isinstance(self.accumulator, LossTraces) else "covariance",
-            "accumulator": self.accumulator.state_dict(),
+            "accumulator": whole_state(self.accumulator),
             "record": self.record.state_dict(),
             "labels": self.labels,
             "queries": None if self.queries is None else self.queries.state_dict(),
@@ -515,7 +517,8 @@ class LossKernel:
             state = unflatten(json.loads(metadata["loss_kernel"]), file.get_tensor)
         samples = len(state["record"]["initial_losses"])
         kind: Any = LossTraces if state["kind"] == "traces" else StreamingCovariance
-        accumulator = kind(samples, device=device)
+        dtype = getattr(torch, state["accumulator"]["dtype"].removeprefix("torch."))
+        accumulator = kind(samples, device=device, dtype=dtype)
         accumulator.load_state_dict(state["accumulator"])
         return cls(
             accumulator,
@@ -547,7 +550,7 @@ class LossKernel:
 
         path = Path(path)
         with open(path, "wb") as file:
-            np.savez(file, **self.arrays(), about=np.array(json.dumps(self.about._asdict())))
+            np.savez(file, about=np.array(json.dumps(self.about._asdict())), **self.arrays())  # type: ignore[arg-type]
         return path
 
     def to_zarr(self, path: str | os.PathLike[str]) -> Path:
@@ -616,13 +619,14 @@ class Collector:
 
     def update(self, draws: Draws) -> None:
         """Enter draws (k, m + q)."""
-        finite = draws.losses.isfinite().all(1)
+        finite = (draws.losses.abs() < LARGEST).all(1)
         samples = draws.losses[:, : self.num_samples]
         self.record.update(draws.chain.cpu(), draws.draw.cpu(), samples, draws.train_loss, finite)
         for losses, chain, alive in zip(draws.losses, draws.chain.tolist(), finite.tolist(), strict=True):
             waiting = self.pending.setdefault(chain, [])
             if alive:
                 waiting.append(losses.clone())
+        for chain in list(self.pending):
             if self.record.read[chain].all():
                 self._enter(chain)
 
@@ -650,7 +654,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "accumulator": self.accumulator.state_dict(),
+            "accumulator": whole_state(self.accumulator),
             "record": self.record.state_dict(),
             "queries": None if self.queries is None else self.queries.state_dict(),
             "pending": {chain: torch.stack(rows) if rows else None for chain, rows in self.pending.items()},
@@ -807,16 +811,20 @@ def collect(
 
 def gather(collector: Collector, rank: int, world: int, directory: Path | None) -> None:
     """Every rank's chains in each rank's collector."""
-    collector.record.all_reduce()
-    if collector.queries is not None:
-        collector.queries.all_reduce()
+    every: list[Any] = [None] * world
+    torch.distributed.all_gather_object(every, (collector.record, collector.queries))
+    for other, (record, queries) in enumerate(every):
+        if other != rank:
+            collector.record.merge(record)
+            if collector.queries is not None:
+                collector.queries.merge(queries)
     if isinstance(collector.accumulator, StreamingCovariance):
         collector.accumulator.all_reduce()
         return
     mine, path = collector.accumulator, directory and directory / f"traces-of-all-{rank}"
     if path is not None:
         shutil.rmtree(path, ignore_errors=True)  # of an earlier end of this run
-    every = LossTraces(mine.num_samples, path=path, device=mine.device, backend=mine.backend)
+    union = LossTraces(mine.num_samples, path=path, device=mine.device, backend=mine.backend)
     counts = torch.zeros(collector.record.num_chains, dtype=torch.int64, device=mine.device)
     for chain, count in mine.chain_counts.items():
         counts[chain] = count
@@ -828,8 +836,8 @@ def gather(collector: Collector, rank: int, world: int, directory: Path | None) 
         if chain % world == rank:
             losses.copy_(mine.draws(mine.chains == chain)).add_(mine.reference)
         torch.distributed.broadcast(losses, src=chain % world)
-        every.update(losses, chain=chain)
-    collector.accumulator = every
+        union.update(losses, chain=chain)
+    collector.accumulator = union
 
 
 def processes() -> tuple[int, int]:
@@ -891,6 +899,15 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
             force_approximation_algorithm=True,
         ).fit_transform(spread)
     return torch.from_numpy(layout)
+
+
+def whole_state(accumulator: StreamingCovariance | LossTraces) -> dict[str, Any]:
+    """Its state dict, with the draws of traces that lie in a directory."""
+    state = accumulator.state_dict()
+    if isinstance(accumulator, LossTraces) and state["draws"] is None:
+        parts = [slice(start, start + 64) for start in range(0, accumulator.count, 64)]
+        state["draws"] = torch.cat([accumulator.draws(part).to(accumulator.dtype) for part in parts])
+    return state
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

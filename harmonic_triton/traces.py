@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
-LARGEST_LOSS = 1e38  # beyond it a draw is as dead as one that is not finite
+LARGEST_LOSS = 2.0**52  # from there on a draw is as dead as one that is not finite, as in StreamingCovariance
 CHUNK = 2**24  # values converted at a time
 NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
 
@@ -127,7 +128,7 @@ class LossTraces:
     def update(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None = None) -> None:
         """Append draws.
 
-        A draw with a loss that is not finite (or beyond 1e38) is left out and counted in ``dead`` under its chain.
+        A draw with a loss that is not finite (or 2^52 and more) is left out and counted in ``dead`` under its chain.
 
         Args:
             losses: (m,) one draw or (k, m), floating, any device.
@@ -139,7 +140,7 @@ class LossTraces:
         """
         losses, chains = self._checked_draws(losses, chain)
         state = self._state
-        alive = torch.stack([row.abs().amax() <= LARGEST_LOSS for row in losses]).cpu() if len(losses) else chains > 0
+        alive = torch.stack([row.abs().amax() < LARGEST_LOSS for row in losses]).cpu() if len(losses) else chains > 0
         dead = dict(state.dead)
         for number in chains[~alive].tolist():
             dead[number] = dead.get(number, 0) + 1
@@ -163,9 +164,7 @@ class LossTraces:
             self._store.commit(state)
         self._set(state)
 
-    def _checked_draws(
-        self, losses: Tensor, chain: int | Sequence[int] | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _checked_draws(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
         """(losses (k, m), chains (k,) int64 on the CPU)."""
         _validate.tensors(losses=losses)
         if not losses.is_floating_point():
@@ -175,14 +174,14 @@ class LossTraces:
                 f"losses must be (m,) or (k, m) with m = num_samples = {self.num_samples}, got {_validate.describe(losses)}"
             )
         losses = losses.detach().reshape(-1, self.num_samples)
-        if chain is None:
-            chain = 0
         if not isinstance(chain, (Tensor, Sequence)):
-            _validate.integer("chain", chain)
-            return losses, torch.full((len(losses),), int(chain))
-        chains = torch.as_tensor(chain) if len(chain) else torch.empty(0, dtype=torch.int64)
+            _validate.integer("chain", 0 if chain is None else chain)
+            return losses, torch.full((len(losses),), int(chain or 0))
+        chains = torch.as_tensor(chain, dtype=None if len(losses) else torch.int64)
         if chains.is_floating_point() or chains.dtype == torch.bool or chains.is_complex():
             raise TypeError(f"chain must hold ints, got {_validate.describe(chain)}")
+        if chains.dim() == 0:
+            chains = chains.expand(len(losses))
         if chains.shape != (len(losses),):
             raise ValueError(
                 f"chain must be an int or hold one for each of the {len(losses)} draws, got shape {tuple(chains.shape)}"
@@ -191,8 +190,10 @@ class LossTraces:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; with ``path`` that is how many draws count, without it the draws as well."""
-        state = self._state._asdict() | {"dead": dict(self.dead), "num_samples": self.num_samples, "dtype": str(self.dtype)}
-        return state | {"draws": None if self.path else self._stored().clone()}
+        held = {"num_samples": self.num_samples, "dtype": str(self.dtype), "draws": None}
+        if self.path is None:
+            held["draws"] = self._stored().clone()
+        return asdict(self._state) | held
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint: draws that were added after it are dropped, from the directory too.
@@ -203,11 +204,14 @@ class LossTraces:
         for name, here in (("num_samples", self.num_samples), ("dtype", str(self.dtype))):
             if state[name] != here:
                 raise ValueError(f"the state is of traces with {name} {state[name]}, these have {here}")
-        found = State._make(state[name] for name in State._fields)
-        found = found._replace(
-            reference=None if found.reference is None else found.reference.to(self.device, copy=True),
-            sums=found.sums.to(self.device, copy=True), chains=found.chains.cpu().clone(), dead=dict(found.dead),
-        )  # fmt: skip
+        reference = state["reference"]
+        found = State(
+            count=state["count"],
+            reference=None if reference is None else reference.to(self.device, copy=True),
+            sums=state["sums"].to(self.device, copy=True),
+            chains=state["chains"].cpu().clone(),
+            dead=dict(state["dead"]),
+        )
         if self.path is None:
             if state["draws"] is None:
                 raise ValueError("the state's draws are in the directory it was taken from; give LossTraces that path")
@@ -252,7 +256,7 @@ class LossTraces:
     @property
     def dead(self) -> dict[int, int]:
         """Draws left out, by chain, because a loss in them was not finite."""
-        return self._state.dead
+        return dict(self._state.dead)
 
     @property
     def reference(self) -> Tensor:
@@ -332,7 +336,9 @@ class LossTraces:
         """
         _validate.tensors(v=v)
         if not v.is_floating_point() or v.dim() not in (1, 2) or len(v) != self.num_samples:
-            raise ValueError(f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {_validate.describe(v)}")
+            raise ValueError(
+                f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {_validate.describe(v)}"
+            )
         mean, scale = self._moments()
         x = v.detach().to(self.device, torch.float64).reshape(self.num_samples, -1)
         factor = scale.unsqueeze(1) if correlation else (self.count - 1) ** -0.5
@@ -466,6 +472,7 @@ class LossTraces:
                 f" {float(ratio.max()) ** 0.5:.3g} standard deviations, and {self.dtype} rounds away up to"
                 f" {float(noise.max()):.1%} of their variance; burn in longer, begin with a larger batch of draws,"
                 " or store float32",
+                RuntimeWarning,
                 stacklevel=4,
             )
 

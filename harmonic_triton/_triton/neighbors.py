@@ -1,5 +1,7 @@
 """Nearest samples by correlation: tiles of a product of traces, and a best k kept in registers as its epilogue."""
 
+# mypy: disable-error-code="no-untyped-def"  # kernels
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -11,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from harmonic_triton._dispatch import interpreted
+from harmonic_triton._trace_store import aligned
 from harmonic_triton._triton.configs import architecture
-
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class SearchConfig:
 
 # (architecture, bytes of a stored value) -> configuration
 CONFIGS = {
-    ("sm80", 2): SearchConfig(128, 64, 32, 8, 3),
-    ("sm90", 2): SearchConfig(128, 128, 64, 8, 3),
-    ("sm100", 2): SearchConfig(128, 128, 64, 8, 3),
+    ("sm80", 2): SearchConfig(64, 128, 32, 8, 3),
+    ("sm90", 2): SearchConfig(128, 64, 64, 8, 3),
+    ("sm100", 2): SearchConfig(128, 64, 64, 8, 3),
     ("gfx942", 2): SearchConfig(128, 64, 32, 8, 2),
-    ("sm80", 4): SearchConfig(64, 64, 32, 8, 2),
-    ("sm90", 4): SearchConfig(64, 64, 32, 8, 2),
-    ("sm100", 4): SearchConfig(64, 64, 32, 8, 2),
+    ("sm80", 4): SearchConfig(32, 64, 16, 8, 1),
+    ("sm90", 4): SearchConfig(32, 64, 16, 8, 1),
+    ("sm100", 4): SearchConfig(32, 64, 16, 8, 1),
     ("gfx942", 4): SearchConfig(64, 64, 32, 8, 2),
     ("interpreter", 2): SearchConfig(32, 32, 32, 4, 1),
     ("interpreter", 4): SearchConfig(32, 32, 32, 4, 1),
@@ -46,7 +48,7 @@ def neighbors_kernel(
     row_ptr, col_ptr,  # (T, P), (T, Q) traces as stored
     row_scale_ptr, row_mean_ptr, row_label_ptr, col_scale_ptr, col_mean_ptr, col_label_ptr,  # (P,), (Q,)
     keys_ptr,  # (P, WIDTH) in and out, in no order
-    P, Q, T, first_row, first_col, stride_rt, stride_ct,
+    P, Q, T, row_room, col_room, first_row, first_col, stride_rt, stride_ct,  # room: readable columns
     LABELS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -69,8 +71,10 @@ def neighbors_kernel(
         for first in range(0, T, BLOCK_T):
             at = first + draws
             along = at.to(tl.int64)[:, None]
-            r = tl.load(row_ptr + along * stride_rt + rows[None, :], mask=(at < T)[:, None] & (rows < P)[None, :], other=0.0)
-            c = tl.load(col_ptr + along * stride_ct + cols[None, :], mask=(at < T)[:, None] & (cols < Q)[None, :], other=0.0)
+            r_inside = (at < T)[:, None] & (rows < row_room)[None, :]
+            c_inside = (at < T)[:, None] & (cols < col_room)[None, :]
+            r = tl.load(row_ptr + along * stride_rt + rows[None, :], mask=r_inside, other=0.0)
+            c = tl.load(col_ptr + along * stride_ct + cols[None, :], mask=c_inside, other=0.0)
             if UPCAST:  # the interpreter's products of bf16 are wrong
                 r = r.to(tl.float32)
                 c = c.to(tl.float32)
@@ -125,6 +129,7 @@ def take(
     """Enter into ``keys`` (P, width) what of the traces ``columns`` (T, Q) is nearer to ``rows`` (T, P).
 
     The traces are samples first_row ... and first_column ... of those that ``scale``, ``mean`` and ``labels`` (m,) tell of.
+    Rows of memory are padded to whole groups of ALIGNMENT values: wide loads need that, and read the padding.
     """
     (draws, row_count), column_count = rows.shape, columns.shape[1]
     config = CONFIGS[architecture(rows.device), rows.element_size()]
@@ -133,7 +138,8 @@ def take(
     with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
         neighbors_kernel[(triton.cdiv(row_count, config.block_p),)](
             rows, columns, scale[row_at], mean[row_at], row_labels, scale[column_at], mean[column_at], column_labels,
-            keys, row_count, column_count, draws, first_row, first_column, rows.stride(0), columns.stride(0),
+            keys, row_count, column_count, draws, aligned(row_count), aligned(column_count), first_row, first_column,
+            rows.stride(0), columns.stride(0),
             LABELS=labels is not None, WIDTH=keys.shape[1], BLOCK_P=config.block_p, BLOCK_Q=config.block_q,
             BLOCK_T=config.block_t, UPCAST=interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
