@@ -33,7 +33,14 @@ CONTRACT = (
     "group_names; or the first four as a tuple"
 )
 # The probe where the command line does not say; every other field has SGLDConfig's own default.
-PROBE: dict[str, Any] = {"lr": None, "nbeta": None, "localization": 1000.0, "batch_size": 32}
+PROBE: dict[str, Any] = {
+    "lr": None,
+    "nbeta": None,
+    "localization": None,
+    "batch_size": 32,
+    "num_burnin_steps": 50,
+    "num_steps_bw_draws": 4,
+}
 STABILITY = 0.15  # of the stability bound, the step size where --lr is not given
 
 
@@ -213,6 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = {
         "lr": f"{STABILITY} of the stability bound",
         "nbeta": "n/log n for n training samples",
+        "localization": "nbeta times the largest curvature, so that all directions mix within a dozen steps",
     }
     for f in fields(SGLDConfig):
         value = PROBE.get(f.name, None if f.default is MISSING else f.default)
@@ -221,16 +229,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = next(kind for kind in (int, float, str) if kind.__name__ in str(f.type))
         probe.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=f"default: {shown}")  # fmt: skip
     probe.add_argument("--mask", action="append", metavar="PATTERN", help="sample only parameters whose names match")
-    probe.add_argument("--tune", action="store_true", help="choose step size and localization by short trial runs first")
+    probe.add_argument(
+        "--tune", action="store_true", help="choose step size and localization by short trial runs first"
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, default=Path("runs/loss_kernel/run"), help="output folder (default %(default)s)")
+    run.add_argument(
+        "--out", type=Path, default=Path("runs/loss_kernel/run"), help="output folder (default %(default)s)"
+    )
     run.add_argument("--checkpoint-dir", type=Path, help="default: OUT/checkpoint; the same command goes on from there")
     run.add_argument("--checkpoint-seconds", type=float, default=30.0, help="between checkpoints (default %(default)s)")
     run.add_argument("--no-resume", action="store_true", help="remove the checkpoint and start over")
-    run.add_argument("--keep", choices=("auto", "covariance", "traces"), default="auto", help="m x m sums, or all draws")
+    run.add_argument(
+        "--keep", choices=("auto", "covariance", "traces"), default="auto", help="m x m sums, or all draws"
+    )
     run.add_argument("--within-chain", action="store_true", help="estimate with each chain about its own mean")
     run.add_argument("--neighbors", type=int, default=10, metavar="K", help="in the tables (default %(default)s)")
-    run.add_argument("--table", type=int, default=30, metavar="ROWS", help="samples in the neighbour table (default 30)")
+    run.add_argument(
+        "--table", type=int, default=30, metavar="ROWS", help="samples in the neighbour table (default 30)"
+    )
     run.add_argument("--no-report", action="store_true", help="leave report.html out")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default=None, help="default: where the model is")
@@ -319,20 +335,28 @@ def count_samples(text: str, task: Task) -> int:
 
 
 def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
-    """The probe: what was given, the rest by default, step size and localization by trial where asked for."""
+    """The probe: what was given, the rest by default or from the curvature at the trained weights."""
     from harmonic_triton.loss_kernel import len_of
     from harmonic_triton.sgld import SGLDConfig, stability_bound
 
     given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
     count = len_of(task.train_data)
     values = {**PROBE, "nbeta": count / math.log(max(count, 2)), "batch_size": min(PROBE["batch_size"], count), **given}
-    chosen = values["lr"] is not None
-    config = SGLDConfig(**{**values, "lr": values["lr"] if chosen else 1e-30})
-    about = (task.model, task.per_sample_loss, task.train_data)
-    if not chosen:
-        config = replace(config, lr=STABILITY * stability_bound(*about, config, seed=options.seed, mask=options.mask))
-    if not math.isfinite(config.lr):
-        raise ValueError("the curvature is 0 and no --localization holds the weights: give --lr or --localization")
+    undecided = {name: value for name in ("lr", "localization") if (value := values[name]) is None}
+    config = SGLDConfig(**{**values, **dict.fromkeys(undecided, 1e-30)})  # in place of what the curvature decides
+
+    def largest_step() -> float:
+        bound = stability_bound(
+            task.model, task.per_sample_loss, task.train_data, config, seed=options.seed, mask=options.mask
+        )
+        if not math.isfinite(bound):
+            raise ValueError("the loss is flat at the trained weights: give --localization (and --lr)")
+        return bound
+
+    if "localization" in undecided:
+        config = replace(config, localization=4 / largest_step())
+    if "lr" in undecided:
+        config = replace(config, lr=STABILITY * largest_step())
     return config
 
 
@@ -346,7 +370,10 @@ def clear(directory: Path) -> None:
 
 def is_first_process() -> bool:
     """True but on the other ranks of torch.distributed."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not torch.distributed.get_rank()
+    return (
+        not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or not torch.distributed.get_rank()
+    )
 
 
 def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.Namespace) -> None:

@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     for name, text in EXPERIMENTS.items():
         settings = import_module(f"examples.loss_kernel.{name}").SETTINGS
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--setting", choices=settings, default="quick", help="quick: minutes on two cores (default)")
+        command.add_argument(
+            "--setting", choices=settings, default="quick", help="quick: minutes on two cores (default)"
+        )
         command.add_argument("--out", type=Path, default=None, help=f"default: runs/loss_kernel/{name}")
         for f in fields(settings["quick"]):
             shown = "; ".join(f"{key}: {words(getattr(value, f.name))}" for key, value in settings.items())

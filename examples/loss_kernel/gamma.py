@@ -115,7 +115,10 @@ def sweep(name: str, data: Hierarchy, settings: Gamma, out: Path, clock: Clock) 
         control = lift_by_depth(nearest_inputs(features[chosen], eval_y, settings.neighbors), ancestors, eval_y)
         alike = torch.tensor([[estimators.cka(a, b) for b in kernels] for a in kernels])
     with torch.no_grad():
-        right = [(model(x).argmax(1) == y).double().mean().item() for x, y in ((train_x, train_y), (features[chosen], eval_y))]
+        right = [
+            (model(x).argmax(1) == y).double().mean().item()
+            for x, y in ((train_x, train_y), (features[chosen], eval_y))
+        ]
     with clock("figures"):
         draw(name, rows, alike, control, out)
     return {
@@ -129,9 +132,7 @@ def sweep(name: str, data: Hierarchy, settings: Gamma, out: Path, clock: Clock) 
     }
 
 
-def describe(
-    kernel: LossKernel, gamma: float, lr: float, ancestors: Tensor, labels: Tensor, k: int
-) -> dict[str, Any]:
+def describe(kernel: LossKernel, gamma: float, lr: float, ancestors: Tensor, labels: Tensor, k: int) -> dict[str, Any]:
     """What one γ gives; neighbours of the same class are left out before the k are taken."""
     neighbors, _ = kernel.neighbors(k, exclude_same=labels)
     confound = estimators.same_label_confound(kernel.correlation, labels)

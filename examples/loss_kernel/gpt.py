@@ -78,7 +78,11 @@ def from_checkpoint(
     Raises:
         ValueError, FileNotFoundError: an argument cannot serve; the message says what would.
     """
-    for name, value, choices in (("loss", loss, LOSSES), ("per", per, ("token", "window")), ("split", split, ("val", "train"))):
+    for name, value, choices in (
+        ("loss", loss, LOSSES),
+        ("per", per, ("token", "window")),
+        ("split", split, ("val", "train")),
+    ):
         if value not in choices:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
     count = int(tokens) if tokens.isdigit() else 0
@@ -131,7 +135,9 @@ def open_corpus(run: str, fingerprint: str, identity: dict[str, Any], data: str)
     config = Config(**identity, out=run, data=(place,), device="cpu")
     corpus = load(config)
     if not own.is_dir() and corpus.fingerprint != fingerprint:
-        raise ValueError(f"data={data} is not what run={run} was trained on: its fingerprint is {corpus.fingerprint}, not {fingerprint}")
+        raise ValueError(
+            f"data={data} is not what run={run} was trained on: its fingerprint is {corpus.fingerprint}, not {fingerprint}"
+        )
     return corpus, config
 
 
@@ -139,7 +145,9 @@ def window_starts(length: int, block: int, count: int) -> np.ndarray:
     """(count,) starts of windows of block + 1 tokens that do not overlap in their targets, spread evenly."""
     available = (length - 1) // block
     if count > available:
-        raise ValueError(f"tokens: the split has {available * block} in windows of {block}, {count * block} were asked for")
+        raise ValueError(
+            f"tokens: the split has {available * block} in windows of {block}, {count * block} were asked for"
+        )
     return (np.arange(count) * available // count) * block
 
 
@@ -168,7 +176,11 @@ def document_names(corpus: Corpus, config: Config, split: str, data: tuple[str, 
             paths = {path: name for name, path in text_files(data)}
         except (FileNotFoundError, ValueError):
             return documents, names
-    files = split_files([(name, path) for path, name in paths.items()], config.val_fraction)[split] if len(paths) > 1 else []
+    files = (
+        split_files([(name, path) for path, name in paths.items()], config.val_fraction)[split]
+        if len(paths) > 1
+        else []
+    )
     if len(files) == len(ends):
         for i, path in enumerate(files):
             text = corpus.vocabulary.decode(ids[ends[i - 1] + 1 if i else 0 : ends[i]].tolist())

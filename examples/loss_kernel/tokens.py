@@ -163,7 +163,9 @@ def draw(
         points = kernel.embed(num_neighbors=settings.neighbors, exclude_same=labels, seed=settings.seed).numpy()
         _, axes = plt.subplots(1, 2, figsize=(11, 4.8))
         figures.scatter(axes[0], points, kinds, KINDS, f"{loss}: UMAP by kind of token")
-        figures.scatter(axes[1], points, kernel.initial_losses.clamp_min(1e-6).log10(), None, "by log10 of the loss at w*")
+        figures.scatter(
+            axes[1], points, kernel.initial_losses.clamp_min(1e-6).log10(), None, "by log10 of the loss at w*"
+        )
         figures.save(out / "umap.png")
 
 
