@@ -227,7 +227,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = defaults.get(f.name, "chosen by the sampler" if value is None else str(value))
         option = "--" + f.name.replace("_", "-")
         kind = next(kind for kind in (int, float, str) if kind.__name__ in str(f.type))
-        probe.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=f"default: {shown}")  # fmt: skip
+        text = f"default: {shown}"
+        probe.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
     probe.add_argument("--mask", action="append", metavar="PATTERN", help="sample only parameters whose names match")
     probe.add_argument(
         "--tune", action="store_true", help="choose step size and localization by short trial runs first"
@@ -342,8 +343,9 @@ def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
     given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
     count = len_of(task.train_data)
     values = {**PROBE, "nbeta": count / math.log(max(count, 2)), "batch_size": min(PROBE["batch_size"], count), **given}
-    undecided = {name: value for name in ("lr", "localization") if (value := values[name]) is None}
-    config = SGLDConfig(**{**values, **dict.fromkeys(undecided, 1e-30)})  # in place of what the curvature decides
+    undecided = [name for name in ("lr", "localization") if values[name] is None]
+    placeholders = {"lr": 1e-30, "localization": 0.0}  # until the curvature decides
+    config = SGLDConfig(**{**values, **{name: placeholders[name] for name in undecided}})
 
     def largest_step() -> float:
         bound = stability_bound(

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with clock("all"):
             measured = module.run(settings, out, clock)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     experiment.write_results(out, name, setting, settings, measured, clock.seconds)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import loss_kernel
 from harmonic_triton.losses import classification_loss

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 from harmonic_triton.losses import classification_loss

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 from harmonic_triton.losses import classification_loss
@@ -154,7 +153,7 @@ def draw(
         points = kernel.embed(exclude_same=results, seed=settings.seed).numpy()
         trivial = (inputs[:, 0] == settings.modulus) & (task == 1)
         kinds = torch.where(trivial, 2, task)
-        figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+        _, axes = plt.subplots(1, 3, figsize=(13, 4.2))
         figures.scatter(axes[0], points, kinds, [*TASKS, "0 / b"], "UMAP by task")
         figures.scatter(axes[1], points, inputs[:, 0] % settings.modulus, None, "by a")
         figures.scatter(axes[2], points, inputs[:, 1] % settings.modulus, None, "by b")
