@@ -13,6 +13,8 @@ for package in ("scipy", "sklearn", "matplotlib", "tokenizers", "tqdm", "safeten
 
 from examples.loss_kernel import (  # noqa: E402
     __main__ as command,
+)
+from examples.loss_kernel import (
     arithmetic,
     development,
     gamma,
@@ -102,14 +104,25 @@ def test_separation_finds_two_independent_tasks_and_leaves_pairs_of_one_result_o
 
 def test_modular_learns_and_writes_what_it_measured(tmp_path):
     settings = modular.Modular(
-        modulus=11, steps=400, train_lr=3e-3, eval_samples=60, batch_size=64, localization=3e4, lr=2e-5, **FEW
+        modulus=7,
+        width=32,
+        train_batch_size=64,
+        train_fraction=1.0,
+        steps=250,
+        train_lr=3e-3,
+        weight_decay=0.0,
+        eval_samples=60,
+        batch_size=32,
+        localization=3e4,
+        lr=2e-5,
+        **FEW,
     )
     measured = modular.run(settings, tmp_path, Clock())
     assert measured["train_accuracy"] > 0.98
     assert measured["draws"] == 60
     assert measured["excess_loss"] > 0  # a minimum: noise can only raise the loss
     kernel = LossKernel.load(tmp_path / "kernel.safetensors")
-    pairs = arithmetic.all_pairs(11)
+    pairs = arithmetic.all_pairs(7)
     chosen = modular.balanced(pairs, 60, settings.seed)
     assert [int((pairs.task[chosen] == task).sum()) for task in (0, 1)] == [30, 30]
     assert modular.separation(kernel, pairs.task[chosen], pairs.results[chosen])["pc1_auc"] == measured["pc1_auc"]
@@ -119,18 +132,12 @@ def test_modular_learns_and_writes_what_it_measured(tmp_path):
 
 def test_development_takes_one_kernel_a_checkpoint(tmp_path):
     settings = development.Development(
-        modulus=7,
-        steps=300,
-        train_lr=3e-3,
-        eval_samples=40,
-        batch_size=32,
-        localization=1e4,
-        checkpoints=(0, 300),
-        **FEW,
-    )
+        modulus=7, width=32, train_batch_size=64, train_fraction=0.9, steps=250, train_lr=3e-3, weight_decay=0.0,
+        eval_samples=40, batch_size=32, localization=1e4, checkpoints=(0, 250), **FEW,
+    )  # fmt: skip
     measured = development.run(settings, tmp_path, Clock())
     first, last = measured["checkpoints"]
-    assert (first["step"], last["step"]) == (0, 300)
+    assert (first["step"], last["step"]) == (0, 250)
     assert first["train_accuracy"] < 0.4 < 0.9 < last["train_accuracy"]
     cka = torch.tensor(measured["cka"])
     torch.testing.assert_close(cka.diagonal(), torch.ones(2))
@@ -332,7 +339,7 @@ def test_lift_of_a_grouping_leaves_pairs_of_one_label_out():
 
 
 def test_the_papers_settings_are_those_of_its_table():
-    chosen = {name: getattr(module, "SETTINGS")["paper"] for name, module in (("a", modular), ("b", mislabelled))}
+    chosen = {name: module.SETTINGS["paper"] for name, module in (("a", modular), ("b", mislabelled))}
     table = {
         "a": {"batch_size": 512, "num_chains": 30, "num_draws": 800, "num_burnin_steps": 200, "nbeta": 500},
         "b": {"batch_size": 256, "num_chains": 8, "num_draws": 1000, "num_burnin_steps": 100, "nbeta": 20},
@@ -348,7 +355,20 @@ def test_the_papers_settings_are_those_of_its_table():
 
 def test_options_override_a_setting_and_results_say_what_ran(tmp_path, capsys):
     pytest.importorskip("umap")
-    arguments = "mislabelled --width 16 --steps 40 --num-chains 1 --num-draws 8 --no-embedding --flipped 0.05".split()
+    arguments = [
+        "mislabelled",
+        "--width",
+        "16",
+        "--steps",
+        "40",
+        "--num-chains",
+        "1",
+        "--num-draws",
+        "8",
+        "--no-embedding",
+        "--flipped",
+        "0.05",
+    ]
     assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["experiment"], results["setting"]) == ("mislabelled", "quick")

@@ -50,7 +50,7 @@ def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
     task, results = pairs.task[chosen], pairs.results[chosen]
     with clock("training"):
         torch.manual_seed(settings.seed)
-        model = Transformer(settings.modulus)
+        model = Transformer(settings.modulus, settings.width)
         kept = train(
             model,
             pairs.inputs[train_index],
@@ -58,6 +58,7 @@ def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
             steps=settings.steps,
             lr=settings.train_lr,
             weight_decay=settings.weight_decay,
+            batch_size=settings.train_batch_size,
             seed=settings.seed,
             keep=settings.checkpoints,
         )

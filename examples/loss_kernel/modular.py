@@ -24,6 +24,8 @@ class Modular(Settings):
     """Training and probe."""
 
     modulus: int = 97
+    width: int = 128
+    train_batch_size: int = 512
     train_fraction: float = 0.8
     steps: int = 3000
     train_lr: float = 1e-3
@@ -33,7 +35,7 @@ class Modular(Settings):
 
 
 SETTINGS = {
-    "quick": Modular(num_chains=20, num_draws=300, num_burnin_steps=100, localization=3e5, lr=2e-6),
+    "quick": Modular(num_chains=20, num_draws=300, num_burnin_steps=40, localization=1e6, lr=1e-6),
     "paper": Modular(
         weight_decay=0.0,
         steps=5000,
@@ -54,7 +56,7 @@ def trained(settings: Modular) -> tuple[Transformer, Pairs, Tensor]:
     torch.manual_seed(settings.seed)
     pairs = all_pairs(settings.modulus)
     train_index, _ = split(pairs, settings.train_fraction, settings.seed)
-    model = Transformer(settings.modulus)
+    model = Transformer(settings.modulus, settings.width)
     train(
         model,
         pairs.inputs[train_index],
@@ -62,6 +64,7 @@ def trained(settings: Modular) -> tuple[Transformer, Pairs, Tensor]:
         steps=settings.steps,
         lr=settings.train_lr,
         weight_decay=settings.weight_decay,
+        batch_size=settings.train_batch_size,
         seed=settings.seed,
     )
     return model, pairs, train_index
