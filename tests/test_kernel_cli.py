@@ -19,7 +19,10 @@ from harmonic_triton.sgld import SGLDConfig
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parents[1]
-QUICK = ["--num-chains", "2", "--num-draws", "30", "--num-burnin-steps", "5", "--batch-size", "16", "--num-steps-bw-draws", "1", "--quiet"]
+QUICK = [
+    *("--num-chains", "2", "--num-draws", "30", "--num-burnin-steps", "5"),
+    *("--batch-size", "16", "--num-steps-bw-draws", "1", "--quiet"),
+]
 
 ENTRY = """
 import torch

@@ -11,19 +11,8 @@ from torch.nn import functional as F
 for package in ("scipy", "sklearn", "matplotlib", "tokenizers", "tqdm", "safetensors"):
     pytest.importorskip(package)
 
-from examples.loss_kernel import (  # noqa: E402
-    __main__ as command,
-)
-from examples.loss_kernel import (
-    arithmetic,
-    development,
-    gamma,
-    gpt,
-    hierarchies,
-    mislabelled,
-    modular,
-    tokens,
-)
+from examples.loss_kernel import arithmetic, development, gamma, gpt, hierarchies, mislabelled, modular, tokens  # noqa: E402  # noqa: E402
+from examples.loss_kernel.__main__ import main  # noqa: E402
 from examples.loss_kernel.experiment import Clock  # noqa: E402
 from examples.train_gpt import train as train_gpt  # noqa: E402
 from harmonic_triton.loss_kernel import LossKernel  # noqa: E402
@@ -369,7 +358,7 @@ def test_options_override_a_setting_and_results_say_what_ran(tmp_path, capsys):
         "--flipped",
         "0.05",
     ]
-    assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["experiment"], results["setting"]) == ("mislabelled", "quick")
     assert results["settings"]["flipped"] == 0.05
@@ -382,7 +371,7 @@ def test_options_override_a_setting_and_results_say_what_ran(tmp_path, capsys):
 
 
 def test_a_setting_that_cannot_serve_is_one_line(tmp_path, capsys):
-    assert command.main(["tokens", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["tokens", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "train one with python -m examples.train_gpt" in capsys.readouterr().err
 
 
