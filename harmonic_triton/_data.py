@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ class Samples:
         self.dataset: Any = None
         if isinstance(data, TensorDataset):
             data = tuple(data.tensors)
-        if _is_columns(data):
+        if isinstance(data, _Held):
+            self.columns = data.columns
+        elif _is_columns(data):
             self.columns = data
         elif isinstance(data, IterableDataset):
             self.columns = self._read(name, list(data))
@@ -86,6 +88,10 @@ class Samples:
         batch = default_collate([self.dataset[i] for i in indices])
         return tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, batch)
 
+    def subset(self, indices: Tensor) -> Samples:
+        """Some of the samples, held."""
+        return Samples("samples", _Held(self.batch(indices)), self.device)
+
     def fingerprint(self) -> str:
         """Number of samples and a hash of them (of 64 spread over a dataset that is not held)."""
         some = self.columns
@@ -94,6 +100,15 @@ class Samples:
         leaves = tree_leaves(some)
         tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         return f"{len(self)} samples {_checkpoint.digest(tensors)}"
+
+
+class _Held(NamedTuple):
+    columns: Any
+
+
+def samples(name: str, data: Any, device: torch.device) -> Samples:
+    """``data`` as Samples, which it may be already."""
+    return data if isinstance(data, Samples) else Samples(name, data, device)
 
 
 def _is_columns(data: Any) -> bool:

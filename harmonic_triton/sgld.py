@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonic_triton import _checkpoint, _validate
-from harmonic_triton._data import Samples
+from harmonic_triton._data import Samples, samples
 from harmonic_triton._progress import Progress
 
 METHODS = ("sgld", "rmsprop", "sgnht")
@@ -173,8 +174,8 @@ class Sampler:
         self.config, self.seed = config, seed
         self._weights = _Weights(model, per_sample_loss, mask)
         self.device = torch.device(device) if device is not None else self._weights.center.device
-        self.train_data = Samples("train_data", train_data, self.device)
-        self.eval_data = Samples("eval_data", eval_data, self.device)
+        self.train_data = samples("train_data", train_data, self.device)
+        self.eval_data = samples("eval_data", eval_data, self.device)
         if config.batch_size > len(self.train_data):
             raise ValueError(
                 f"batch_size {config.batch_size} exceeds the {len(self.train_data)} training samples;"
@@ -190,6 +191,7 @@ class Sampler:
         self.dead: dict[int, int] = {}  # chain: the step at which it was found
         self._group, self._draw = 0, 0
         self._state: dict[str, Tensor] = {}
+        self._workspace = self._weights.center.new_empty(0)
         self._fingerprint: dict[str, str] | None = None
 
     @property
@@ -324,7 +326,7 @@ class Sampler:
         for start in range(0, len(self.eval_data), self._eval_rows):
             batch = self.eval_data.block(start, start + self._eval_rows)
             if weights.dim() == 2:
-                parts.append(vmap(self._weights.losses, in_dims=(0, None))(weights, batch).float())
+                parts.append(self._weights.losses_of_group(weights, batch, None).float())
             else:
                 parts.append(self._weights.losses(weights, batch).float())
         return torch.cat(parts, -1)
@@ -332,7 +334,7 @@ class Sampler:
     def _losses(self, chains: list[int]) -> Tensor:
         """(k, m) losses at the chains' weights."""
         with torch.no_grad():
-            weights = self._weights.center + self._state["displacement"]
+            weights = self._positions()
             if self._vmapped_eval:
                 losses = self._read(weights)
                 losses[~self._alive(chains, losses.device)] = math.nan
@@ -375,10 +377,17 @@ class Sampler:
             state["thermostat"] = center.new_full((len(chains), 1), self.config.sgnht_friction)
         return state
 
+    def _positions(self) -> Tensor:
+        """(k, P) weights w* + displacement, in memory that the next call uses again."""
+        displacement = self._state["displacement"]
+        if self._workspace.shape != displacement.shape:
+            self._workspace = torch.empty_like(displacement)
+        return torch.add(self._weights.center, displacement, out=self._workspace)
+
     def _step(self, chains: list[int], step: int) -> Tensor:
         """One step of every chain of the group, in place; (k,) minibatch losses."""
         config, state, displacement = self.config, self._state, self._state["displacement"]
-        weights = self._weights.center + displacement
+        weights = self._positions()
         losses, gradient = self._gradient(weights, chains, step)
         noise = weights  # its memory, no longer needed
         self._streams.noise(noise, [-1 if chain in self.dead else chain for chain in chains], step + 1)
@@ -427,7 +436,7 @@ class Sampler:
                 else:
                     if not shared:
                         batch = tree_map(lambda leaf: leaf.unflatten(0, (len(chains), -1)), batch)
-                    means = vmap(self._weights.losses, in_dims=(0, None if shared else 0))(weights, batch).mean(1)
+                    means = self._weights.losses_of_group(weights, batch, None if shared else 0).mean(1)
                 part = torch.autograd.grad(means.sum(), weights)[0]
             if start == 0 and share == 1:
                 return means.detach(), part
@@ -537,6 +546,11 @@ class _Weights:
             )
         return losses.reshape(-1)
 
+    def losses_of_group(self, weights: Tensor, batch: Any, batch_dim: int | None) -> Tensor:
+        """(k, ...) losses at (k, P) weights, on one batch or (``batch_dim=0``) one for each."""
+        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap has rules for on every device
+            return vmap(self.losses, in_dims=(0, batch_dim))(weights, batch)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """eval() mode and private buffers within; every module's own mode again after."""
@@ -566,7 +580,7 @@ class _Weights:
         with self.evaluating(), warnings.catch_warnings(), torch.enable_grad():
             warnings.filterwarnings("error", message="There is a performance drop")
             try:
-                losses = vmap(self.losses, in_dims=(0, None))(weights, batch)
+                losses = self.losses_of_group(weights, batch, None)
                 torch.autograd.grad(losses.sum(), weights)
             except (RuntimeError, NotImplementedError, UserWarning) as error:
                 return str(error).splitlines()[0]
@@ -714,7 +728,7 @@ def stability_bound(
     _check_seed(seed)
     _validate.integer("num_iterations", num_iterations, 1)
     weights = _Weights(model, per_sample_loss, mask)
-    data = Samples("train_data", train_data, weights.center.device)
+    data = samples("train_data", train_data, weights.center.device)
     return _stability_bound(weights, data, config, seed, num_iterations)
 
 
