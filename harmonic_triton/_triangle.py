@@ -18,7 +18,7 @@ from torch import Tensor
 from harmonic_triton._numerics import full_fp32
 
 PACKED = 1  # gap of LAPACK's format
-PANEL = 256  # rows of the rectangle that are worked on at a time: their products stay in the cache
+PANEL = 512  # rows of the rectangle that are worked on at a time
 
 
 class Panel(NamedTuple):
@@ -119,7 +119,7 @@ class Triangle:
         With ``inverse_sd`` (m,) every entry is also multiplied by that of its row and of its column and kept in [-1, 1].
         """
         with full_fp32():
-            for panel in self.panels(128):
+            for panel in self.panels():
                 n, w = panel.view.shape
                 rows, cols = slice(panel.row, panel.row + n), slice(panel.col, panel.col + w)
                 block = out[rows, cols]

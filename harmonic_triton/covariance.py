@@ -14,7 +14,7 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from harmonic_triton._triangle import PACKED, Triangle
 
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
 DRIFT = 4.0  # spreads between mean and reference beyond which a warning is due
-LARGEST = 2.0**52  # of a loss: the sum of a million squares of it stays within fp32
+LARGEST = 2.0**52  # norm of a draw: the sum of a million squares of it stays within fp32
 CONSTANT = 2.0**-40  # spread over mean below which a loss counts as constant: float64 sums resolve no more
 PRECISIONS = ("split", "fast", "ieee")
 
@@ -55,11 +55,12 @@ class StreamingCovariance:
     Triton). The reference is the mean of the first full buffer, unless given, and stays what it is. Memory: m²/2
     numbers for the triangle and ``buffer_size`` m for the buffer; a result is m² more.
 
-    A draw with a loss that is not finite (or beyond 2^52, whose square would end fp32) is dead: it is counted in
-    :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
+    A draw with a loss that is not finite is dead (and one of norm 2^52 or more, whose squares would end fp32): it is
+    counted in :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
 
-    Results depend on how draws are grouped into buffers, by rounding: the same updates give the same bits (on a CPU with
-    the same number of threads), whatever is read in between.
+    The same updates and reads give the same bits (on a CPU with the same number of threads). Second moments are read
+    after emptying the buffer, so that an additional read in between changes later results, by rounding; means, counts
+    and :meth:`state_dict` leave the buffer alone.
 
     Args:
         num_samples: m.
@@ -128,7 +129,8 @@ class StreamingCovariance:
             TypeError, ValueError: losses or chain have the wrong type, shape or device.
         """
         rows, chains = self._checked_draws(losses, chain)
-        alive = torch.linalg.vector_norm(rows, math.inf, dim=1) < LARGEST  # false for NaN
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        alive = norms < LARGEST  # false for NaN
         if not bool(alive.all()):
             living = alive.tolist()
             for lives, one in zip(living, chains, strict=True):
@@ -201,10 +203,11 @@ class StreamingCovariance:
         holders = [rank for rank, theirs in enumerate(every) if theirs["counts"]]
         if not holders:
             return
-        reference = torch.empty(self.num_samples, dtype=self.dtype, device=self.device)
         if dist.get_rank(group) == holders[0]:
             self._flush()
-            reference = self._reference
+        reference = torch.zeros(self.num_samples, dtype=self.dtype, device=self.device)
+        if self._reference is not None:
+            reference.copy_(self._reference)
         dist.broadcast(reference, holders[0] if group is None else dist.get_global_rank(group, holders[0]), group=group)
         if self._reference is None:
             self._reference = reference
@@ -264,7 +267,7 @@ class StreamingCovariance:
 
     @torch.no_grad()
     def compute(self, within_chain: bool = False, *, out: Tensor | None = None) -> CovarianceResult:
-        """Mean and covariance so far. Reads only: it can be called again, and updates go on as if it had not been.
+        """Mean and covariance so far; can be called again, and followed by more updates.
 
         Args:
             within_chain: deviations from each chain's own mean: S_w = S - sum_c n_c mean_c mean_cᵀ over sum_c (n_c - 1)
@@ -420,25 +423,19 @@ class StreamingCovariance:
         divisor = self.count - (len(self._counts) if within_chain else 1)
         if divisor < 1:
             raise ValueError(f"within_chain needs a chain with two draws, got {self.count} draws of as many chains")
-        waiting = self._waiting()
-        reference = _mean(waiting).to(self.dtype) if self._reference is None else self._reference
-        pending = (waiting - reference).to(self.dtype)
+        self._flush()
+        reference = cast(Tensor, self._reference).double()  # set, now that draws have left the buffer
         if within_chain:
-            centres = torch.stack(
-                [(self._sums[c] - n * reference.double()) / math.sqrt(n) for c, n in self._counts.items()]
-            )
+            centres = torch.stack([(self._sums[c] - n * reference) / math.sqrt(n) for c, n in self._counts.items()])
         else:
-            centres = ((_total_of(self._sums) - self.count * reference.double()) / math.sqrt(self.count))[None]
-        second = torch.linalg.vector_norm(pending, dim=0, dtype=torch.float64).square()
-        if self._triangle is not None:
-            second += self._triangle.diagonal()
-        second /= divisor
+            centres = ((_total_of(self._sums) - self.count * reference) / math.sqrt(self.count))[None]
+        second = self._second_moment().diagonal().double() / divisor
         variance = second - centres.square().sum(0) / divisor
         least = (8 * torch.finfo(self.dtype).eps * second).maximum((CONSTANT * self.mean()).square())
         variance = torch.where(variance <= least, 0.0, variance)
-        visible = second > (torch.finfo(torch.float32).eps * reference.double()).square()
+        visible = second > (torch.finfo(torch.float32).eps * reference).square()
         off = torch.where(visible, (second / variance - 1.0).clamp_min(0.0).sqrt(), 0.0)
-        return _Moments(pending, centres, variance, divisor, off)
+        return _Moments(centres, variance, divisor, off)
 
     def _fill(self, out: Tensor | None, moments: _Moments, inverse_sd: Tensor | None) -> Tensor:
         """The covariance, or with ``inverse_sd`` the correlation, in ``out``."""
@@ -451,14 +448,10 @@ class StreamingCovariance:
                 f"out must be ({m}, {m}), {self.dtype}, on {self.device}, got {_validate.describe(out)};"
                 " leave it out to have it allocated"
             )
-        triangle = self._triangle
-        if triangle is None:
-            triangle = Triangle(m, gap=self._gap, dtype=self.dtype, device=self.device)
         high = moments.centres.to(self.dtype)
         low = (moments.centres - high).to(self.dtype)
-        left = torch.cat([moments.pending, -high, -high, -low])
-        right = torch.cat([moments.pending, high, low, high])
-        triangle.unfold(out, left, right, 1.0 / moments.divisor, inverse_sd)
+        left, right = torch.cat([-high, -high, -low]), torch.cat([high, low, high])
+        self._second_moment().unfold(out, left, right, 1.0 / moments.divisor, inverse_sd)
         return out
 
     # --- checks ----------------------------------------------------------------------------------------------------------
@@ -510,9 +503,8 @@ class StreamingCovariance:
 
 @dataclass(frozen=True)
 class _Moments:
-    """K = (triangle + pendingᵀ pending - centresᵀ centres) / divisor."""
+    """K = (triangle - centresᵀ centres) / divisor."""
 
-    pending: Tensor  # (k, m) differences from the reference that are still in the buffer
     centres: Tensor  # (1, m), or (chains, m) for the within-chain estimate, float64: sqrt(n) (mean - reference)
     variance: Tensor  # (m,) float64
     divisor: int
@@ -662,7 +654,7 @@ def _shifted(count: int, total: Tensor, old: Tensor, new: Tensor) -> tuple[Tenso
 def _sum(rows: Tensor) -> Tensor:
     """(m,) float64 sum of (k, m), a few rows at a time: they are widened first."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in rows.split(64):
+    for part in rows.split(16):
         total += part.sum(0, dtype=torch.float64)
     return total
 

@@ -25,7 +25,7 @@ from harmonic_triton._triton.tile import narrow
 GAP = 128  # of the triangles served here: tiles whose sides divide it are wholly on one side of the fold
 PARTS = {"split": 3, "fast": 2, "ieee": 1}  # of a number, by precision; six, three and one product
 K_MULTIPLE = 64  # draws are padded to it with zeros, so that no load of parts needs a mask
-SPLIT_ROWS, SPLIT_COLS = 8, 128  # tile of the pass over the draws
+SPLIT_ROWS, SPLIT_COLS, SPLIT_WARPS = 16, 256, 8  # tile of the pass over the draws
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,11 @@ def rank_k_(triangle: Triangle, draws: Tensor, shift: Tensor, precision: str) ->
     config = CONFIGS[architecture(draws.device), parts]
     with torch.cuda.device(draws.device) if draws.is_cuda else nullcontext():
         planes = torch.empty(parts, padded, width, dtype=dtype, device=draws.device)
-        split_kernel[(width // SPLIT_COLS, padded // SPLIT_ROWS)](
+        rows = K_MULTIPLE if interpreted() else SPLIT_ROWS  # a program costs the interpreter milliseconds
+        split_kernel[(width // SPLIT_COLS, padded // rows)](
             draws, shift, planes, k, m, width, plane, *draws.stride(),
-            PARTS=parts, UPCAST=interpreted(), BLOCK_K=SPLIT_ROWS, BLOCK_M=SPLIT_COLS,
+            PARTS=parts, UPCAST=interpreted(), BLOCK_K=rows, BLOCK_M=SPLIT_COLS,
+            num_warps=SPLIT_WARPS,
         )  # fmt: skip
         tiles = (triangle.half // config.block) * ((width + GAP) // config.block)
         rank_k_kernel[(tiles,)](
