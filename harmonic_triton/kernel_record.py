@@ -141,8 +141,8 @@ class Diagnostics:
 
     @property
     def effective_draws(self) -> float:
-        """Draws over the median autocorrelation time: independent ones that would say as much."""
-        return self.num_draws / self.autocorrelation_time.nanmedian().item()
+        """Draws over the median autocorrelation time (at least 1): independent ones that would say as much."""
+        return self.num_draws / max(1.0, quantile(self.autocorrelation_time, 0.5))
 
     @property
     def split_half_noise(self) -> float:
@@ -265,9 +265,9 @@ class Diagnostics:
         if self.confound is None:
             return Verdict(name, "–", None, "No labels were given.")
         same, other = self.confound
-        value = f"same label {same:.3f}, others {other:.3f}"
         if math.isnan(same) or math.isnan(other):
-            return Verdict(name, value, None, "Not both kinds of pairs are there.")
+            return Verdict(name, "–", None, "Not both kinds of pairs are there.")
+        value = f"same label {same:.3f}, others {other:.3f}"
         good = same - other < 0.1
         words = (
             "Pairs with one label correlate little more than others."

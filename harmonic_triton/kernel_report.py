@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHOWN = 1000  # samples along a side of the heatmap
 LEGEND = 10  # labels that get a colour of their own and a legend
+EMBEDDINGS = {"umap": "UMAP of the nearest-neighbour graph", "pca": "the first two principal components"}
 CHAINS = 40  # chains drawn one by one
 BLUE, RED, GREY = "#0b6e99", "#d1495b", "#8a8f98"
 CSS = """
@@ -80,7 +81,7 @@ def heatmap(axis: Axes, kernel: LossKernel, labels: Tensor | None, label_names: 
     rho = kernel.block(shown, shown).cpu()
     off = rho[~torch.eye(len(rho), dtype=torch.bool)].abs()
     limit = max(off[:: max(1, len(off) // 10**6)].quantile(0.99).item(), 1e-3)
-    image = axis.imshow(rho, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", rasterized=True)
+    image = axis.imshow(rho.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", rasterized=True)
     axis.figure.colorbar(image, ax=axis, fraction=0.045, pad=0.03, label="correlation ρ", extend="both")
     some = "" if len(shown) == kernel.num_samples else f"{len(shown):,} of "
     axis.set(title=f"{some}{kernel.num_samples:,} samples, {'by label' if labels is not None else 'by cluster'}")
@@ -130,7 +131,7 @@ def scatter(
     label_names: Sequence[str] | None = None,
 ) -> None:
     """The embedding, coloured by label, or by loss variance without labels."""
-    points = embedding.float().cpu()
+    points = embedding.float().cpu().numpy()
     style: dict[str, Any] = {
         "s": min(14.0, max(0.5, 2e4 / len(points))),
         "linewidths": 0,
@@ -139,10 +140,10 @@ def scatter(
     }
     values = labels.unique() if labels is not None else torch.empty(0)
     if labels is not None and len(values) <= LEGEND:
-        shuffled = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         palette = needs("matplotlib").colormaps["tab10"].colors
-        colours = [palette[int(i)] for i in torch.searchsorted(values, labels[shuffled])]
-        axis.scatter(points[shuffled, 0], points[shuffled, 1], color=colours, **style)
+        colours = [palette[int(i)] for i in torch.searchsorted(values, labels[order])]
+        axis.scatter(points[order, 0], points[order, 1], color=colours, **style)
         for i, value in enumerate(values.tolist()):
             axis.plot([], [], "o", color=palette[i], label=printable(label_name(value, label_names)), markersize=5)
         axis.legend(frameon=False, fontsize=8, loc="best", handletextpad=0.2)
@@ -155,7 +156,7 @@ def scatter(
         drawn = axis.scatter(points[:, 0], points[:, 1], c=spread, cmap="viridis", **style)
         axis.figure.colorbar(drawn, ax=axis, fraction=0.045, pad=0.03, label="log10 of the loss's standard deviation")
     axis.set(xticks=[], yticks=[])
-    low, high = (points.quantile(q, 0) for q in (0.001, 0.999))
+    low, high = (torch.from_numpy(points).quantile(q, 0).numpy() for q in (0.001, 0.999))
     margin = 0.08 * (high - low) + 1e-9
     axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
 
@@ -169,11 +170,11 @@ def chains_figure(kernel: LossKernel) -> Figure:
     every = max(1, record.read.shape[1] // 1000)
     for chain in living[:CHAINS]:
         loss = record.mean_loss[chain].masked_fill(~record.finite[chain], math.nan)[::every]
-        traces.plot(range(0, every * len(loss), every), loss, color=BLUE, linewidth=0.6, alpha=0.45)
+        traces.plot(range(0, every * len(loss), every), loss.numpy(), color=BLUE, linewidth=0.6, alpha=0.45)
     low, high = traces.get_ylim()
     for chain, death in record.dead.items():
         loss = record.mean_loss[chain, :death]
-        traces.plot(range(death), loss, color=RED, linewidth=1, linestyle="--")
+        traces.plot(range(death), loss.numpy(), color=RED, linewidth=1, linestyle="--")
         level = loss[-1].clamp(low, high).item() if death else (low + high) / 2
         traces.plot([death], [level], "x", color=RED, markersize=8, clip_on=False, label=f"chain {chain} died")
     start = diagnostics.initial_loss
@@ -223,7 +224,7 @@ def correlations_figure(kernel: LossKernel, labels: Tensor | None) -> Figure:
     if not shown.any():
         loss, name = kernel.mean.cpu(), "mean loss"
         shown = (loss > 0) & (spread > 0)
-    right.scatter(loss[shown], spread[shown], s=4, alpha=0.4, color=BLUE, linewidths=0, rasterized=True)
+    right.scatter(loss[shown].numpy(), spread[shown].numpy(), s=4, alpha=0.4, color=BLUE, linewidths=0, rasterized=True)
     right.set(xlabel=name, ylabel="standard deviation of the loss")
     if shown.any():
         right.set(xscale="log", yscale="log")
@@ -269,9 +270,10 @@ def write(
     Raises:
         ValueError: an argument is wrong. ImportError: without the ``analysis`` extra.
     """
-    for name, given in (("names", names),):
-        if given is not None and len(given) != kernel.num_samples:
-            raise ValueError(f"{name} must hold {kernel.num_samples} strings, one a sample, got {len(given)}")
+    if names is not None and len(names) != kernel.num_samples:
+        raise ValueError(f"names must hold {kernel.num_samples} strings, one a sample, got {len(names)}")
+    if method not in EMBEDDINGS:
+        raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
     labels = sample_labels(kernel, labels)
     excluded = exclude_same is not None and exclude_same is not False
     page = (
@@ -288,7 +290,7 @@ def write(
         )
         + section(
             "Kernel and embedding",
-            f"Left: correlations of the samples' losses. Right: {method_name(method, embedding)}"
+            f"Left: correlations of the samples' losses. Right: {EMBEDDINGS[method] if embedding is None else 'the embedding that was given'}"
             f"{', pairs with one label left out' if excluded else ''}. Axes of an embedding have no meaning.",
             image(
                 overview(
@@ -398,12 +400,6 @@ def shares(kernel: LossKernel) -> str:
         return ""
     found = ", ".join(f"{100 * share:.1f}" for share in kernel.principal_components(5).share.tolist())
     return f"the first five principal components of ρ hold {found} % of its trace."
-
-
-def method_name(method: str, embedding: Tensor | None) -> str:
-    if embedding is not None:
-        return "the embedding that was given"
-    return {"umap": "UMAP of the nearest-neighbour graph", "pca": "the first two principal components"}[method]
 
 
 def label_name(value: int, names: Sequence[str] | None) -> str:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -405,11 +405,7 @@ class LossKernel:
         if isinstance(self.accumulator, LossTraces) and isinstance(other.accumulator, LossTraces):
             mine, others = self.accumulator, other.accumulator
             step = max(1, estimators.BLOCK // max(mine.count, others.count))
-            chunks = (slice(start, start + step) for start in range(0, self.num_samples, step))
-            read = [
-                lambda chunk, t=traces: estimators.standardised(t.draws(samples=chunk)) for traces in (mine, others)
-            ]
-            return estimators.cka_of_chunks((read[0](chunk), read[1](chunk)) for chunk in chunks)
+            return estimators.cka_of_chunks(zip(standardised_chunks(mine, step), standardised_chunks(others, step), strict=True))
         return estimators.cka(self.correlation, other.correlation)
 
     @cached_property
@@ -654,7 +650,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "accumulator": whole_state(self.accumulator),
+            "accumulator": self.accumulator.state_dict(),
             "record": self.record.state_dict(),
             "queries": None if self.queries is None else self.queries.state_dict(),
             "pending": {chain: torch.stack(rows) if rows else None for chain, rows in self.pending.items()},
@@ -865,6 +861,12 @@ def len_of(data: Any) -> int:
     """Samples of tensors or of a dataset."""
     leaves = tree_flatten(data)[0]
     return len(leaves[0]) if isinstance(leaves[0], Tensor) else len(data)
+
+
+def standardised_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
+    """(T, step) standardised traces of a few samples after the other."""
+    for start in range(0, traces.num_samples, step):
+        yield estimators.standardised(traces.draws(samples=slice(start, start + step)))
 
 
 def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: float, seed: int) -> Tensor:
