@@ -231,7 +231,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         probe.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
     probe.add_argument("--mask", action="append", metavar="PATTERN", help="sample only parameters whose names match")
     probe.add_argument(
-        "--tune", action="store_true", help="choose step size and localization by short trial runs first"
+        "--tune", action="store_true", help="choose step size, localization, burn-in and thinning by short runs first"
+    )
+    probe.add_argument(
+        "--target-excess", type=float, metavar="FLOAT", help="of --tune: mean loss above that at w* (default: as much)"
     )
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -313,10 +316,10 @@ def need_extras(report: bool) -> None:
 
 def count_samples(text: str, task: Task) -> int:
     """m, from the loss of the first evaluation sample."""
-    from harmonic_triton._data import Samples
+    from harmonic_triton._data import samples
 
     device = next((p.device for p in task.model.parameters()), torch.device("cpu"))
-    data = Samples("eval_data", task.eval_data, device)
+    data = samples("eval_data", task.eval_data, device)
     training = task.model.training
     task.model.eval()
     try:
@@ -342,6 +345,8 @@ def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
 
     given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
     count = len_of(task.train_data)
+    if options.tune:
+        return tuned(options, task, given)
     values = {**PROBE, "nbeta": count / math.log(max(count, 2)), "batch_size": min(PROBE["batch_size"], count), **given}
     undecided = [name for name in ("lr", "localization") if values[name] is None]
     placeholders = {"lr": 1e-30, "localization": 0.0}  # until the curvature decides
@@ -360,6 +365,31 @@ def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
     if "lr" in undecided:
         config = replace(config, lr=STABILITY * largest_step())
     return config
+
+
+def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGLDConfig:
+    """Step size, localization, thinning and burn-in by trial; what was given otherwise stays as it is."""
+    from harmonic_triton.tuning import tune
+
+    decided = [name for name in ("lr", "localization", "num_burnin_steps", "num_steps_bw_draws") if name in given]
+    if decided or given.get("method", "sgld") != "sgld":
+        named = ", ".join("--" + name.replace("_", "-") for name in decided) or "--method"
+        raise ValueError(f"--tune chooses step size, localization, burn-in and thinning of sgld: leave {named} out")
+    passed = {name: given.get(name) for name in ("nbeta", "batch_size")}
+    passed |= {name: given[name] for name in ("num_chains", "num_draws") if name in given}
+    result = tune(
+        task.model,
+        task.per_sample_loss,
+        task.train_data,
+        seed=options.seed,
+        target_excess=options.target_excess,
+        mask=options.mask,
+        device=options.device,
+        verbose=not options.quiet,
+        **passed,
+    )
+    print(result.reason)
+    return replace(result.config, **given)
 
 
 def clear(directory: Path) -> None:

@@ -205,6 +205,20 @@ def test_the_probe_is_taken_from_the_curvature_where_it_is_not_given(here):
     assert chosen.nbeta == pytest.approx(64 / torch.tensor(64.0).log().item())
 
 
+def test_the_tuner_chooses_what_is_not_given(here, capsys):
+    tune = ("--tune", "--target-excess", "0.01", "--num-chains", "2", "--num-draws", "20", "--quiet")
+    task = kernel_cli.load("entry_points:data", [])
+    config = kernel_cli.configured(parsed("entry_points:data", *tune, "--nbeta", "64", "--batch-size", "64"), task)
+    assert (config.nbeta, config.batch_size, config.num_chains, config.num_draws) == (64, 64, 2, 20)
+    # of a quadratic loss the excess is half the trace of H (nbeta H + gamma)^-1
+    x = torch.cat([task.train_data[0], torch.ones(64, 1)], 1)
+    h = torch.linalg.eigvalsh(x.T @ x / 64)
+    excess = (h / (64 * h + config.localization)).sum() / 2
+    assert excess.item() == pytest.approx(0.01, rel=0.6)  # the tuner takes a localization within a factor
+    assert command("entry_points:data", "--tune", "--lr", "1e-3") == 2
+    assert "leave --lr, --num-burnin-steps, --num-steps-bw-draws out" in capsys.readouterr().err
+
+
 def parsed(*arguments):
     import argparse
 
