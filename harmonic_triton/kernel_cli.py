@@ -251,6 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--table", type=int, default=30, metavar="ROWS", help="samples in the neighbour table (default 30)"
     )
+    run.add_argument("--embedding", choices=("umap", "pca"), default="umap", help="of the report (default %(default)s)")
     run.add_argument("--no-report", action="store_true", help="leave report.html out")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default=None, help="default: where the model is")
@@ -273,7 +274,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, check, sample, write, print."""
     from harmonic_triton.loss_kernel import loss_kernel
 
-    need_extras(report=not options.no_report)
+    need_extras(None if options.no_report else options.embedding)
     task = load(options.entry, options.entry_arg)
     check_sizes(options.entry, task, count_samples(options.entry, task))
     config = configured(options, task)
@@ -303,15 +304,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def need_extras(report: bool) -> None:
-    """Raise before any work if what is written at the end cannot be."""
-    wanted = ["safetensors", *(["matplotlib", "scipy", "sklearn", "umap"] if report else [])]
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+def need_extras(embedding: str | None) -> None:
+    """Raise before any work if what is written at the end cannot be; None is no report."""
+    report = [] if embedding is None else ["matplotlib", "scipy", "sklearn", *(["umap"] if embedding == "umap" else [])]
+    missing = [name for name in ["safetensors", *report] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f"{', '.join(missing)} not installed: pip install 'harmonic-triton[analysis]'"
-            + (", or leave the report out with --no-report" if report and missing != ["safetensors"] else "")
-        )
+        without = ", or leave the report out with --no-report" if set(missing) & set(report) else ""
+        raise ImportError(f"{', '.join(missing)} not installed: pip install 'harmonic-triton[analysis]'{without}")
 
 
 def count_samples(text: str, task: Task) -> int:
@@ -445,6 +444,6 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
         title = f"Loss kernel of {options.entry}"
         kernel.report(
             out / "report.html", title=title, names=task.names, labels=task.groups, label_names=task.group_names,
-            exclude_same=task.labels,
+            exclude_same=task.labels, method=options.embedding,
         )  # fmt: skip
         print(f"\nreport: {out / 'report.html'}")
