@@ -35,7 +35,7 @@ class Modular(Settings):
 
 
 SETTINGS = {
-    "quick": Modular(num_chains=20, num_draws=300, num_burnin_steps=40, localization=1e6, lr=1e-6),
+    "quick": Modular(localization=3e6, lr=3e-7, batch_size=64, num_chains=25, num_draws=400, num_burnin_steps=20),
     "paper": Modular(
         weight_decay=0.0,
         steps=5000,
