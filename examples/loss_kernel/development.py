@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 
 from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import loss_kernel
 from harmonic_triton.losses import classification_loss
 
-from . import modular
+from . import figures, modular
 from .arithmetic import TASKS, Transformer, accuracy, all_pairs, split, train
 from .experiment import Clock, step_size
 
@@ -116,10 +117,6 @@ def row_text(row: dict[str, Any]) -> str:
 
 def draw(rows: list[dict[str, Any]], alike: torch.Tensor, out: Path) -> None:
     """Separation and accuracy over training; CKA between checkpoints."""
-    from matplotlib import pyplot as plt
-
-    from . import figures
-
     steps = [row["step"] for row in rows]
     figures.labelled_matrix(out / "cka.png", alike, [str(s) for s in steps], "training step", "CKA of the kernels")
     _, axes = plt.subplots(1, 2, figsize=(10, 3.8))

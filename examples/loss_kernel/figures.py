@@ -67,16 +67,22 @@ def heatmap(path: Path, matrix: Tensor, boundaries: Sequence[int], title: str, l
     save(path)
 
 
-def scatter(axes: Axes, points: np.ndarray, values: Tensor, names: Sequence[str] | None, title: str) -> None:
-    """An embedding: coloured by group where ``names`` are given, else by value."""
+def scatter(
+    axes: Axes, points: np.ndarray, values: Tensor, names: Sequence[str] | None, title: str, cmap: str = "twilight"
+) -> None:
+    """An embedding: coloured by group where ``names`` are given, else by value; smaller dots for more points."""
+    size = min(4.0, max(0.4, 2e4 / len(points)))
     if names is None:
-        drawn = axes.scatter(points[:, 0], points[:, 1], c=values.numpy(), s=4, cmap="twilight", linewidths=0)
+        drawn = axes.scatter(points[:, 0], points[:, 1], c=values.numpy(), s=size, cmap=cmap, linewidths=0)
         axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
     else:
+        colours = COLOURS if len(names) <= len(COLOURS) else plt.colormaps["tab10"].colors
         for group, name in enumerate(names):
             part = points[(values == group).numpy()]
-            axes.scatter(part[:, 0], part[:, 1], s=4, color=COLOURS[group % 5], label=name, linewidths=0)
-        axes.legend(frameon=False, markerscale=3, fontsize=8)
+            axes.scatter(part[:, 0], part[:, 1], s=size, color=colours[group], label=name, linewidths=0)
+        legend = axes.legend(frameon=False, fontsize=8)
+        for handle in legend.legend_handles:
+            handle.set_sizes([20])
     axes.set_title(title, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 from harmonic_triton.losses import classification_loss
 
+from . import figures
 from .classifiers import fit, perceptron
 from .experiment import Clock, Settings, step_size
 from .hierarchies import Hierarchy, standard_library, synthetic_tree
@@ -168,10 +170,6 @@ def run(settings: Gamma, out: Path, clock: Clock) -> dict[str, Any]:
 
 def draw(name: str, rows: list[dict[str, Any]], alike: Tensor, control: dict[str, float], out: Path) -> None:
     """CKA between γ; lift against γ with the control as dashed lines."""
-    from matplotlib import pyplot as plt
-
-    from . import figures
-
     stem = name.replace(" ", "-")
     gammas = [row["gamma"] for row in rows]
     figures.labelled_matrix(out / f"{stem}-cka.png", alike, [f"{g:g}" for g in gammas], "γ", f"{name}: CKA")

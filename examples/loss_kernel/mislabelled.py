@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 from harmonic_triton.losses import classification_loss
 
+from . import figures
 from .classifiers import fit, perceptron
 from .experiment import Clock, Settings
 
@@ -109,10 +111,6 @@ def draw(
     kernel: LossKernel, labels: Tensor, wrong: Tensor, settings: Mislabelled, out: Path, measured: dict[str, Any]
 ) -> None:
     """Variance and control side by side; the embedding with flipped samples marked (paper, Figure D.3)."""
-    from matplotlib import pyplot as plt
-
-    from . import figures
-
     names = ("clean", "flipped")
     title = f"loss variance: AUC {measured['auc_variance']:.4f}"
     figures.histogram(

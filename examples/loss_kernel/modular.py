@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 from harmonic_triton import estimators
 from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 from harmonic_triton.losses import classification_loss
 
+from . import figures
 from .arithmetic import TASKS, Pairs, Transformer, accuracy, all_pairs, split, train
 from .experiment import Clock, Settings
 
@@ -137,10 +139,6 @@ def draw(
     kernel: LossKernel, inputs: Tensor, task: Tensor, results: Tensor, settings: Modular, out: Path, measured: dict
 ) -> None:
     """The panels of the paper's Figure 2, and the matrix sorted by task."""
-    from matplotlib import pyplot as plt
-
-    from . import figures
-
     rho = kernel.correlation
     title = f"PC1: ROC-AUC {measured['pc1_auc']:.4f}"
     figures.histogram(out / "pc1.png", estimators.pc1(rho), task, TASKS, "projection on PC1 of HρH", title)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 from examples.train_gpt.config import LOSSES
@@ -21,7 +22,7 @@ from harmonic_triton import estimators
 from harmonic_triton.kernel_cli import group_correlation, write_groups, write_neighbors
 from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 
-from . import gpt
+from . import figures, gpt
 from .experiment import Clock, Settings, step_size
 
 KINDS = ("space", "keyword", "name", "number", "punctuation")
@@ -146,27 +147,29 @@ def analyse(
             "nearest_rho": (1 - distances[:, 0].square() / 2).mean().item(),
         }
     with clock("figures"):
-        draw(loss, kernel, labels, kinds, alike, settings, out)
+        figures.heatmap(out / "files.png", alike, [], f"{loss}: correlation of the files' mean losses")
+        if settings.embedding:
+            points = kernel.embed(num_neighbors=settings.neighbors, exclude_same=labels, seed=settings.seed)
+            draw(loss, kernel, points, kinds, out)
+            kernel.report(
+                out / "report.html",
+                title=f"Token kernel, {loss}",
+                names=names,
+                labels=kinds,
+                label_names=KINDS,
+                exclude_same=labels,
+                embedding=points,
+            )
     return found
 
 
-def draw(
-    loss: str, kernel: LossKernel, labels: Tensor, kinds: Tensor, alike: Tensor, settings: Tokens, out: Path
-) -> None:
-    """Embedding by kind of token and by loss at w*; the correlation of files."""
-    from matplotlib import pyplot as plt
-
-    from . import figures
-
-    figures.heatmap(out / "files.png", alike, [], f"{loss}: correlation of the files' mean losses")
-    if settings.embedding:
-        points = kernel.embed(num_neighbors=settings.neighbors, exclude_same=labels, seed=settings.seed).numpy()
-        _, axes = plt.subplots(1, 2, figsize=(11, 4.8))
-        figures.scatter(axes[0], points, kinds, KINDS, f"{loss}: UMAP by kind of token")
-        figures.scatter(
-            axes[1], points, kernel.initial_losses.clamp_min(1e-6).log10(), None, "by log10 of the loss at w*"
-        )
-        figures.save(out / "umap.png")
+def draw(loss: str, kernel: LossKernel, points: Tensor, kinds: Tensor, out: Path) -> None:
+    """The embedding by kind of token and by loss at w*."""
+    _, axes = plt.subplots(1, 2, figsize=(11, 4.8))
+    figures.scatter(axes[0], points.numpy(), kinds, KINDS, f"{loss}: UMAP by kind of token")
+    loss_at_center = kernel.initial_losses.clamp_min(1e-6).log10()
+    figures.scatter(axes[1], points.numpy(), loss_at_center, None, "by log10 of the loss at w*", cmap="viridis")
+    figures.save(out / "umap.png")
 
 
 def summary(measured: dict[str, Any]) -> str:
