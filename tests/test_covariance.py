@@ -486,6 +486,7 @@ def test_a_resumed_accumulator_goes_on_bitwise(cut, dtype, backend, tmp_path):
         assert same(resumed.state_dict(), ended)
         assert torch.equal(resumed.correlation(), rho)
         assert (resumed.dead, resumed.chain_counts) == (whole.dead, whole.chain_counts)
+    assert same(torch.load(tmp_path / "state.pt"), state)  # what was loaded is left as it was
 
 
 def test_a_state_moves_between_backends():
