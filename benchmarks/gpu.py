@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import ROOT, describe
-from benchmarks.report import RESULTS
+from benchmarks.runs import RESULTS
 
 BUDGET_SECONDS = 580
 NO_GPU = "no GPU: nothing measured on a GPU"

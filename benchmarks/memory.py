@@ -84,7 +84,7 @@ def _step(baseline: Baseline, inputs: Inputs, exponent: float) -> Callable[[], t
 
 def measure_here(baseline: Baseline, workload: Workload) -> int:
     """The figure for one baseline, in this process; meaningful only in a fresh one."""
-    inputs = make_inputs(workload)
+    inputs = make_inputs(workload, baseline.loss)
     step = _step(baseline, inputs, workload.exponent)
     if baseline.compiles:
         step()
