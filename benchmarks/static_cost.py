@@ -29,12 +29,13 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SWITCHES = ("MOMENTS", "SMOOTHING", "SCALED")
+SWITCHES = ("DOT", "MOMENTS", "SMOOTHING", "SCALED")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
-TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_sq_ptr": "fp64"}
+TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_ref_ptr": "fp64"}
 FLOATS = {"eps"}  # scalar arguments that are not i32
 SMOOTHING_ONLY = {"v_ptr", "v_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
+HARMONIC_ONLY = {"norms_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
 
@@ -97,6 +98,8 @@ def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool
         fixed["BLOCK_N"] = 128
     if not switches.get("SMOOTHING", True):
         fixed |= dict.fromkeys(SMOOTHING_ONLY)
+    if switches.get("DOT", False):
+        fixed |= dict.fromkeys(HARMONIC_ONLY)
     compile_time = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
     launch = Launch({}, {}, {}, options)
     for position, argument in enumerate(function.arg_names):

@@ -4,10 +4,12 @@ See :func:`linear_harmonic_loss`; ``python -m harmonic_triton doctor`` says what
 """
 
 from harmonic_triton.functional import (
+    CrossEntropyStats,
     HarmonicStats,
     harmax,
     harmonic_logits,
     harmonic_topk,
+    linear_cross_entropy,
     linear_harmonic_loss,
     log_harmax,
 )
@@ -16,12 +18,14 @@ from harmonic_triton.modules import HarmonicHead, LinearHarmonicLoss
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossEntropyStats",
     "HarmonicHead",
     "HarmonicStats",
     "LinearHarmonicLoss",
     "harmax",
     "harmonic_logits",
     "harmonic_topk",
+    "linear_cross_entropy",
     "linear_harmonic_loss",
     "log_harmax",
 ]

@@ -32,8 +32,8 @@ class Rows(NamedTuple):
     share_score: Tensor  # sum_j share_j z_j with share_j = v_j p_j/(p_j + alpha/V)
     share_sum: Tensor  # sum_j share_j
     share_rest: Tensor  # sum_{j != c} share_j
-    target_sq: Tensor  # ||x - w_c||^2, without eps
-    rival_score: Tensor  # z_r of the rival r, the nearest class that is not the target; -inf where there is none
+    target_ref: Tensor  # ||x - w_c||^2 without eps; with dot products x.w_c
+    rival_score: Tensor  # z_r of the rival r, the best class that is not the target; -inf where there is none
     rival: Tensor  # r, int64
 
     @classmethod

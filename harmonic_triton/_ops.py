@@ -20,23 +20,23 @@ _LIBRARY = torch.library.Library("harmonic_triton", "FRAGMENT")
 _ROWS = ", ".join(f"Tensor {name}" for name in Rows._fields)
 
 _LIBRARY.define(
-    "rows_forward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, float eps, float alpha, int ignore_index,"
+    "rows_forward(Tensor x, Tensor w, Tensor target, Tensor? n, Tensor? v, float eps, float alpha, int ignore_index,"
     " bool moments, str backend, int budget)"
     f" -> ({_ROWS})"
 )
 _LIBRARY.define(
-    "rows_backward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, Tensor g, Tensor? g_smooth,"
+    "rows_backward(Tensor x, Tensor w, Tensor target, Tensor? n, Tensor? v, Tensor g, Tensor? g_smooth,"
     f" {_ROWS}, float eps, float alpha, int ignore_index, bool need_x, bool need_w, str backend, int budget)"
     " -> (Tensor dx, Tensor dw)"
 )
 _LIBRARY.define(
-    "reduced_forward(Tensor x, Tensor w, Tensor target, Tensor n, Tensor? v, Tensor a, Tensor? b, float eps,"
+    "reduced_forward(Tensor x, Tensor w, Tensor target, Tensor? n, Tensor? v, Tensor a, Tensor? b, float eps,"
     " float alpha, int ignore_index, bool need_x, bool need_w, bool need_n, bool moments, str backend, int budget)"
     f" -> (Tensor loss, Tensor dx, Tensor dw, Tensor dn, {_ROWS})"
 )
 
 
-def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor) -> None:
+def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor | None) -> None:
     """The checks that need values: at once on the CPU, by a device-side assert on a GPU."""
     ok = ((target >= 0) & (target < classes)) | (target == ignore_index)
     if target.device.type == "cpu":
@@ -48,7 +48,8 @@ def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor) -> 
             )
     else:
         torch._assert_async(ok.all(), "harmonic_triton: target out of range")
-    check_exponent(n)
+    if n is not None:
+        check_exponent(n)
 
 
 def check_exponent(n: Tensor) -> None:
@@ -111,7 +112,7 @@ def _reduced_forward_fake(  # type: ignore[no-untyped-def]
 ):
     like = x.new_empty((), dtype=compute_dtype(x.dtype))
     dx, dw = like.new_empty(x.shape if need_x else (0,)), like.new_empty(w.shape if need_w else (0,))
-    return like, dx, dw, n.new_empty(()), *Rows.zeros(x.shape[0], like, moments, v is not None)
+    return like, dx, dw, like.new_empty(()), *Rows.zeros(x.shape[0], like, moments, v is not None)
 
 
 def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,7 +164,7 @@ class _FirstOrderOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
         raise RuntimeError(
-            "linear_harmonic_loss: its gradient cannot be differentiated again by the fused backends;"
+            "harmonic_triton: the gradient of a fused loss cannot be differentiated again;"
             ' use backend="reference" (dense, fp64) for second derivatives'
         )
 
@@ -201,7 +202,7 @@ class RowsFunction(torch.autograd.Function):
             dx, dw = torch.ops.harmonic_triton.rows_backward(
                 x, w, target, n, v, g, g_smooth, *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget
             )
-        dn = exponent_gradient(rows, n, g, g_smooth).to(n.dtype) if need_n else torch.zeros_like(n)
+        dn = exponent_gradient(rows, n, g, g_smooth).to(n.dtype) if need_n else rows.nll.new_zeros(())
         upstream = (g,) if g_smooth is None else (g, g_smooth)
         dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, *upstream)
         return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 8
@@ -227,10 +228,11 @@ class ReducedFunction(torch.autograd.Function):
         if g is None:
             return (None,) * 16
         x, w, n, *saved = ctx.saved_tensors
-        needed = zip(ctx.needs_input_grad[:3], saved, (x, w, n), strict=True)
+        needed = zip(ctx.needs_input_grad[:2], saved, (x, w), strict=False)
         if any(need and d.shape != like.shape for need, d, like in needed):
-            raise RuntimeError("linear_harmonic_loss: a gradient is asked for that the forward pass was not told of")
-        dx, dw, dn = ((d * g).to(like.dtype) for d, like in zip(saved, (x, w, n), strict=True))
+            raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
+        dx, dw, dn = (d * g for d in saved)
+        dx, dw = dx.to(x.dtype), dw.to(w.dtype)
         dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g)
         need_x, need_w, need_n = ctx.needs_input_grad[:3]
         return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 13

@@ -1,9 +1,10 @@
 """The PyTorch backend: chunks of tokens inside a memory budget, leave-one-out numerics, never N x V whole.
 
 With ``s_j = ||x - w_j||^2 + eps`` and ``c`` the target: ``r_j = s_j/s_c - 1``, the log-score relative to the target
-``z_j = -(n/2) log1p(r_j)``, and ``nll = softplus(logsumexp_{j != c} z_j)``. Two classes of every row are measured by
-direct differences and kept out of the matrix products: the target and the *rival*, its nearest competitor.
+``z_j = -(n/2) log1p(r_j)``, and ``nll = softplus(logsumexp_{j != c} z_j)``. Two classes of every row are measured
+directly, in fp64, and kept out of the matrix products: the target and the *rival*, its nearest competitor.
 With ``G_j = d loss / d z_j`` and ``A_j = -n G_j / s_j``: ``dX = sum_j A_j (x - w_j)``, ``dW_j = -A_j (x - w_j)``.
+Cross-entropy is the same with ``z_j = x.w_j - x.w_c`` and ``dX = sum_j G_j w_j``, ``dW_j = G_j x``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,17 +39,19 @@ class Head:
     """The classes and the options of one call."""
 
     weight: Tensor  # (V, D) compute dtype
-    norms: Tensor  # (V,) ||w_j||^2
-    n: Tensor  # () harmonic exponent
+    n: Tensor | None  # () harmonic exponent; None: the scores are dot products
     eps: float
+    norms: Tensor  # (V,) ||w_j||^2, empty with dot products
     v: Tensor  # (V,) smoothing weights, empty where there are none
     alpha: float  # of the uniform mix, for the smoothing term
 
     @classmethod
-    def of(cls, w: Tensor, n: Tensor, v: Tensor | None, eps: float, alpha: float) -> Head:
+    def of(cls, w: Tensor, n: Tensor | None, v: Tensor | None, eps: float, alpha: float) -> Head:
         weight = w.to(compute_dtype(w.dtype))
-        v = weight.new_empty(0) if v is None else v.to(weight.dtype)
-        return cls(weight, torch.linalg.vector_norm(weight, dim=1).square_(), n.to(weight.dtype), eps, v, alpha)
+        norms = weight.new_empty(0)
+        if n is not None:
+            n, norms = n.to(weight.dtype), torch.linalg.vector_norm(weight, dim=1).square_()
+        return cls(weight, n, eps, norms, weight.new_empty(0) if v is None else v.to(weight.dtype), alpha)
 
     @property
     def mix(self) -> float:
@@ -59,38 +63,59 @@ class Head:
         """Whether the smoothing terms are wanted."""
         return len(self.v) > 0
 
-    def direct(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """x - w_index (C, D) and its squared norm (C, 1) fp64, by differences."""
-        diff = x.double() - self.weight[index.squeeze(1)].double()
-        return diff.to(x.dtype), diff.square().sum(1, keepdim=True)
-
     def share(self, p: Tensor, v: Tensor) -> Tensor:
         """v p/(p + alpha/V): how much of a class's smoothing weight its score can still move."""
         return v * p / (p + self.mix) if self.mix else v.expand_as(p)
 
+    def chunk(self, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> Chunk:
+        """Tokens against the classes, by this call's kind of score."""
+        if self.n is None:
+            return DotChunk(self, x, target, ratio, work)
+        return HarmonicChunk(self, x, target, ratio, work, self.n)
+
+
+class Terms(NamedTuple):
+    """What of a chunk's gradients lies outside the products; per-token values are (C, 1)."""
+
+    scale: Tensor  # multiplies a token's coefficients in the products
+    on_x: Tensor | None  # dX has on_x * x
+    special: list[
+        tuple[Tensor, Tensor, Tensor, Tensor]
+    ]  # of target and rival: a, class (C, 1); dX has a * third, dW -a * fourth
+
 
 class Chunk:
-    """Some tokens against every class. Per-token values are fp64 columns (C, 1); ``ratio`` is the only (C, V) array."""
+    """Some tokens against every class. Per-token values are fp64 columns (C, 1); ``ratio`` is the only (C, V) array.
+
+    A subclass fills ``ratio`` with what, once ``shift`` is added, falls as a class's score rises and is 0 at the target.
+    """
+
+    shift: Tensor  # (C, 1)
+    target_ref: Tensor  # (C, 1) fp64, for Rows
+    on_target: Tensor  # (C, 1) whether x lies on its class vector, where the loss is 0
 
     def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> None:
         self.head, self.x, self.target, self.ratio, self.work = head, x, target.unsqueeze(1), ratio, work
-        info = torch.finfo(x.dtype)
-        self.x_sq = x.double().square().sum(1, keepdim=True)
-        self.target_diff, self.target_sq = head.direct(x, self.target)
-        self.on_target = self.target_sq + head.eps == 0
-        self.scale = (self.target_sq + head.eps).clamp_min(100 * info.tiny)  # s_c, able to divide
-        self.scale = torch.maximum(self.scale, info.eps**2 * 1e-6 * self.x_sq)
-        # r_j = (u_j - u_c)/s_c with u_j = ||w_j||^2 - 2 x.w_j; ||x||^2 has dropped out
-        inverse = self.scale.reciprocal()
-        left, block = x * (-2 * inverse).to(x.dtype), COLUMN_BLOCK if x.device.type == "cpu" else len(head.norms)
-        for part, norms, weight in zip(
-            ratio.split(block, 1), head.norms.split(block), head.weight.split(block), strict=True
-        ):
-            torch.mul(inverse.to(x.dtype), norms, out=part).addmm_(left, weight.t())
-        self.shift = ((self.x_sq - self.target_sq) * inverse).to(x.dtype)  # -u_c/s_c, added tile by tile
-        # below this the expansion is rounding noise
-        floor = 4 * info.eps * torch.maximum(self.x_sq, self.scale)
-        self.ratio_floor = ((floor - self.scale) * inverse).to(x.dtype)
+
+    def clamp(self, ratio: Tensor, tile: slice) -> Tensor:
+        """Ratios, none below what the arithmetic resolves; in place."""
+        raise NotImplementedError
+
+    def log_scores(self, ratio: Tensor, out: Tensor, less: Tensor | float = 0.0) -> Tensor:
+        """z of ratios, less a column."""
+        raise NotImplementedError
+
+    def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        """z_r by direct computation (-inf where the target is the only class), and whether it cannot be told from 0/0."""
+        raise NotImplementedError
+
+    def spread(self, p: Tensor, tile: slice) -> Tensor | None:
+        """Turn G_j into the products' coefficients, in place; returns the sums that Terms needs, (tokens, 2)."""
+        raise NotImplementedError
+
+    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor | float, sums: Tensor) -> Terms:
+        """``g_others`` is the sum of G_j over j != c, ``upstream`` what the coefficients are still to be multiplied by."""
+        raise NotImplementedError
 
     def tiles(self) -> Iterator[slice]:
         """Slices of tokens whose entries fit in cache."""
@@ -98,37 +123,25 @@ class Chunk:
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def rival(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """The nearest class beside the target, and its ratio by expansion; leaves the target's ratio at +inf."""
+        """The best class beside the target, and its ratio by the products; leaves the target's ratio at +inf."""
         ratio = self.ratio[tile].add_(self.shift[tile]).scatter_(1, self.target[tile], math.inf)
         nearest, rival = _row_min(ratio)
-        return rival, torch.maximum(nearest, self.ratio_floor[tile])
-
-    def rival_geometry(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """x - w_r, its s_r >= floor, and z_r (-inf where the target is the only class)."""
-        head = self.head
-        diff, squared = head.direct(self.x[tile], rival)
-        floor = IDENTICAL * (self.x_sq[tile] + head.norms[rival].double()) + SMALLEST_SQ
-        s = torch.maximum(squared + head.eps, floor)
-        score = -0.5 * head.n.double() * torch.log(s / self.scale[tile])
-        return diff, s, score.masked_fill(rival == self.target[tile], -math.inf)
+        return rival, self.clamp(nearest, tile)
 
     def scores(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
         """z_j - offset for every class but the target and the rival, which get -inf."""
-        ratio = self.ratio[tile]
-        torch.maximum(ratio, self.ratio_floor[tile], out=ratio).scatter_(1, rival, math.inf)
-        score = torch.log1p(ratio, out=self.work[0, : len(ratio)])
-        return score.mul_(-0.5 * self.head.n).sub_(offset.to(ratio.dtype))
+        ratio = self.clamp(self.ratio[tile], tile).scatter_(1, rival, math.inf)
+        return self.log_scores(ratio, self.work[0, : len(ratio)], offset.to(ratio.dtype))
 
     def reduce(self, tile: slice, moments: bool) -> tuple[Rows, Tensor]:
         """Forward of one tile: its per-token results, and p_j of every class but target and rival."""
-        head, target, target_sq = self.head, self.target[tile], self.target_sq[tile]
+        head, target = self.head, self.target[tile]
         rival, nearest = self.rival(tile)
-        _, rival_s, rival_score = self.rival_geometry(rival, tile)
-        offset = -0.5 * head.n.double() * torch.log1p(nearest.double())
+        rival_score, identical = self.rival_score(rival, tile)
+        offset = self.log_scores(nearest.double(), torch.empty_like(nearest, dtype=torch.float64))
         offset = offset.masked_fill(offset == -math.inf, 0.0)  # V = 1
         rest = self.scores(rival, offset, tile).exp_()
         total = torch.logaddexp(rival_score, offset + rest.sum(1, keepdim=True).double().log())
-        identical = rival_s <= IDENTICAL * (self.x_sq[tile] + head.norms[rival].double()) + SMALLEST_SQ
         on_target = self.on_target[tile]  # nobody else has a share there, or a class at the same place has half
         rival_score = rival_score.masked_fill(on_target, -math.inf)
         rival_score = rival_score.masked_fill(on_target & identical & (rival != target), 0.0)
@@ -137,11 +150,11 @@ class Chunk:
         p = rest.mul_(share.to(rest.dtype))
         rows = Rows.zeros(len(p), p, moments, head.smoothing)
         rows.nll.copy_(nll.squeeze(1))
-        rows.target_sq.copy_(target_sq.squeeze(1))
+        rows.target_ref.copy_(self.target_ref[tile].squeeze(1))
         rows.rival.copy_(rival.squeeze(1))
         rows.rival_score.copy_(rival_score.squeeze(1))
         if moments or head.smoothing:
-            score = torch.log1p(self.ratio[tile], out=self.work[1, : len(p)]).mul_(-0.5 * head.n)
+            score = self.log_scores(self.ratio[tile], self.work[1, : len(p)])
             score.scatter_(1, target, 0.0).scatter_(1, rival, rival_score.to(p.dtype).nan_to_num(neginf=0.0))
             every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
             every.scatter_(1, target, (-nll).exp().to(p.dtype))
@@ -160,8 +173,8 @@ class Chunk:
                                   else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
         return rows, p
 
-    def coefficients(self, tile: slice, p: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None) -> Tensor:
-        """Backward of one tile: ratio becomes s_c G_j/s_j, 0 at target and rival; returns its plain and r-weighted sums.
+    def coefficients(self, tile: slice, p: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None) -> Tensor | None:
+        """Backward of one tile: ratio becomes the products' coefficients, 0 at target and rival; returns their sums.
 
         Without smoothing the upstream gradient is left out, to be multiplied per token.
         """
@@ -171,10 +184,119 @@ class Chunk:
             slope = p * (g + g_smooth * rows.share_sum).unsqueeze(1)
             p = slope.sub_(g_smooth.unsqueeze(1) * head.share(p, head.v)).scatter_(1, special, 0.0)
         ratio.scatter_(1, special, 0.0)
-        p.div_(torch.add(ratio, 1, out=self.work[1, : len(p)]))
-        sums = torch.stack([p.sum(1), torch.mul(p, ratio, out=self.work[1, : len(p)]).sum(1)], 1)
+        sums = self.spread(p, tile)
         ratio.copy_(p)
         return sums
+
+
+class HarmonicChunk(Chunk):
+    """Ratio r_j = s_j/s_c - 1, z_j = -(n/2) log1p(r_j); the products take s_c G_j/s_j."""
+
+    def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor, n: Tensor) -> None:
+        super().__init__(head, x, target, ratio, work)
+        info = torch.finfo(x.dtype)
+        self.n = n
+        self.x_sq = x.double().square().sum(1, keepdim=True)
+        self.target_diff, self.target_ref = self.direct(self.target, slice(None))
+        self.on_target = self.target_ref + head.eps == 0
+        self.scale = (self.target_ref + head.eps).clamp_min(100 * info.tiny)  # s_c, able to divide
+        self.scale = torch.maximum(self.scale, info.eps**2 * 1e-6 * self.x_sq)
+        # r_j = (u_j - u_c)/s_c with u_j = ||w_j||^2 - 2 x.w_j; ||x||^2 has dropped out
+        inverse = self.scale.reciprocal()
+        left = x * (-2 * inverse).to(x.dtype)
+        for part, columns in _column_blocks(ratio):
+            torch.mul(inverse.to(x.dtype), head.norms[columns], out=part).addmm_(left, head.weight[columns].t())
+        self.shift = ((self.x_sq - self.target_ref) * inverse).to(x.dtype)  # -u_c/s_c, added tile by tile
+        # below this the expansion is rounding noise
+        floor = 4 * info.eps * torch.maximum(self.x_sq, self.scale)
+        self.ratio_floor = ((floor - self.scale) * inverse).to(x.dtype)
+
+    def direct(self, index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        """x - w_index (C, D) and its squared norm (C, 1) fp64, by differences."""
+        diff = self.x[tile].double() - self.head.weight[index.squeeze(1)].double()
+        return diff.to(self.x.dtype), diff.square().sum(1, keepdim=True)
+
+    def clamp(self, ratio: Tensor, tile: slice) -> Tensor:
+        return torch.maximum(ratio, self.ratio_floor[tile], out=ratio)
+
+    def log_scores(self, ratio: Tensor, out: Tensor, less: Tensor | float = 0.0) -> Tensor:
+        torch.log1p(ratio, out=out).mul_(-0.5 * self.n.to(out.dtype))
+        return out if isinstance(less, float) else out.sub_(less)
+
+    def rival_distance(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """x - w_r, its s_r >= floor, and the floor."""
+        diff, squared = self.direct(rival, tile)
+        floor = IDENTICAL * (self.x_sq[tile] + self.head.norms[rival].double()) + SMALLEST_SQ
+        return diff, torch.maximum(squared + self.head.eps, floor), floor
+
+    def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        _, s, floor = self.rival_distance(rival, tile)
+        score = -0.5 * self.n.double() * torch.log(s / self.scale[tile])
+        return score.masked_fill(rival == self.target[tile], -math.inf), s <= floor
+
+    def spread(self, p: Tensor, tile: slice) -> Tensor:
+        ratio, work = self.ratio[tile], self.work[1, : len(p)]
+        p.div_(torch.add(ratio, 1, out=work))
+        return torch.stack([p.sum(1), torch.mul(p, ratio, out=work).sum(1)], 1)
+
+    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor | float, sums: Tensor) -> Terms:
+        n, head, x, s_c, target = self.n.double(), self.head, self.x, self.scale, self.target
+        rival_diff, s_r, floor = self.rival_distance(rival, slice(None))
+        skip_rival = self.on_target | (s_r <= floor) | (rival == target)
+        factor = (n / s_c * upstream).masked_fill(self.on_target, 0.0)
+        a_target = (n * g_others / s_c).masked_fill(self.on_target, 0.0)
+        a_rival = (-n * g_rival / s_r).masked_fill(skip_rival, 0.0)
+        # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.
+        far = (s_c > head.norms[target].double()) & (s_r > head.norms[rival].double())
+        r_form = (n * g_rival * (s_r - s_c) / (s_r * s_c)).masked_fill(skip_rival, 0.0) + factor * sums[:, 1:]
+        on_x = torch.where(far, r_form, -factor * sums[:, :1]).to(x.dtype)
+        special = [
+            (a.to(x.dtype), index, torch.where(far, -head.weight[index.squeeze(1)], diff), diff)
+            for a, index, diff in ((a_target, target, self.target_diff), (a_rival, rival, rival_diff))
+        ]
+        return Terms(factor.to(x.dtype), on_x, special)
+
+
+class DotChunk(Chunk):
+    """Cross-entropy: ratio x.w_c - x.w_j, z_j = -ratio; the products take G_j."""
+
+    def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> None:
+        super().__init__(head, x, target, ratio, work)
+        self.target_ref = self.direct(self.target, slice(None))
+        self.on_target = torch.zeros_like(self.target_ref, dtype=torch.bool)
+        self.shift = self.target_ref.to(x.dtype)
+        left = -x
+        for part, columns in _column_blocks(ratio):
+            torch.mm(left, head.weight[columns].t(), out=part)
+
+    def direct(self, index: Tensor, tile: slice) -> Tensor:
+        """x.w_index (C, 1) in fp64."""
+        return torch.linalg.vecdot(self.x[tile].double(), self.head.weight[index.squeeze(1)].double(), dim=1).unsqueeze(
+            1
+        )
+
+    def clamp(self, ratio: Tensor, tile: slice) -> Tensor:
+        return ratio
+
+    def log_scores(self, ratio: Tensor, out: Tensor, less: Tensor | float = 0.0) -> Tensor:
+        return torch.neg(ratio, out=out) if isinstance(less, float) else torch.sub(-less, ratio, out=out)
+
+    def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        score = self.direct(rival, tile) - self.target_ref[tile]
+        return score.masked_fill(rival == self.target[tile], -math.inf), self.on_target[tile]
+
+    def spread(self, p: Tensor, tile: slice) -> None:
+        return None
+
+    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor | float, sums: Tensor) -> Terms:
+        x, weight = self.x, self.head.weight
+        g_rival = g_rival.masked_fill(rival == self.target, 0.0)
+        scale = torch.ones_like(g_others) * upstream
+        special = [
+            (a.to(x.dtype), index, -weight[index.squeeze(1)], x)
+            for a, index in ((g_others, self.target), (-g_rival, rival))
+        ]
+        return Terms(scale.to(x.dtype), None, special)
 
 
 class Gradients:
@@ -189,51 +311,49 @@ class Gradients:
 
     def add(self, chunk: Chunk, at: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None, sums: Tensor) -> None:
         """Add a chunk whose ``ratio`` holds its coefficients."""
-        head, x, s_c, target = self.head, chunk.x, chunk.scale, chunk.target
-        n, everyone, rival = head.n.double(), slice(0, len(x)), rows.rival.unsqueeze(1)
+        head, x, rival = self.head, chunk.x, rows.rival.unsqueeze(1)
         nll, g = rows.nll.double().unsqueeze(1), g.double().unsqueeze(1)
-        rival_diff, s_r, rival_score = chunk.rival_geometry(rival, everyone)
-        others, rival_p = -torch.expm1(-nll), (rival_score - nll).exp()
-        factor = n / s_c * (g if g_smooth is None else 1.0)
+        others, rival_p = -torch.expm1(-nll), (rows.rival_score.double().unsqueeze(1) - nll).exp()
         if g_smooth is None:
-            g_others, g_rival = g * others, g * rival_p  # sum of G_j over j != c; G_r
+            scale, on_x, special = chunk.terms(rival, g * others, g * rival_p, g, sums)
         else:
             g_smooth, mass = g_smooth.double().unsqueeze(1), rows.share_sum.double().unsqueeze(1)
             v = head.v.double()
             g_others = (g + g_smooth * mass) * others - g_smooth * rows.share_rest.double().unsqueeze(1)
             g_rival = (g + g_smooth * mass) * rival_p - g_smooth * head.share(rival_p, v[rival])
-        floored = s_r <= IDENTICAL * (chunk.x_sq + head.norms[rival].double()) + SMALLEST_SQ
-        skip_rival = chunk.on_target | floored | (rival == target)
-        factor = factor.masked_fill(chunk.on_target, 0.0)
-        a_target = (n * g_others / s_c).masked_fill(chunk.on_target, 0.0)
-        a_rival = (-n * g_rival / s_r).masked_fill(skip_rival, 0.0)
-        scale = factor.to(x.dtype)
-        special = ((a_target, target, chunk.target_diff), (a_rival, rival, rival_diff))
+            scale, on_x, special = chunk.terms(rival, g_others, g_rival, 1.0, sums)
         if self.need_x:
-            # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.
-            far = (s_c > head.norms[target].double()) & (s_r > head.norms[rival].double())
-            r_form = (n * g_rival * (s_r - s_c) / (s_r * s_c)).masked_fill(skip_rival, 0.0) + factor * sums[:, 1:]
-            on_x = torch.where(far, r_form, -factor * sums[:, :1]).to(x.dtype)
-            dx = torch.mm(chunk.ratio, head.weight).mul_(scale).addcmul_(on_x, x)
-            for a, index, diff in special:
-                dx.addcmul_(a.to(x.dtype), torch.where(far, -head.weight[index.squeeze(1)], diff))
+            dx = torch.mm(chunk.ratio, head.weight).mul_(scale)
+            if on_x is not None:
+                dx.addcmul_(on_x, x)
+            for a, _, along, _ in special:
+                dx.addcmul_(a, along)
             self.dx[at] = dx
         if self.need_w:
             if len(self.dw):
                 self.dw.addmm_(chunk.ratio.t(), x * scale)
             else:  # the first chunk
                 self.dw = torch.mm(chunk.ratio.t(), x * scale)
-            self.column_sum.addmv_(chunk.ratio.t(), scale.squeeze(1))
-            for a, index, diff in special:
-                _scatter_add(self.dw, index.squeeze(1), diff * -a.to(x.dtype))
+            if on_x is not None:
+                self.column_sum.addmv_(chunk.ratio.t(), scale.squeeze(1))
+            for a, index, _, along in special:
+                _scatter_add(self.dw, index.squeeze(1), along * -a)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(dX, dW) in the compute dtype; empty where not asked for."""
         if self.need_w and not len(self.dw):  # no token counts
             self.dw = torch.zeros_like(self.head.weight)
-        elif self.need_w:
+        elif self.need_w and self.head.n is not None:
             self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
         return self.dx, self.dw
+
+
+def _column_blocks(ratio: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """(C, V) in blocks of columns, each with its classes."""
+    block = COLUMN_BLOCK if ratio.device.type == "cpu" else ratio.shape[1]
+    for start in range(0, ratio.shape[1], block):
+        columns = slice(start, start + block)
+        yield ratio[:, columns], columns
 
 
 def _row_min(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,14 +389,14 @@ def _chunks(head: Head, x: Tensor, target: Tensor, kept: Tensor, budget: int) ->
         ratio, work = head.weight.new_empty(size, classes), head.weight.new_empty(2, tile, classes)
     for start in range(0, len(kept), max(size, 1)):
         at = kept[start : start + size]
-        yield at, Chunk(head, x[at].to(head.weight.dtype), target[at], ratio[: len(at)], work)
+        yield at, head.chunk(x[at].to(head.weight.dtype), target[at], ratio[: len(at)], work)
 
 
 def rows_forward(
     x: Tensor,  # (N, D)
     w: Tensor,  # (V, D)
     target: Tensor,  # (N,)
-    n: Tensor,  # ()
+    n: Tensor | None,  # () harmonic exponent; None: dot products
     v: Tensor | None,  # (V,)
     eps: float,
     alpha: float,
@@ -294,6 +414,11 @@ def rows_forward(
     return out
 
 
+def _keep(out: Tensor, at: slice, sums: Tensor | None) -> None:
+    if sums is not None:
+        out[at] = sums
+
+
 def _store(out: Rows, at: Tensor | slice, rows: Rows) -> None:
     for field, values in zip(out, rows, strict=True):
         if len(values):
@@ -304,7 +429,7 @@ def rows_backward(
     x: Tensor,
     w: Tensor,
     target: Tensor,
-    n: Tensor,
+    n: Tensor | None,
     v: Tensor | None,
     g: Tensor,  # (N,) upstream gradient of nll
     g_smooth: Tensor | None,  # (N,) of smooth
@@ -333,7 +458,7 @@ def rows_backward(
                     .exp_()
                 )
                 smooth = None if up_smooth is None else up_smooth[tile]
-                sums[tile] = chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth)
+                _keep(sums, tile, chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth))
             out.add(chunk, at, mine, up, up_smooth, sums)
     dx, dw = out.finish()
     return dx.to(x.dtype), dw.to(w.dtype)
@@ -343,7 +468,7 @@ def reduced_forward(
     x: Tensor,
     w: Tensor,
     target: Tensor,
-    n: Tensor,
+    n: Tensor | None,
     v: Tensor | None,
     a: Tensor,  # (N,) weight of a token's mixed nll in the loss
     b: Tensor | None,  # (N,) weight of its smoothing term
@@ -362,7 +487,7 @@ def reduced_forward(
     """
     head = Head.of(w, n, v, eps, alpha)
     out = Gradients(head, len(x), need_x, need_w)
-    loss, dn = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
+    loss, dn = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
     every = Rows.zeros(len(x), head.weight, moments, v is not None)
     with full_fp32():
         for at, chunk in _chunks(head, x, target, (target != ignore_index).nonzero().squeeze(1), budget):
@@ -375,13 +500,13 @@ def reduced_forward(
                 up[tile] = a[at[tile]] * mixed_slope(rows.nll, alpha, len(w))
                 if need_x or need_w:
                     smooth = None if up_smooth is None else up_smooth[tile]
-                    sums[tile] = chunk.coefficients(tile, p, rows, up[tile], smooth)
+                    _keep(sums, tile, chunk.coefficients(tile, p, rows, up[tile], smooth))
             _store(every, at, mine)
             loss += (a[at].double() * mixed_nll(mine.nll.double(), alpha, len(w))).sum()
             if up_smooth is not None:
                 loss += (up_smooth.double() * mine.smooth.double()).sum()
-            if need_n:
+            if need_n and head.n is not None:
                 dn += exponent_gradient(mine, head.n, up, up_smooth)
             if need_x or need_w:
                 out.add(chunk, at, mine, up, up_smooth, sums)
-    return loss.to(head.weight.dtype), *out.finish(), dn.to(n.dtype), every
+    return loss.to(head.weight.dtype), *out.finish(), dn.to(head.weight.dtype), every

@@ -31,6 +31,16 @@ class HarmonicStats(NamedTuple):
     target_log_prob: Tensor  # log p_c, without smoothing and mix
 
 
+class CrossEntropyStats(NamedTuple):
+    """As :class:`HarmonicStats`. The log-sum-exp of the logits is target_logit - target_log_prob."""
+
+    entropy: Tensor
+    predicted: Tensor  # int64, the class of the largest logit; of equal ones the first
+    correct: Tensor
+    target_logit: Tensor  # x.w_c
+    target_log_prob: Tensor
+
+
 @overload
 def linear_harmonic_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[False] = ..., **options: Any
@@ -101,75 +111,186 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, under 1e-5 unless x lies within a hundredth of their norm of
     three or more class vectors at once: those the fp32 backends cannot tell apart (float64 and "reference" can).
     """
-    _validate.tensors(input=input, linear_weight=linear_weight, target=target)
-    input, linear_weight = _autocast(input, linear_weight)
-    _validate.features(input, linear_weight)
-    _validate.labels(input, target, shift)
     _validate.exponent(n)
     _validate.eps(eps)
     _validate.between("uniform_mix", uniform_mix, 0.0)
-    _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
-    _validate.class_weight(class_weight, linear_weight)
-    _validate.integer("ignore_index", ignore_index)
-    _validate.flag("deterministic", deterministic)
-    _validate.reduction(reduction, num_items)
-    _validate.budget(memory_budget)
-    if process_group is not None:
-        raise ValueError("process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first")
-    mixed_smoothing = bool(uniform_mix and label_smoothing)
-    backend = resolve(backend, input.device, input.dtype, mixed_smoothing=mixed_smoothing)
+    call = _Call(
+        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
+        return_stats, process_group, backend, deterministic, memory_budget, uniform_mix=uniform_mix,
+    )  # fmt: skip
+    n = exponent_tensor(n, input.shape[-1], input.device, compute_dtype(call.x.dtype))
+    loss, stats = call.run(n, eps)
+    return loss if stats is None else (loss, HarmonicStats(*stats))
 
-    width, classes = input.shape[-1], len(linear_weight)
-    x, labels = input.reshape(-1, width), target.long()
-    if shift:
-        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    labels = labels.reshape(-1)
-    dtype = compute_dtype(x.dtype)
-    n = exponent_tensor(n, width, x.device, dtype)
-    v = None
-    if label_smoothing:
-        v = (torch.ones(classes, device=x.device) if class_weight is None else class_weight).to(dtype) / classes
-    token, smooth = _token_weights(labels, class_weight, ignore_index, reduction, num_items, label_smoothing, dtype)
-    wanted = [torch.is_grad_enabled() and _ops.requires_grad(tensor) for tensor in (x, linear_weight, n)]
-    moments = return_stats or wanted[2]
-    options = (float(eps), float(uniform_mix), ignore_index)
-    stats: tuple[Tensor, ...] = ()
-    if backend == "reference":
-        _ops.check_values(labels, classes, ignore_index, n)
-        loss = reference.linear_harmonic_loss(
-            x, linear_weight, labels, n=n, eps=eps, uniform_mix=uniform_mix, class_weight=class_weight,
-            ignore_index=ignore_index, reduction=reduction, num_items=num_items, label_smoothing=label_smoothing,
-        ).to(dtype)  # fmt: skip
-        if return_stats:
-            stats = reference.statistics(x, linear_weight, labels, n, eps, ignore_index)
-    elif reduction != "none" and any(wanted) and backend == "torch":
-        loss, _, _, _, *fields = _ops.ReducedFunction.apply(
-            x, linear_weight, n, v, labels, token, smooth, *options, *wanted, moments, backend, memory_budget or 0
-        )
-        rows = Rows._make(fields)
-    else:
-        if any(wanted):
-            fields = _ops.RowsFunction.apply(
-                x, linear_weight, n, v, labels, *options, moments, backend, memory_budget or 0
+
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, CrossEntropyStats]: ...
+def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what changes the type
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    shift: bool = False,
+    return_stats: bool = False,
+    process_group: object | None = None,
+    backend: str = "auto",
+    deterministic: bool | None = None,
+    memory_budget: int | None = None,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """Cross-entropy of a linear head, -log softmax(x W^T)_target, without the N x V matrix (paper, Eq. 1).
+
+    The value of ``F.cross_entropy(input @ linear_weight.T, target)`` from the machinery of
+    :func:`linear_harmonic_loss`: log1p(sum_{j != c} exp(x.w_j - x.w_c)), which keeps its digits where the target's
+    probability is within 1e-20 of 1 (log-softmax in fp32 reads 0 there), with gradients to match.
+
+    Args:
+        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
+            process_group, backend, deterministic, memory_budget: as in :func:`linear_harmonic_loss`.
+        return_stats: return ``(loss, CrossEntropyStats)``, from the same pass.
+
+    Returns, Raises:
+        As :func:`linear_harmonic_loss`. The mean over no token at all is 0 (``F.cross_entropy``: NaN).
+
+    Accuracy: the target's and its best rival's logits are fp64 sums. A further class j adds a relative error of about
+    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient.
+    """
+    call = _Call(
+        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
+        return_stats, process_group, backend, deterministic, memory_budget,
+    )  # fmt: skip
+    loss, stats = call.run(None, 0.0)
+    return loss if stats is None else (loss, CrossEntropyStats(*stats))
+
+
+class _Call:
+    """A checked call of one of the two losses: flat operands, the weight of every token, and the backend that serves."""
+
+    def __init__(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int,
+        reduction: str, num_items: float | Tensor | None, label_smoothing: float, shift: bool, return_stats: bool,
+        process_group: object | None, backend: str, deterministic: bool | None, memory_budget: int | None,
+        uniform_mix: float = 0.0,
+    ) -> None:  # fmt: skip
+        _validate.tensors(input=input, linear_weight=linear_weight, target=target)
+        input, linear_weight = _autocast(input, linear_weight)
+        _validate.features(input, linear_weight)
+        _validate.labels(input, target, shift)
+        _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
+        _validate.class_weight(class_weight, linear_weight)
+        _validate.integer("ignore_index", ignore_index)
+        _validate.flag("deterministic", deterministic)
+        _validate.reduction(reduction, num_items)
+        _validate.budget(memory_budget)
+        if process_group is not None:
+            raise ValueError(
+                "process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first"
             )
+        mixed = bool(uniform_mix and label_smoothing)
+        self.backend = resolve(backend, input.device, input.dtype, mixed_smoothing=mixed)
+        labels = target.long()
+        if shift:
+            labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        self.x, self.w, self.labels = input.reshape(-1, input.shape[-1]), linear_weight, labels.reshape(-1)
+        self.shape, self.shift = target.shape, shift
+        self.class_weight, self.ignore_index, self.uniform_mix = class_weight, ignore_index, float(uniform_mix)
+        self.reduction, self.num_items, self.label_smoothing = reduction, num_items, label_smoothing
+        self.return_stats, self.budget = return_stats, memory_budget or 0
+
+    def run(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The loss and, where asked for, the fields of its statistics. ``n=None``: cross-entropy."""
+        if self.backend == "reference":
+            loss, stats = self._reference(n, eps)
         else:
-            fields = torch.ops.harmonic_triton.rows_forward(
-                x, linear_weight, labels, n, v, *options, moments, backend, memory_budget or 0
+            loss, stats = self._fused(n, eps)
+        if self.reduction == "none":
+            loss = self._shaped(loss)
+        return loss, tuple(map(self._shaped, stats)) if self.return_stats else None
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        values = values.reshape(self.shape)
+        return values[..., :-1] if self.shift else values
+
+    def _reference(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        _ops.check_values(self.labels, len(self.w), self.ignore_index, n)
+        options: dict[str, Any] = {
+            "class_weight": self.class_weight, "ignore_index": self.ignore_index, "reduction": self.reduction,
+            "num_items": self.num_items, "label_smoothing": self.label_smoothing,
+        }  # fmt: skip
+        if n is None:
+            loss = reference.linear_cross_entropy(self.x, self.w, self.labels, **options)
+        else:
+            loss = reference.linear_harmonic_loss(
+                self.x, self.w, self.labels, n=n, eps=eps, uniform_mix=self.uniform_mix, **options
             )
-        rows = Rows._make(fields)
-        losses = token * mixed_nll(rows.nll, uniform_mix, classes)
-        if v is not None and smooth is not None:
-            losses = losses + smooth * rows.smooth
-        loss = losses if reduction == "none" else losses.sum()
-    if return_stats and backend != "reference":
-        stats = _stats(rows, labels, ignore_index)
+        stats: tuple[Tensor, ...] = ()
+        if self.return_stats:
+            stats = reference.statistics(self.x, self.w, self.labels, n, eps, self.ignore_index)
+        return loss.to(compute_dtype(self.x.dtype)), stats
 
-    def shaped(values: Tensor) -> Tensor:
-        values = values.reshape(target.shape)
-        return values[..., :-1] if shift else values
+    def _fused(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, w, classes = self.x, self.w, len(self.w)
+        dtype = compute_dtype(x.dtype)
+        v = None
+        if self.label_smoothing:
+            v = (x.new_ones(classes) if self.class_weight is None else self.class_weight).to(dtype) / classes
+        token, smooth = self._token_weights(dtype)
+        wanted = [t is not None and torch.is_grad_enabled() and _ops.requires_grad(t) for t in (x, w, n)]
+        options = (float(eps), self.uniform_mix, self.ignore_index)
+        last = (self.return_stats or wanted[2], self.backend, self.budget)
+        if self.reduction != "none" and any(wanted) and self.backend == "torch":
+            loss, _, _, _, *fields = _ops.ReducedFunction.apply(
+                x, w, n, v, self.labels, token, smooth, *options, *wanted, *last
+            )
+            rows = Rows._make(fields)
+        else:
+            if any(wanted):
+                fields = _ops.RowsFunction.apply(x, w, n, v, self.labels, *options, *last)
+            else:
+                fields = torch.ops.harmonic_triton.rows_forward(x, w, self.labels, n, v, *options, *last)
+            rows = Rows._make(fields)
+            losses = token * mixed_nll(rows.nll, self.uniform_mix, classes)
+            if smooth is not None:
+                losses = losses + smooth * rows.smooth
+            loss = losses if self.reduction == "none" else losses.sum()
+        return loss, self._stats(rows, n) if self.return_stats else ()
 
-    loss = shaped(loss) if reduction == "none" else loss
-    return (loss, HarmonicStats(*map(shaped, stats))) if return_stats else loss
+    def _token_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(N,) weights of a token's loss and of its smoothing term in the result."""
+        kept = (self.labels != self.ignore_index).to(dtype)
+        token = kept
+        if self.class_weight is not None:
+            known = self.labels.clamp(0, len(self.class_weight) - 1)
+            token = kept * self.class_weight.to(dtype)[known]
+        divisor: float | Tensor = 1.0
+        if self.reduction != "none" and self.num_items is not None:
+            items = self.num_items
+            divisor = items.to(kept.device, dtype) if isinstance(items, Tensor) else items
+        elif self.reduction == "mean":
+            total = token.sum()
+            divisor = torch.where(total == 0, 1.0, total)
+        smooth = kept * self.label_smoothing / divisor if self.label_smoothing else None
+        return token * (1 - self.label_smoothing) / divisor, smooth
+
+    def _stats(self, rows: Rows, n: Tensor | None) -> tuple[Tensor, ...]:
+        rows, labels = Rows(*(field.detach() for field in rows)), self.labels
+        kept = labels != self.ignore_index
+        first = torch.where(rows.rival_score == 0, torch.minimum(rows.rival, labels), rows.rival)
+        predicted = torch.where(rows.rival_score < 0, labels, first)  # a NaN score predicts the rival
+        entropy = torch.where(kept, rows.entropy, 0.0)
+        shown = torch.where(kept, predicted, self.ignore_index)
+        own = rows.target_ref if n is None else rows.target_ref.sqrt()
+        return entropy, shown, kept & (predicted == labels), own, -rows.nll
 
 
 def harmonic_logits(
@@ -285,36 +406,6 @@ def _autocast(*values: Tensor) -> list[Tensor]:
         return list(values)
     dtype = torch.get_autocast_dtype(device)
     return [v.to(dtype) if v.is_floating_point() and v.dtype != torch.float64 else v for v in values]
-
-
-def _token_weights(
-    labels: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str,
-    num_items: float | Tensor | None, label_smoothing: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(N,) weights of a token's loss and of its smoothing term in the result."""
-    kept = (labels != ignore_index).to(dtype)
-    token = kept
-    if class_weight is not None:
-        token = kept * class_weight.to(dtype)[labels.clamp(0, len(class_weight) - 1)]
-    divisor: float | Tensor = 1.0
-    if reduction != "none" and num_items is not None:
-        divisor = num_items.to(kept.device, dtype) if isinstance(num_items, Tensor) else num_items
-    elif reduction == "mean":
-        total = token.sum()
-        divisor = torch.where(total == 0, 1.0, total)
-    smooth = kept * label_smoothing / divisor if label_smoothing else None
-    return token * (1 - label_smoothing) / divisor, smooth
-
-
-def _stats(rows: Rows, labels: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
-    """The fields of HarmonicStats from a fused pass."""
-    rows = Rows(*(field.detach() for field in rows))
-    kept = labels != ignore_index
-    first = torch.where(rows.rival_score == 0, torch.minimum(rows.rival, labels), rows.rival)
-    predicted = torch.where(rows.rival_score < 0, labels, first)  # a NaN score predicts the rival
-    entropy = torch.where(kept, rows.entropy, 0.0)
-    shown = torch.where(kept, predicted, ignore_index)
-    return entropy, shown, kept & (predicted == labels), rows.target_sq.sqrt(), -rows.nll
 
 
 def _checked_head(

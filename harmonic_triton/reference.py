@@ -50,6 +50,16 @@ def log_scores(x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: flo
     return z, s_c.squeeze(1)
 
 
+def relative_logits(x: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """z_j = x.w_j - x.w_c, the log-scores of cross-entropy (paper, Eq. 1) relative to the target's, and x.w_c.
+
+    Returns (N, V) and (N,), fp64.
+    """
+    logits = x.double() @ w.double().t()
+    own = logits.gather(1, target.unsqueeze(1))
+    return logits - own, own.squeeze(1)
+
+
 def negative_log_likelihood(z: Tensor, target: Tensor) -> Tensor:
     """-log p of the target from relative log-scores, right also where p is within 1e-300 of 1: (N, V) -> (N,)."""
     if z.shape[1] == 1:
@@ -82,6 +92,31 @@ def linear_harmonic_loss(
     n = n.to(input.device, torch.float64) if isinstance(n, Tensor) else n
     kept = target != ignore_index
     z, _ = log_scores(input[kept], linear_weight, target[kept], n, eps)
+    return _loss(z, target, kept, uniform_mix, class_weight, reduction, num_items, label_smoothing)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of a linear head as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
+    kept = target != ignore_index
+    z, _ = relative_logits(input[kept], linear_weight, target[kept])
+    return _loss(z, target, kept, 0.0, class_weight, reduction, num_items, label_smoothing)
+
+
+def _loss(
+    z: Tensor, target: Tensor, kept: Tensor, uniform_mix: float, class_weight: Tensor | None, reduction: str,
+    num_items: Tensor | float | None, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    """The reduced loss from the relative log-scores (kept tokens, V)."""
     log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
     rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing)
     losses = rows.new_zeros(len(target)).index_put((kept.nonzero().squeeze(1),), rows)
@@ -118,19 +153,25 @@ def reduce(losses: Tensor, weights: Tensor, reduction: str, num_items: Tensor | 
 
 @torch.no_grad()
 def statistics(
-    x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: float, ignore_index: int
+    x: Tensor, w: Tensor, target: Tensor, n: Tensor | float | None, eps: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(entropy, predicted, correct, target distance, target log-probability) of every token, each (N,)."""
+    """(entropy, predicted, correct, target distance, target log-probability) of every token, each (N,).
+
+    With ``n=None``, those of cross-entropy: the target's logit in place of its distance.
+    """
     kept = target != ignore_index
-    z, s_c = log_scores(x, w, target.where(kept, 0), n, eps)
+    if n is None:
+        z, own = relative_logits(x, w, target.where(kept, 0))
+    else:
+        z, s_c = log_scores(x, w, target.where(kept, 0), n, eps)
+        own = (s_c - eps).clamp_min(0.0).sqrt()
     log_p = z - negative_log_likelihood(z, target.where(kept, 0)).unsqueeze(1)
     entropy = -(log_p.exp() * log_p.clamp_min(-1e300)).sum(1)
     nearest = z.argmax(1)
     predicted = nearest.where(kept, ignore_index)
     log_prob = log_p.gather(1, target.where(kept, 0).unsqueeze(1)).squeeze(1)
-    distance = (s_c - eps).clamp_min(0.0).sqrt()
-    entropy, distance, log_prob = (value.where(kept, 0.0).float() for value in (entropy, distance, log_prob))
-    return entropy, predicted, kept & (nearest == target), distance, log_prob
+    entropy, own, log_prob = (value.where(kept, 0.0).float() for value in (entropy, own, log_prob))
+    return entropy, predicted, kept & (nearest == target), own, log_prob
 
 
 def authors_probabilities(x: Tensor, w: Tensor, exponent: float, eps: float = 1e-4) -> Tensor:

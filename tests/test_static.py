@@ -80,7 +80,7 @@ def test_products_compile_for_other_amd_gpus():
         from harmonic_triton._triton.configs import CONFIGS
         for arch in ("gfx90a", "gfx950"):
             static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
-            switches = {"MOMENTS": False, "SMOOTHING": False}
+            switches = {"DOT": False, "MOMENTS": False, "SMOOTHING": False}
             cost = static_cost.run_job(("forward_kernel", switches, "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -97,10 +97,11 @@ KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.i
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, monkeypatch):
+@pytest.mark.parametrize("harmonic", [True, False])
+def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, harmonic, monkeypatch):
     """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
 
-    Learnable n (MOMENTS) with and without smoothing; every kernel has to be seen.
+    Learnable n (MOMENTS) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's).
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     kernels, seen = static_cost.kernels(), set()
@@ -131,6 +132,9 @@ def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, monkey
     x, w = (torch.randn(rows, 32, generator=generator).to(DTYPES[dtype]).requires_grad_() for rows in (5, 7))
     n = torch.tensor(3.0, requires_grad=True)
     target = torch.randint(7, (5,), generator=generator)
-    loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
+    if harmonic:
+        loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
+    else:
+        loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, backend="triton")
     (0.5 * loss).backward()
-    assert seen == set(kernels)
+    assert seen == set(kernels) - ({"norms_kernel"} if not harmonic else set())

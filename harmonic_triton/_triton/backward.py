@@ -7,17 +7,17 @@ are the library's; target and rival are outside of them, in fp32.
 import triton
 import triton.language as tl
 
-from harmonic_triton._triton.forward import IDENTICAL, LOG2E, SMALLEST_SQ
-from harmonic_triton._triton.tile import log_scores, narrow, ratio_tile, scale_of
+from harmonic_triton._triton.forward import IDENTICAL, SMALLEST_SQ
+from harmonic_triton._triton.tile import LOG2E, log_scores, narrow, ratio_tile, scale_of
 
 
 @triton.jit
 def coefficient_kernel(
-    target_ptr, target_sq_ptr, own_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
+    target_ptr, target_ref_ptr, own_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
     g_ptr, g_smooth_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
     p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr,  # out (N,)
     far_ptr,  # out (N,) int8
-    N, eps, SMOOTHING: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, eps, DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + ratio_j) for the classes in the products.
 
@@ -28,17 +28,11 @@ def coefficient_kernel(
     inside = rows < N
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     alive = target >= 0
-    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=1.0)
-    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-    x_sq = tl.maximum(target_sq - own, 0.0)
     rival = tl.load(rival_ptr + rows, mask=alive, other=0)
     rival_score = tl.load(rival_score_ptr + rows, mask=alive, other=float("-inf")).to(tl.float64)
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0).to(tl.float64)
     g = tl.load(g_ptr + rows, mask=alive, other=0.0).to(tl.float64)
-    n = tl.load(n_ptr).to(tl.float64)
-    s_c, _, _ = scale_of(target_sq, own, eps)
     alone = rival_score == float("-inf")
-    s_r = tl.where(alone, s_c, s_c * tl.exp2(tl.where(alone, 0.0, rival_score) * (-2.0 * LOG2E) / n))
     others = tl.where(nll < 1e-3, nll * (1.0 - nll * (0.5 - nll * (1.0 / 6 - nll / 24))), 1.0 - tl.exp2(-nll * LOG2E))
     rival_p = tl.exp2((rival_score - nll) * LOG2E)
     g_p = g
@@ -53,19 +47,33 @@ def coefficient_kernel(
         g_p = g + g_v * mass
         g_others = g_p * others - g_v * (mass - v_c)
         g_rival = g_p * rival_p - g_v * v_r
-    norm_c = tl.load(norms_ptr + target, mask=alive, other=0.0)
-    norm_r = tl.load(norms_ptr + rival, mask=alive, other=0.0)
-    dead = (target_sq + eps == 0.0) | (alive == 0)
-    floored = s_r <= 1.0001 * ((x_sq + norm_r) * IDENTICAL + SMALLEST_SQ)
-    skip_rival = dead | floored | alone
-    factor = tl.where(dead, 0.0, n / s_c)
-    a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
-    r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
-    far = (s_c > norm_c) & (s_r > norm_r)
+    if DOT:  # A = -G: no distance, and x appears in dW alone
+        factor = tl.where(alive, 1.0, 0.0).to(tl.float64)
+        nearer = factor
+        a_rival = tl.where(alive & (alone == 0), -g_rival, 0.0)
+        r_part = 0.0 * factor
+        far = alive
+    else:
+        target_sq = tl.load(target_ref_ptr + rows, mask=alive, other=1.0)
+        own = tl.load(own_ptr + rows, mask=alive, other=0.0)
+        x_sq = tl.maximum(target_sq - own, 0.0)
+        n = tl.load(n_ptr).to(tl.float64)
+        s_c, _, _ = scale_of(target_sq, own, eps)
+        s_r = tl.where(alone, s_c, s_c * tl.exp2(tl.where(alone, 0.0, rival_score) * (-2.0 * LOG2E) / n))
+        nearer = tl.maximum(s_c / s_r, 1e-30)
+        norm_c = tl.load(norms_ptr + target, mask=alive, other=0.0)
+        norm_r = tl.load(norms_ptr + rival, mask=alive, other=0.0)
+        dead = (target_sq + eps == 0.0) | (alive == 0)
+        floored = s_r <= 1.0001 * ((x_sq + norm_r) * IDENTICAL + SMALLEST_SQ)
+        skip_rival = dead | floored | alone
+        factor = tl.where(dead, 0.0, n / s_c)
+        a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
+        r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
+        far = (s_c > norm_c) & (s_r > norm_r)
     unscale = tl.full((BLOCK_N,), 1.0, dtype=tl.float64)
     if SCALED:
         # No class in the products has a larger A than the rival's bound; leave 5 bits of room below fp16's maximum.
-        bound = factor * (tl.abs(g_p) * rival_p + tl.abs(g_v)) * tl.maximum(s_c / s_r, 1e-30)
+        bound = factor * (tl.abs(g_p) * rival_p + tl.abs(g_v)) * nearer
         power = tl.floor(tl.log2(tl.maximum(bound, 1e-300))) - 10.0
         least = tl.log2(tl.maximum(factor * (tl.abs(g_p) + tl.abs(g_v)), 1e-300)) - 110.0  # p_coef must be finite
         power = tl.maximum(tl.maximum(power, tl.floor(least)), -100.0)
@@ -81,15 +89,18 @@ def coefficient_kernel(
 
 @triton.jit
 def gradient_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr,
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr,
     nll_ptr, rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr,  # in (N,)
     a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
     N, V, D, eps, first, width, stride_an,  # the slice is classes first ... first + width
     stride_xn, stride_xd, stride_wv, stride_wd,
-    SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding."""
+    """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding.
+
+    DOT: A = -G and no sums: dX has no term in x, dW none in w.
+    """
     row_tile = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -98,18 +109,19 @@ def gradient_kernel(
     inside = rows < N
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     alive = target >= 0
-    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0).to(tl.float32)
     own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-    _, inverse, floor = scale_of(target_sq, own, eps)
+    inverse, floor, half_n = own, own, 0.5
+    if not DOT:
+        _, inverse, floor = scale_of(tl.load(target_ref_ptr + rows, mask=alive, other=0.0).to(tl.float32), own, eps)
+        half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
     ratio = ratio_tile(
         x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
-        D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
+        D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
     )  # fmt: skip
-    half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
     rival = tl.load(rival_ptr + rows, mask=alive, other=-1)
     p_coef = tl.load(p_coef_ptr + rows, mask=alive, other=0.0)
-    log_p = tl.minimum(log_scores(ratio, half_n) - nll[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    log_p = tl.minimum(log_scores(ratio, half_n, DOT) - nll[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     slope = p_coef[:, None] * tl.exp2(log_p)
     if SMOOTHING:
         v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
@@ -117,15 +129,16 @@ def gradient_kernel(
     counted = alive[:, None] & (local < width)[None, :]
     counted = counted & (cols[None, :] != target.to(tl.int32)[:, None])
     counted = counted & (cols[None, :] != rival.to(tl.int32)[:, None])
-    a = tl.where(counted, slope / (1.0 + ratio), 0.0)
+    a = tl.where(counted, slope if DOT else slope / (1.0 + ratio), 0.0)
     tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST),
              mask=inside[:, None] & (local < width)[None, :])  # fmt: skip
-    a *= tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
-    tiles = tl.num_programs(1)
-    tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
-    weighted = tl.sum(tl.where(counted, a * ratio, 0.0), 1)
-    tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, weighted, mask=inside)
-    tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
+    if not DOT:
+        a *= tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
+        tiles = tl.num_programs(1)
+        tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
+        weighted = tl.sum(tl.where(counted, a * ratio, 0.0), 1)
+        tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, weighted, mask=inside)
+        tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
 
 
 @triton.jit
@@ -133,28 +146,34 @@ def finish_x_kernel(
     x_ptr, w_ptr, target_ptr, rival_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, far_ptr, unscale_ptr,
     row_sums_ptr, product_ptr, dx_ptr,  # (2, N), (N, D) fp32, out (N, D)
     N, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form."""
+    """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form.
+
+    DOT: no term in x.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     alive = target >= 0
     rival = tl.load(rival_ptr + rows, mask=alive, other=0)
     inside = alive[:, None] & (features < D)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd, mask=inside, other=0.0)
-    x = x.to(tl.float32)
     w_c = tl.load(w_ptr + target[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
     w_r = tl.load(w_ptr + rival[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
-    far = tl.load(far_ptr + rows, mask=alive, other=0) != 0
-    plain = tl.load(row_sums_ptr + rows, mask=alive, other=0.0)
-    r_form = tl.load(row_sums_ptr + N + rows, mask=alive, other=0.0)
-    on_x = tl.where(far, tl.load(r_part_ptr + rows, mask=alive, other=0.0) + r_form, -plain)
     a_c = tl.load(a_target_ptr + rows, mask=alive, other=0.0)
     a_r = tl.load(a_rival_ptr + rows, mask=alive, other=0.0)
-    near_x = tl.where(far[:, None], 0.0, x)
     product = tl.load(product_ptr + rows[:, None] * D + features[None, :], mask=inside, other=0.0)
-    dx = product * tl.load(unscale_ptr + rows, mask=alive, other=1.0)[:, None] + on_x[:, None] * x
+    dx = product * tl.load(unscale_ptr + rows, mask=alive, other=1.0)[:, None]
+    near_x = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    if not DOT:
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd, mask=inside, other=0.0)
+        x = x.to(tl.float32)
+        far = tl.load(far_ptr + rows, mask=alive, other=0) != 0
+        plain = tl.load(row_sums_ptr + rows, mask=alive, other=0.0)
+        r_form = tl.load(row_sums_ptr + N + rows, mask=alive, other=0.0)
+        on_x = tl.where(far, tl.load(r_part_ptr + rows, mask=alive, other=0.0) + r_form, -plain)
+        near_x = tl.where(far[:, None], near_x, x)
+        dx += on_x[:, None] * x
     dx += a_c[:, None] * (near_x - w_c.to(tl.float32))
     dx += tl.where(a_r == 0.0, 0.0, a_r)[:, None] * (near_x - w_r.to(tl.float32))
     all_ = (rows < N)[:, None] & (features < D)[None, :]
@@ -168,16 +187,18 @@ def finish_w_kernel(
     dw_ptr,  # out (V, D)
     unproduct_ptr,  # () what the product was multiplied by
     D, first, stride_xn, stride_xd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j."""
+    """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j. DOT: no w_j."""
     local = tl.program_id(0).to(tl.int64)
     j = first + local
     features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = features < D
-    w = tl.load(w_ptr + j * stride_wv + features * stride_wd, mask=inside, other=0.0).to(tl.float32)
-    product = tl.load(product_ptr + local * D + features, mask=inside, other=0.0) / tl.load(unproduct_ptr)
-    dw = product - tl.load(column_sums_ptr + local) * w
+    dw = tl.load(product_ptr + local * D + features, mask=inside, other=0.0) / tl.load(unproduct_ptr)
+    w = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if not DOT:
+        w = tl.load(w_ptr + j * stride_wv + features * stride_wd, mask=inside, other=0.0).to(tl.float32)
+        dw -= tl.load(column_sums_ptr + local) * w
     begin = tl.load(starts_ptr + j)
     end = tl.load(starts_ptr + j + 1)
     special = tl.zeros((BLOCK_D,), dtype=tl.float32)

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from harmonic_triton._triton.tile import difference_sq, log_scores, ratio_tile, scale_of
+from harmonic_triton._triton.tile import LOG2E, difference_sq, dot_product, log_scores, ratio_tile, scale_of
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
 IDENTICAL = tl.constexpr(2.0**-46)
 SMALLEST_SQ = tl.constexpr(1e-36)
 LARGEST_SQ = tl.constexpr(2.0**125)  # squared norms up to here keep u_j - u_c inside fp32
@@ -30,27 +29,33 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 @triton.jit
 def geometry_kernel(
     x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
-    target_sq_ptr, own_ptr,  # out (N,) fp64, fp32
+    target_ref_ptr, own_ptr,  # out (N,) fp64, fp32
     N, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """s_c = ||x - w_c||^2 and u_c = ||w_c||^2 - 2 x.w_c of every token, 0 for those that do not count."""
+    """s_c = ||x - w_c||^2 and u_c = ||w_c||^2 - 2 x.w_c of every token, 0 for those that do not count. DOT: x.w_c twice."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
-    apart, own, _ = difference_sq(
-        x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
-    )
-    tl.store(target_sq_ptr + rows, apart, mask=rows < N)
+    if DOT:
+        apart = dot_product(
+            x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+        )
+        own = apart.to(tl.float32)
+    else:
+        apart, own, _ = difference_sq(
+            x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+        )
+    tl.store(target_ref_ptr + rows, apart, mask=rows < N)
     tl.store(own_ptr + rows, own, mask=rows < N)
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr,
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # out (SPLITS, N)
     N, V, D, eps, classes_per_split,
     stride_xn, stride_xd, stride_wv, stride_wd,
-    MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr,
+    DOT: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -59,10 +64,11 @@ def forward_kernel(
     split = tl.program_id(1)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     alive = target >= 0
-    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0).to(tl.float32)
     own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-    _, inverse, floor = scale_of(target_sq, own, eps)
-    half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
+    inverse, floor, half_n = own, own, 0.5
+    if not DOT:
+        _, inverse, floor = scale_of(tl.load(target_ref_ptr + rows, mask=alive, other=0.0).to(tl.float32), own, eps)
+        half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
     own_class = target.to(tl.int32)
 
     best = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
@@ -76,10 +82,10 @@ def forward_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         ratio = ratio_tile(
             x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
-            D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
+            D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
         )  # fmt: skip
         counted = (cols < last)[None, :] & (cols[None, :] != own_class[:, None])
-        score = tl.where(counted, log_scores(ratio, half_n), float("-inf"))
+        score = tl.where(counted, log_scores(ratio, half_n, DOT), float("-inf"))
         tile_best = tl.max(score, 1)
         nearest = tl.min(tl.where(score == tile_best[:, None], cols[None, :], V), 1)
         index = tl.where(tile_best > best, nearest, index)
@@ -116,12 +122,12 @@ def log1p_small(y):
 
 @triton.jit
 def finish_kernel(
-    x_ptr, w_ptr, target_ptr, target_sq_ptr, own_ptr, n_ptr, v_ptr, v_sum_ptr,
+    x_ptr, w_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr, v_sum_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
     nll_ptr, score_mean_ptr, entropy_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
     rival_score_ptr, rival_ptr,  # out (N,)
     N, D, eps, SPLITS, stride_xn, stride_xd, stride_wv, stride_wd,
-    MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits, measure the rival directly, and turn the sums into per-token results, in fp64."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -151,17 +157,30 @@ def finish_kernel(
             smooth += tl.load(smooth_ptr + at, mask=alive, other=0.0).to(tl.float64)
         at += N
 
-    target_sq = tl.load(target_sq_ptr + rows, mask=alive, other=0.0)
-    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-    scale, _, _ = scale_of(target_sq, own, eps)
-    rival_sq, _, rival_norm = difference_sq(
-        x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
-    )
-    half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
-    x_sq = tl.maximum(target_sq - own, 0.0)
-    least = (x_sq + rival_norm) * IDENTICAL + SMALLEST_SQ
-    s_r = tl.maximum(rival_sq + eps, least)
-    rival_score = tl.where(alone, float("-inf"), -half_n * tl.log2(s_r / scale))
+    target_ref = tl.load(target_ref_ptr + rows, mask=alive, other=0.0)
+    if DOT:
+        rival_dot = dot_product(
+            x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+        )
+        rival_score = (rival_dot - target_ref) * LOG2E
+        on_target = alive & False
+        identical = on_target
+        sound = tl.abs(target_ref) < float("inf")
+    else:
+        own = tl.load(own_ptr + rows, mask=alive, other=0.0)
+        scale, _, _ = scale_of(target_ref, own, eps)
+        rival_sq, _, rival_norm = difference_sq(
+            x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+        )
+        half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
+        x_sq = tl.maximum(target_ref - own, 0.0)
+        least = (x_sq + rival_norm) * IDENTICAL + SMALLEST_SQ
+        s_r = tl.maximum(rival_sq + eps, least)
+        rival_score = -half_n * tl.log2(s_r / scale)
+        on_target = target_ref + eps == 0.0
+        identical = (s_r <= least) & (alone == 0)
+        sound = (tl.abs(target_ref - own) < LARGEST_SQ) & (scale < 3e38)
+    rival_score = tl.where(alone, float("-inf"), rival_score)
 
     # The rival's own term in the sums is exactly 1 (relative to itself): what is left belongs to the others.
     base = anchor.to(tl.float64)
@@ -171,12 +190,9 @@ def finish_kernel(
     # nll = log(1 + y) with y = 2^top * sum; from above where y is large
     y = tl.exp2(-tl.abs(top)) * tl.where(top > 0, 1.0 / sum_, sum_)
     nll = log1p_small(y) + tl.where(top > 0, top * LN2 + tl.log(sum_), 0.0)
-    on_target = target_sq + eps == 0.0
-    identical = (s_r <= least) & (alone == 0)
     nll = tl.where(on_target, tl.where(identical, LN2, 0.0), nll)
     # A NaN or an infinity in x; s_c beyond fp32; a NaN in w, which best and rest have dropped and total has not.
-    sound = (tl.abs(target_sq - own) < LARGEST_SQ) & (scale < 3e38) & (total == total)
-    nll = tl.where(sound, nll, float("nan"))
+    nll = tl.where(sound & (total == total), nll, float("nan"))
     nll = tl.where(alive, nll, 0.0)
     inside = rows < N
     tl.store(nll_ptr + rows, nll.to(tl.float32), mask=inside)

@@ -1,11 +1,14 @@
 """The only numerics that the Triton kernels share: one tile of relative squared distances and log-scores.
 
 ``ratio[i, j] = s_ij/s_ic - 1`` where ``s_ij = ||x_i - w_j||^2 + eps`` and ``c`` is the target of token i. Log-scores are
-in base 2 and relative to the target: ``z2 = -(n/2) log2(1 + ratio)``, 0 for the target itself.
+in base 2 and relative to the target: ``z2 = -(n/2) log2(1 + ratio)``, 0 for the target itself. With DOT (cross-entropy)
+``ratio[i, j] = x_i.w_c - x_i.w_j`` and ``z2 = -ratio log2(e)``; ``own`` is then x.w_c, and norms and floor are not read.
 """
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -15,7 +18,7 @@ def ratio_tile(
     cols, V,  # (BLOCK_V,) int32 class indices
     own, inverse, floor,  # (BLOCK_N,) u_c = s_c - ||x||^2, 1/s_c, the ratio below which the expansion is noise
     D, stride_xn, stride_xd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_N, BLOCK_V) ratios in fp32; the product runs on the operands' own dtype with fp32 accumulation.
@@ -38,16 +41,24 @@ def ratio_tile(
         dot = tl.dot(x, w, dot, input_precision="ieee")
         x_ptrs += step * stride_xd
         w_ptrs += step * stride_wd
-    norms = tl.load(norms_ptr + cols, mask=cols < V, other=0.0)
-    # u_j - u_c with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
-    ratio = ((norms[None, :] - 2.0 * dot) - own[:, None]) * inverse[:, None]
-    return tl.maximum(ratio, floor[:, None], propagate_nan=tl.PropagateNan.ALL)
+    if DOT:
+        ratio = own[:, None] - dot
+    else:
+        norms = tl.load(norms_ptr + cols, mask=cols < V, other=0.0)
+        # u_j - u_c with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
+        ratio = ((norms[None, :] - 2.0 * dot) - own[:, None]) * inverse[:, None]
+        ratio = tl.maximum(ratio, floor[:, None], propagate_nan=tl.PropagateNan.ALL)
+    return ratio
 
 
 @triton.jit
-def log_scores(ratio, half_n):
+def log_scores(ratio, half_n, DOT: tl.constexpr):
     """z2 of a tile of ratios."""
-    return -half_n * tl.log2(1.0 + ratio)
+    if DOT:
+        score = ratio * -LOG2E
+    else:
+        score = -half_n * tl.log2(1.0 + ratio)
+    return score
 
 
 @triton.jit
@@ -84,6 +95,23 @@ def difference_sq(
         expanded += tl.sum(w * (w - 2.0 * x), 1)
         w_sq += tl.sum(w * w, 1)
     return apart, expanded, w_sq
+
+
+@triton.jit
+def dot_product(
+    x_ptr, w_ptr, rows, index, alive, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x.w_index (BLOCK_N,) in fp64: of two large logits the difference counts."""
+    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    features = tl.arange(0, BLOCK_D).to(tl.int64)
+    for start in range(0, D, BLOCK_D):
+        inside = alive[:, None] & (features < D - start)[None, :]
+        offset = (start + features)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + offset * stride_xd, mask=inside, other=0.0).to(tl.float64)
+        w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float64)
+        total += tl.sum(x * w, 1)
+    return total
 
 
 @triton.jit
