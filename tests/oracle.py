@@ -4,6 +4,9 @@ Write eps for fp32's rounding (fp64's for float64). For a class j that goes thro
 ``kappa_j = (||x||^2 + ||w_j||^2)/s_j`` multiplies the relative error of its squared distance; for the target and the rival,
 which are measured by direct differences, kappa is 1. A log-score is off by (n/2) kappa_j eps, so the loss is off by that
 in relative terms, averaged over the non-targets. A = n G/s inherits both, and 16-bit backends round A once more.
+
+Cross-entropy (``n=None``): a log-score x.w_j - x.w_c from the products is off by eps ||x|| (||w_j|| + ||w_c||), the rival's by
+eps |z_r| where it is stored in fp32; the loss by their average over the non-targets, G = p likewise.
 """
 
 from __future__ import annotations
@@ -51,13 +54,20 @@ class Truth:
 
 
 def oracle(
-    x: Tensor, w: Tensor, target: Tensor, g: Tensor, *, n: float, eps: float = 0.0, uniform_mix: float = 0.0,
+    x: Tensor, w: Tensor, target: Tensor, g: Tensor, *, n: float | None, eps: float = 0.0, uniform_mix: float = 0.0,
     class_weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100,
 ) -> Truth:  # fmt: skip
     """Truth and bounds for per-token losses (reduction="none") under the upstream gradient g (N,)."""
     options = {"eps": eps, "uniform_mix": uniform_mix, "class_weight": class_weight,
                "label_smoothing": label_smoothing, "ignore_index": ignore_index}  # fmt: skip
     xs, ws = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    if n is None:
+        del options["eps"], options["uniform_mix"]
+        loss = reference.linear_cross_entropy(xs, ws, target, reduction="none", **options)
+        (loss * g.double()).sum().backward()
+        dx, dw = (torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws))
+        bounds = _cross_entropy_bounds(x, w, target, loss.detach(), dx, dw, g, options)
+        return Truth(loss.detach(), dx, dw, torch.zeros(()), *bounds)
     exponent = torch.tensor(float(n), dtype=torch.float64, requires_grad=True)
     loss = reference.linear_harmonic_loss(xs, ws, target, n=exponent, reduction="none", **options)
     (loss * g.double()).sum().backward()
@@ -130,3 +140,49 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options):
         dw_bound = dw_bound + 2.0**-34 * (largest * x_norm).sum()
     least = torch.finfo(x.dtype).tiny * math.sqrt(x.shape[1]) + tiny
     return whole(loss_bound + tiny), whole(dx_bound + least), dw_bound + least
+
+
+def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options):
+    unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    narrow = torch.finfo(x.dtype).eps
+    rounded = narrow if x.element_size() == 2 else unit
+    tiny = 100 * torch.finfo(torch.float32).tiny  # probabilities below fp32's normal range are flushed
+    kept = target != options["ignore_index"]
+    xs, ws, own = x.detach().double()[kept], w.detach().double(), target[kept].unsqueeze(1)
+    z, _ = reference.relative_logits(xs, ws, target[kept])
+    nll = reference.negative_log_likelihood(z, target[kept]).unsqueeze(1)
+    p = (z - nll).exp()
+    x_norm, w_norm = xs.norm(dim=1, keepdim=True), ws.norm(dim=1)
+    rival = z.scatter(1, own, -math.inf).argmax(1, keepdim=True)
+    off = x_norm * (w_norm + w_norm[own]) + 1  # error of z_j, in units
+    off = off.scatter(1, rival, z.gather(1, rival).abs() + 1).scatter(1, own, 1.0)
+    others = (z - nll).scatter(1, own, -math.inf)
+    q = torch.softmax(others, 1).nan_to_num() if len(w) > 1 else torch.zeros_like(others)
+    mean_off = (q * off).sum(1, keepdim=True) + nll + 1
+    v = 1.0 if options["class_weight"] is None else options["class_weight"].double()
+    v_max = float(torch.as_tensor(v).abs().max())
+    smoothing = options["label_smoothing"]
+    up = g.double()[kept].abs().unsqueeze(1) * v_max
+    slope = up * (2 * p + smoothing / len(w))  # |G_j|, and what an error of p moves
+    slope = slope.scatter(1, own, slope.scatter(1, own, 0.0).sum(1, keepdim=True))
+    error = unit * slope * (off + mean_off) + tiny * up
+    special = torch.zeros_like(p).scatter(1, own, 1.0).scatter(1, rival, 1.0)
+    through = rounded * slope * (1 - special)
+    loss_bound = unit * mean_off * loss[kept].unsqueeze(1)
+    if smoothing:
+        spread = off.mean(1, keepdim=True) + z.abs().mean(1, keepdim=True)
+        loss_bound = loss_bound + unit * smoothing * v_max * (nll + spread)
+    dx_bound = (SLACK * error + 2 * through) @ w_norm + 2 * narrow * dx[kept].norm(dim=1)
+    dw_bound = ((SLACK * error + 2 * through) * x_norm).sum(0) + 2 * narrow * dw.norm(dim=1)
+    if x.dtype == torch.float16:  # G of a row spans 2^34 at most, from the rival's down
+        largest = slope.scatter(1, own, 0.0).amax(1, keepdim=True)
+        dx_bound = dx_bound + 2.0**-34 * largest.squeeze(1) * w_norm.sum()
+        dw_bound = dw_bound + 2.0**-34 * (largest * x_norm).sum()
+    least = torch.finfo(x.dtype).tiny * math.sqrt(x.shape[1]) + tiny
+
+    def whole(values):
+        out = values.new_zeros(len(target))
+        out[kept] = values
+        return out
+
+    return whole(SLACK * loss_bound.squeeze(1) + tiny), whole(dx_bound + least), dw_bound + least

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import oracle
 
-from harmonic_triton import linear_harmonic_loss
+from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
+from harmonic_triton import reference as ht_reference
 
 PLACES = ("far", "near", "very near", "on target", "on another", "near another", "duplicates", "identical pair")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,8 +38,12 @@ def inputs(tokens, width, classes, dtype, place, scale=1.0, seed=0):
 
 
 def run(x, w, target, g, backend, **options):
+    """(losses, dX, dW); ``n=None`` is cross-entropy."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    loss = linear_harmonic_loss(x, w, target, reduction="none", backend=backend, **options)
+    function = linear_harmonic_loss
+    if options["n"] is None:
+        function, options = linear_cross_entropy, {key: value for key, value in options.items() if key != "n"}
+    loss = function(x, w, target, reduction="none", backend=backend, **options)
     loss.backward(g.to(loss.dtype))
     return loss.detach(), x.grad, w.grad
 
@@ -120,3 +125,64 @@ def test_three_coinciding_classes(backend, away):
         assert (loss[target >= 0] - math.log(3)).abs().max() < (
             1e-3 if away == 0.1 else 0.05
         )  # what the other classes add
+
+
+# --- cross-entropy ---------------------------------------------------------------------------------------------------
+
+PEAKS = ("flat", "certain", "wrong", "huge", "duplicates", "shifted")
+
+
+def logits_inputs(tokens, width, classes, dtype, peak, seed=0):
+    """Logits of order one; losses down to 1e-20; confidently wrong; logits of thousands; equal classes; a common mean."""
+    x, w, target, g = inputs(
+        tokens, width, classes, torch.float32, "duplicates" if peak == "duplicates" else "far", seed=seed
+    )
+    x = x / x.norm(dim=1, keepdim=True)
+    along = w[(target.clamp_min(0) + (peak == "wrong")) % classes]
+    along = along / along.square().sum(1, keepdim=True)
+    if peak in ("certain", "wrong"):  # a margin of 0 ... 60 nats, the loss of a certain token about exp(-margin)
+        x = 0.3 * x + torch.linspace(1, 60, tokens).unsqueeze(1) * along
+    elif peak == "huge":
+        x = 1e3 * x
+    elif peak == "shifted":
+        w = w + 5
+    return x.to(dtype), w.to(dtype), target, g
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(shapes, st.sampled_from(list(DTYPES)), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets)
+def test_cross_entropy_torch_drawn(shape, dtype, peak, seed, options):
+    weight = torch.rand(shape[2], generator=torch.Generator().manual_seed(seed)) + 0.1 if options["weighted"] else None
+    chosen = {"class_weight": weight, "label_smoothing": options["label_smoothing"], "n": None}
+    compare(*logits_inputs(*shape, DTYPES[dtype], peak, seed), "torch", **chosen)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets)
+def test_cross_entropy_triton_drawn(shape, dtype, peak, seed, options):
+    weight = torch.rand(shape[2], generator=torch.Generator().manual_seed(seed)) + 0.1 if options["weighted"] else None
+    chosen = {"class_weight": weight, "label_smoothing": options["label_smoothing"], "n": None}
+    compare(*logits_inputs(*shape, DTYPES[dtype], peak, seed), "triton", **chosen)
+
+
+# More tokens than a tile, classes and features that are multiples of nothing.
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_cross_entropy_grid(backend, peak, dtype):
+    compare(*logits_inputs(37, 67, 83, DTYPES[dtype], peak), backend, n=None)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cross_entropy_keeps_a_loss_of_1e_20(backend, dtype):
+    """Relative error 1e-5 at true losses from 1e-3 to 1e-20, where fp32's log-softmax reads 0."""
+    _, w, target, _ = logits_inputs(40, 64, 300, torch.float64, "flat")
+    target = target.clamp_min(0)
+    margin = torch.linspace(10, 75, 40, dtype=torch.float64).unsqueeze(1)
+    x = (margin * w[target] / w[target].square().sum(1, keepdim=True)).to(DTYPES[dtype])
+    w = w.to(DTYPES[dtype])
+    want = ht_reference.linear_cross_entropy(x, w, target, reduction="none")
+    got = linear_cross_entropy(x, w, target, reduction="none", backend=backend)
+    assert want.min() < 1e-20 < 1e-3 < want.max()
+    assert ((got - want).abs() / want).max() < 1e-5
