@@ -250,8 +250,8 @@ def torch_chunked(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tens
     "liger",
     "cross_entropy",
     "Liger fused linear cross-entropy",
-    devices=("cuda",),
     imports="liger_kernel.transformers.functional",
+    interpreted_on_cpu=True,
     scores_in_dtype=True,
 )
 def liger(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:

@@ -69,7 +69,7 @@ def _table(records: list[Record]) -> str:
         check = record["checks"]
         rows.append(
             [
-                HEADS.get(record["baseline"], record["baseline"]),
+                HEADS.get(name := str(record["baseline"]), name),
                 _seconds(seconds, len(record["seconds"]["both"]["values"])),
                 f"{ratio(seconds, median(mine)):.2f}",
                 f"{record['share_of_floor']:.2f}",
