@@ -45,7 +45,9 @@ class Target:
 
 def _targets() -> tuple[Target, ...]:
     small, large = ("gpt2", 2048, "fp32", "cpu"), ("gpt2", 8192, "fp32", "cpu")
-    cpu_peers = [b.name for b in REGISTRY.values() if "cpu" in b.devices and not is_ours(b.name)]
+    cpu_peers = [
+        b.name for b in REGISTRY.values() if "cpu" in b.devices and not b.interpreted_on_cpu and not is_ours(b.name)
+    ]
     gpu_peers = ("cross_entropy", "cross_entropy_compiled", "liger", "cce", "cce_exact")
     found = [
         Target(*small, "time", 1.0, "cross_entropy"),

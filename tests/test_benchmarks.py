@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import UsageError, gpu, growth, machine, plots, readme, report, runs
+from benchmarks import UsageError, gpu, growth, inner_loops, machine, plots, readme, report, runs, static_cost
 from benchmarks.__main__ import main, make_plan, parser
 from benchmarks.baselines import REGISTRY, Baseline, register
 from benchmarks.gate import Gate, Truth
@@ -437,6 +437,78 @@ def test_a_file_that_is_no_run_is_named(tmp_path, content, says):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UsageError, match=f"x.jsonl.*{says}"):
         runs.load(tmp_path / "x.jsonl")
+
+
+# --- static cost -----------------------------------------------------------------------------------------------------
+
+SASS = """
+        /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;
+.L_x_2:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R103], desc[UR14][R16.64], P3 ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0030*/               @P1 LDGSTS.E.BYPASS.128 [R103], desc[UR14][R16.64] ;
+        /*0040*/                   IADD3 R8, P2, R26, UR6, RZ ;
+        /*0050*/              @!P5 BRA `(.L_x_1) ;
+        /*0060*/                   FFMA R1, R2, R3, R4 ;
+        /*0070*/              @!P0 MUFU.EX2 R1, R1 ;
+        /*0080*/                   FSETP.GT.AND P0, PT, R1, RZ, PT ;
+        /*0090*/              @!P5 BRA `(.L_x_2) ;
+        /*00a0*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00b0*/                   EXIT ;
+.L_x_3:
+        /*00c0*/                   BRA `(.L_x_3);
+        /*00d0*/                   NOP ;
+"""
+
+
+def test_inner_loops_are_found_and_counted():
+    found = inner_loops.read(SASS, block_d=64, entries=32)
+    assert found.step == {"matrix": 1, "special": 0, "fp32": 0, "memory": 1, "other": 2}
+    assert found.tile == {"matrix": 0, "special": 1, "fp32": 2, "memory": 1, "other": 1}
+    assert found.per_entry(130) == {
+        "matrix": 3 / 32,
+        "special": 1 / 32,
+        "fp32": 2 / 32,
+        "memory": 4 / 32,
+        "other": 7 / 32,
+    }
+    straight = "\n".join(line for line in SASS.splitlines() if "BRA" not in line)  # one tile, all features at once
+    alone = inner_loops.read(straight, 64, 32)
+    assert sum(alone.step.values()) == 0
+    assert alone.tile == {"matrix": 1, "special": 1, "fp32": 2, "memory": 4, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind"),
+    [
+        *((name, "matrix") for name in ("HGMMA", "HMMA", "QGMMA", "DMMA", "UTCHMMA")),
+        *((name, "fp32") for name in ("FADD", "FMNMX", "FSEL", "F2FP", "HFMA2", "I2F")),
+        *((name, "memory") for name in ("LDG", "LDS", "LDSM", "STG", "STS", "SHFL", "UTMALDG", "RED", "ATOMG")),
+        *((name, "other") for name in ("IMAD", "ISETP", "BAR", "SEL", "WARPGROUP", "FENCE", "EXIT")),
+        ("MUFU", "special"),
+    ],
+)
+def test_every_instruction_has_its_class(opcode, kind):
+    assert inner_loops.classify(opcode) == kind
+
+
+def test_predictions_follow_counts_and_limits():
+    loops = inner_loops.Loops(dict.fromkeys(inner_loops.CLASSES, 0), dict.fromkeys(inner_loops.CLASSES, 0), 64, 1)
+    loops.tile["special"] = 2
+    machine_ = inner_loops.Machine(products=1e12, copy=1e12, special=1e9, issue=1e10)
+    strategy = inner_loops.Strategy("one", (inner_loops.Pass("k", "", 1, 4),))
+    best, worst = inner_loops.predict(strategy, "dot", {("k", "dot"): loops}, (1000, 500, 2000), machine_)
+    unit = 2 * 1000 * 500 * 2000 / 1e12
+    special = 2 * 1000 * 2000 / 1e9
+    assert best == pytest.approx(2 * unit + special)  # the special functions take 4 ms, one product 2 ms, memory 8 us
+    assert worst == pytest.approx(3 * unit + special)
+
+
+def test_occupancy_is_what_registers_and_shared_memory_leave():
+    assert static_cost.occupancy("sm90", registers=176, shared=73728, warps=8) == 8 / 64  # 45056 of 65536 registers
+    assert static_cost.occupancy("sm90", registers=32, shared=0, warps=8) == 1.0
+    assert static_cost.occupancy("sm80", registers=64, shared=80 * 1024, warps=4) == 8 / 64  # two programs of 81 KiB
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
