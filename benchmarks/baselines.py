@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.workloads import Workload
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+os.environ.setdefault("PYKEOPS_VERBOSE", "0")  # it is read at import
 ANYWHERE = ("cpu", "cuda")
 LOSSES = ("harmonic", "cross_entropy")
 
@@ -141,6 +142,28 @@ def ours_triton(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor
     return loss
 
 
+def _register_strategy(strategy: str, describe: str, memory_budget: int | None) -> None:
+    """One strategy of the Triton backend, whatever harmonic_triton._strategy would choose."""
+
+    @register(
+        f"ours_triton_{strategy}",
+        "harmonic",
+        describe,
+        imports="harmonic_triton._strategy",
+        target_exact=True,
+        interpreted_on_cpu=True,
+    )
+    def run(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
+        options = {"n": exponent, "backend": "triton", "memory_budget": memory_budget}
+        with _peer("harmonic_triton._strategy").force(strategy):
+            loss: Tensor = _peer("harmonic_triton").linear_harmonic_loss(x, w, target, **options)
+        return loss
+
+
+_register_strategy("chunks", "the same, always with three products and stored 16-bit log-scores", None)
+_register_strategy("recompute", "the same, always with four products and O(N + V) memory (48 MiB)", 48 * 2**20)
+
+
 @register(
     "authors_dense",
     "harmonic",
@@ -176,7 +199,6 @@ def harmonic_dense(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Ten
     extra_reason=_compiler_reason,
 )
 def keops(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
-    _peer("pykeops").set_verbose(False)
     lazy = _peer("pykeops.torch").LazyTensor
     square = ((lazy(x[:, None, :]) - lazy(w[None, :, :])) ** 2).sum(-1)
     normaliser = (square.log() * (-exponent / 2)).logsumexp(dim=1).squeeze(-1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.baselines import LOSSES, Baseline
 from benchmarks.gate import Gate
 from benchmarks.machine import OtherWork, free_memory
-from benchmarks.memory import measure_in_fresh_process
+from benchmarks.memory import measure_in_fresh_process, measure_on_gpu
 from benchmarks.workloads import Inputs, Workload, make_inputs
 
 Record = dict[str, Any]
@@ -56,7 +56,7 @@ def _run_workload(plan: Plan, workload: Workload, say: Say) -> Iterator[Record]:
         if reason is not None:
             record.update(status="skipped", reason=reason)
             say(f"{baseline.name}: skipped: {reason}")
-        elif not baseline.interpreted(workload.device):
+        elif workload.device == "cpu" and not baseline.interpreted("cpu"):
             _measure_memory(baseline, workload, plan.threads, record, say)
 
     inputs = {loss: make_inputs(workload, loss) for loss in LOSSES}
@@ -64,6 +64,8 @@ def _run_workload(plan: Plan, workload: Workload, say: Say) -> Iterator[Record]:
     for baseline in plan.baselines:
         if records[baseline.name]["status"] == "planned":
             _pass_gate(baseline, gate, records[baseline.name], say)
+            if workload.device == "cuda" and records[baseline.name]["status"] == "ok":
+                _measure_gpu_memory(baseline, workload, inputs[baseline.loss], records[baseline.name], say)
     del gate
     if workload.inputs != "solved":
         _measure_solved(workload, [b for b in plan.baselines if records[b.name]["checks"]], records, say)
@@ -102,6 +104,14 @@ def _measure_memory(baseline: Baseline, workload: Workload, threads: int, record
     say(f"{baseline.name}: no memory figure: {reason}")
     if reason is not None and reason.startswith(("killed", "exit status", "one step took")):
         record.update(status="failed", reason=f"in its memory run: {reason}")
+
+
+def _measure_gpu_memory(baseline: Baseline, workload: Workload, inputs: Inputs, record: Record, say: Say) -> None:
+    try:
+        record["memory_bytes"] = measure_on_gpu(baseline, workload, inputs)
+    except Exception as error:
+        record["memory_reason"] = _first_line(error)
+    say(f"{baseline.name}: memory {record['memory_bytes'] or record['memory_reason']}")
 
 
 def _pass_gate(baseline: Baseline, gate: Gate, record: Record, say: Say) -> None:
@@ -267,7 +277,7 @@ def _time(
     try:
         for turn in range(plan.repeats):
             names = [name for name in steps if _has_turn(samples[name], turn, plan)]
-            first = turn % len(names)
+            first = turn % max(1, len(names))
             for name in names[first:] + names[:first]:
                 try:
                     samples[name].append(steps[name](sets[turn % len(sets)]))
@@ -277,7 +287,7 @@ def _time(
                     records[name].update(status="failed", reason=_first_line(error))
                     del steps[name]
             shown = (f"{name} {1e3 * samples[name][-1]['both']:.4g} ms" for name in names if name in steps)
-            say(f"round {turn + 1}/{plan.repeats}: {', '.join(shown)}")
+            say(f"round {turn + 1}/{plan.repeats}: {', '.join(shown) or 'every baseline has had its repeats'}")
     finally:
         gc.enable()
     products["other_work_cores"] = others.cores()

@@ -391,9 +391,10 @@ def test_growth_is_fitted_along_each_axis(tmp_path):
     made = runs.Run("run", HEADER, _growing())
     along_n, along_v = growth.series(made)
     assert (along_n.axis, along_v.axis) == ("N", "V")
-    assert growth.rows(along_n)[0] == ["ours_torch", "1e+03", "5e+05", "0.0%", "5", "0", "0.0%"] or growth.rows(
-        along_n
-    )[0][:4] == ["ours_torch", "1e+03", "5e+05", "0.0%"]
+    for one, time_line, memory_line in ((along_n, (1, 0.5), (5e6, 0)), (along_v, (5, 0.008), (4.996e6, 8))):
+        for figure, line in ((runs.median, time_line), (runs.memory, memory_line)):
+            found = growth.fit(one.curve("ours_torch", figure))
+            assert found == pytest.approx((*line, 0), rel=1e-9, abs=1e-6)
     assert growth.rows(along_v)[0] == ["ours_torch", "5e+03", "8000", "0.0%", "5", "8", "0.0%"]
     text = report.text(made)
     assert "## Growth with N: tiny V=500 D=64 fp32 random on cpu" in text
