@@ -262,7 +262,8 @@ class DotChunk(Chunk):
 
     def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> None:
         super().__init__(head, x, target, ratio, work)
-        self.target_ref = self.direct(self.target, slice(None))
+        own = self.direct(self.target, slice(None))
+        self.target_ref = own.masked_fill(own.isinf(), math.nan)  # as log-softmax has it
         self.on_target = torch.zeros_like(self.target_ref, dtype=torch.bool)
         self.shift = self.target_ref.to(x.dtype)
         left = -x

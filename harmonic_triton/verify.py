@@ -39,6 +39,7 @@ class Case:
     shape: tuple[int, int, int]  # N, D, V
     n: float | None
     inputs: str  # "far", "loss 1e-10", "wrong 0.1"
+    loss: str = "harmonic"  # or "entropy": cross-entropy
 
     @property
     def exponent(self) -> float:
@@ -48,7 +49,7 @@ class Case:
     @property
     def growth(self) -> float:
         """Bounds grow as n/28 beyond n = 28: a relative error of a distance counts n times in its power."""
-        return max(1.0, self.exponent / 28)
+        return max(1.0, self.exponent / 28) if self.loss == "harmonic" else 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,14 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor
     at = probes(case).to(device)
     kind, _, level = case.inputs.partition(" ")
     x = normal(tokens, width)
-    if kind != "far":
+    if case.loss == "entropy" and kind != "far":  # w_c, or a wrong class, has the largest logit by far
+        along = torch.nn.functional.normalize(w[(target + (kind == "wrong")) % classes].float(), dim=1)
+        if kind == "wrong":
+            x = float(level) * along / 0.02 / math.sqrt(width)
+        else:
+            length = length_for_loss(float(level), along[at], w.float(), target[at])
+            x = along * length.median().repeat(tokens, 1).index_copy_(0, at, length)
+    elif kind != "far":
         away = kind == "wrong"
         centre = w[(target + away) % classes].float()
         direction = torch.nn.functional.normalize(x, dim=1)
@@ -113,8 +121,24 @@ def distance_for_loss(level: float, centre: Tensor, direction: Tensor, w: Tensor
     return low.exp().float()
 
 
-def truth(x: Tensor, w: Tensor, target: Tensor, n: float, g: Tensor) -> tuple[Tensor, ...]:
+def length_for_loss(level: float, direction: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """How long an x along ``direction`` (N, D) has this cross-entropy: (N, 1), by bisection."""
+    logits = (direction @ w.t()).double()
+    own = logits.gather(1, target.unsqueeze(1))
+    others = logits.scatter(1, target.unsqueeze(1), -math.inf)
+    low, high = torch.zeros_like(own), 1e3 / own
+    for _ in range(40):
+        middle = (low + high) / 2
+        score = torch.logsumexp(middle * others, 1, keepdim=True) - middle * own
+        above = torch.nn.functional.softplus(score, threshold=700.0) > level
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return high.float()
+
+
+def truth(x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor) -> tuple[Tensor, ...]:
     """(losses, dX, dW, dn) in fp64, a few rows at a time, and the sum of the absolute values that dn is the sum of.
+
+    ``n=None`` is cross-entropy, which has no dn (0).
 
     Rows without upstream gradient are left out: their losses are 0 here.
     The reference's distances and losses, and their derivative written out (A = -n G/s, as in the fused backends, but
@@ -127,9 +151,17 @@ def truth(x: Tensor, w: Tensor, target: Tensor, n: float, g: Tensor) -> tuple[Te
     dw, dn, dn_size = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(())
     for rows in ((target >= 0) & (g != 0)).nonzero().squeeze(1).split(max(1, REFERENCE_ENTRIES // len(w))):
         part, own, up = x[rows].double(), target[rows].unsqueeze(1), g[rows].double()
-        z, s_c = reference.log_scores(part, w, target[rows], n)
+        if n is None:
+            z, _ = reference.relative_logits(part, w, target[rows])
+        else:
+            z, s_c = reference.log_scores(part, w, target[rows], n)
         losses[rows] = loss = reference.negative_log_likelihood(z, target[rows])
         p = (z - loss.unsqueeze(1)).exp_().scatter_(1, own, 0.0)  # of the classes beside the target
+        if n is None:
+            slope = p.scatter_(1, own, -p.sum(1, keepdim=True)).mul_(up.unsqueeze(1))
+            dx[rows] = slope @ w
+            dw += slope.t() @ part
+            continue
         terms = (p * z).sum(1) * up / n
         dn, dn_size = dn + terms.sum(), dn_size + terms.abs().sum()
         slope = p.scatter_(1, own, -p.sum(1, keepdim=True)).mul_((-n * up / s_c).unsqueeze(1))
@@ -155,12 +187,12 @@ def prepared(case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], tupl
     x, w, target, g = make_inputs(case, device)
     if case.reduction == "sum":
         g.fill_(0.75)
-    return (x, w, target, g), truth(x, w, target, case.exponent, g)
+    return (x, w, target, g), truth(x, w, target, case.exponent if case.loss == "harmonic" else None, g)
 
 
 def run_case(case: Case, device: torch.device) -> Outcome:
     """One backend on one set of inputs."""
-    from harmonic_triton import linear_harmonic_loss
+    from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
 
     (x, w, target, g), (losses, dx, dw, dn, dn_size) = prepared(replace(case, backend=""), device)
     kept = (target >= 0) & (g != 0)
@@ -170,7 +202,10 @@ def run_case(case: Case, device: torch.device) -> Outcome:
     x, w = (tensor.detach().clone().requires_grad_() for tensor in (x, w))
     n = torch.tensor(case.exponent, device=device, requires_grad=True)
     start = time.perf_counter()
-    out = linear_harmonic_loss(x, w, target, n=n, reduction=case.reduction, backend=case.backend)
+    if case.loss == "harmonic":
+        out = linear_harmonic_loss(x, w, target, n=n, reduction=case.reduction, backend=case.backend)
+    else:
+        out = linear_cross_entropy(x, w, target, reduction=case.reduction, backend=case.backend) + 0 * n
     upstream = g * scale if case.reduction == "none" else out.new_tensor(0.75 * scale)
     grad_x, grad_w, grad_n = torch.autograd.grad(out, (x, w, n), upstream.to(out.dtype))
     seconds = time.perf_counter() - start
@@ -183,8 +218,9 @@ def run_case(case: Case, device: torch.device) -> Outcome:
         "loss": torch.where(got == wanted, 0.0, (got - wanted).abs() / wanted).max().item(),
         "dX": row_error(grad_x, dx * scale, case.dtype),
         "dW": row_error(grad_w, dw * scale, case.dtype),
-        "dn": abs(grad_n.item() - dn.item() * scale) / (dn_size.item() * scale),
     }
+    if case.loss == "harmonic":
+        errors["dn"] = abs(grad_n.item() - dn.item() * scale) / (dn_size.item() * scale)
     gradient = GRADIENT_BOUND[case.dtype] * case.growth
     small = min(gradient, GRADIENT_BOUND[torch.float32] * case.growth)
     bounds = {"loss": LOSS_BOUND, "dX": gradient, "dW": gradient, "dn": small}
@@ -224,6 +260,10 @@ def cases(
             lines += [Case("", "none", dtype, first, n, kind) for n, kind in exponents]
             lines += [Case("", "sum", dtype, first, None, kind) for kind in inputs[::5]]
             lines += [Case("", "none", dtype, shape, None, kind) for shape in more for kind in ("far", "loss 1e-10")]
+            logits = [(first, kind) for kind in ("far", "loss 0.001", "loss 1e-20", "wrong 20")]
+            logits += [(shape, "loss 1e-10") for shape in more]
+            lines += [Case("", "none", dtype, shape, None, kind, "entropy") for shape, kind in logits]
+            lines.append(Case("", "sum", dtype, first, None, "far", "entropy"))
             for line in lines:
                 if line.reduction == "sum" and len(probes(line)) < line.shape[0]:
                     continue  # its truth needs all tokens
@@ -264,16 +304,17 @@ def main(options: argparse.Namespace) -> int:
     print(*backend_lines(device), sep="\n")
     backends = options.backend or ["reference", "torch", "triton"]
     dtypes = [DTYPES[name] for name in options.dtype] if options.dtype else None
-    print(f"\n{'backend':9} {'reduction':9} {'dtype':8} {'N x D x V':>18} {'n':>6} {'inputs':10} {'loss':>8}"
+    print(f"\n{'kind':8} {'backend':9} {'reduction':9} {'dtype':8} {'N x D x V':>18} {'n':>6} {'inputs':10} {'loss':>8}"
           f"  {'error of loss':>17}  {'dX':>17}  {'dW':>17}  {'dn':>17}")  # fmt: skip
     failed = total = 0
     for case in cases(device, backends, options.shape, dtypes):
         outcome = run_case(case, device)
-        cells = "  ".join(f"{outcome.errors[k]:8.1e}/{outcome.bounds[k]:8.1e}" for k in ("loss", "dX", "dW", "dn"))
+        cells = "  ".join(f"{error:8.1e}/{outcome.bounds[name]:8.1e}" for name, error in outcome.errors.items())
         shape = " x ".join(map(str, case.shape))
         total += 1
         failed += not outcome.passed
-        print(f"{case.backend:9} {case.reduction:9} {str(case.dtype)[6:]:8} {shape:>18} {case.exponent:6.1f}"
+        exponent = f"{case.exponent:6.1f}" if case.loss == "harmonic" else "     -"
+        print(f"{case.loss:8} {case.backend:9} {case.reduction:9} {str(case.dtype)[6:]:8} {shape:>18} {exponent}"
               f" {case.inputs:10} {outcome.loss:8.1e}  {cells}{'' if outcome.passed else '  FAILED'}", flush=True)  # fmt: skip
     print(f"\n{total - failed} of {total} lines within their bounds (error/bound).")
     if not total:

@@ -34,8 +34,9 @@ def test_verify_passes_and_prints_bounds(capsys):
     assert lines[-1].endswith("lines within their bounds (error/bound).")
     for backend in ("reference", "torch", "triton"):
         for dtype in ("float32", "bfloat16"):
-            shown = [line for line in lines if line.startswith(backend) and dtype in line]
-            assert any("loss 1e-20" in line and float(line.split()[11]) < 3e-20 for line in shown)
+            for kind in ("harmonic", "entropy"):
+                shown = [line for line in lines if line.split()[:2] == [kind, backend] and dtype in line]
+                assert any("loss 1e-20" in line and float(line.split()[12]) < 3e-20 for line in shown)
             assert all("/" in line and "FAILED" not in line for line in shown)
 
 

@@ -181,6 +181,10 @@ def test_a_bad_token_or_class_shows(backend):
     assert torch.equal(loss[others], clean[0][others])
     assert torch.equal(dx[others], clean[1][others])
     x, w, target, g = make()
+    x[1, 3], w[:, 3] = math.inf, -1.0
+    w[target[1], 3] = 1.0  # the target's logit is infinite, the others' the other way
+    assert not gradients(x, w, target, g, reduction="none", backend=backend)[0][1].isfinite()
+    x, w, target, g = make()
     w[5, 2] = math.nan
     assert gradients(x, w, target, g, reduction="none", backend=backend)[0][target >= 0].isnan().all()
 

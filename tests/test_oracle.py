@@ -129,11 +129,12 @@ def test_three_coinciding_classes(backend, away):
 
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
-PEAKS = ("flat", "certain", "wrong", "huge", "duplicates", "shifted")
+PEAKS = ("flat", "certain", "wrong", "huge", "twins", "duplicates", "shifted")
 
 
 def logits_inputs(tokens, width, classes, dtype, peak, seed=0):
-    """Logits of order one; losses down to 1e-20; confidently wrong; logits of thousands; equal classes; a common mean."""
+    """Logits of order one; losses down to 1e-20; confidently wrong; logits of thousands, and of a pair
+    of classes that differ in the last digits; equal classes; a common mean."""
     x, w, target, g = inputs(
         tokens, width, classes, torch.float32, "duplicates" if peak == "duplicates" else "far", seed=seed
     )
@@ -144,6 +145,9 @@ def logits_inputs(tokens, width, classes, dtype, peak, seed=0):
         x = 0.3 * x + torch.linspace(1, 60, tokens).unsqueeze(1) * along
     elif peak == "huge":
         x = 1e3 * x
+    elif peak == "twins" and classes > 1:
+        w[1::2] = w[: classes // 2 * 2 : 2] + 1e-5 * w[1::2]
+        x = 1e4 * w[target.clamp_min(0)] / w.square().sum(1).mean() + x
     elif peak == "shifted":
         w = w + 5
     return x.to(dtype), w.to(dtype), target, g

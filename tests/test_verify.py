@@ -19,6 +19,20 @@ def test_truth_is_the_reference_differentiated(inputs, n):
     torch.testing.assert_close(verify.truth(x, w, target, case.exponent, g)[:4], want, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("inputs", ["far", "loss 1e-10", "wrong 20"])
+def test_truth_of_cross_entropy(inputs):
+    case = verify.Case("", "none", torch.float64, (20, 100, 300), None, inputs, "entropy")
+    x, w, target, g = verify.make_inputs(case, CPU)
+    leaves = x.requires_grad_(), w.requires_grad_()
+    loss = reference.linear_cross_entropy(*leaves, target, reduction="none")
+    want = loss.detach(), *torch.autograd.grad(loss, leaves, g.double())
+    torch.testing.assert_close(verify.truth(x.detach(), w.detach(), target, None, g)[:3], want, rtol=1e-9, atol=1e-14)
+    if inputs == "loss 1e-10":
+        torch.testing.assert_close(
+            want[0][g != 0][target[g != 0] >= 0], torch.full((17,), 1e-10).double(), rtol=1e-4, atol=0
+        )
+
+
 def test_a_large_shape_is_checked_on_some_tokens(monkeypatch):
     monkeypatch.setattr(verify, "TRUTH_WORK", 4 * 100 * 300)
     case = verify.Case("torch", "none", torch.float32, (200, 100, 300), None, "loss 1e-10")
