@@ -32,12 +32,12 @@ USUAL = Choice(workload=("gpt2",), n=(2048,), repeats=5, patience=math.inf)
 QUICK = Choice(workload=("quick",), n=(256, 1024), repeats=5, patience=4.0)
 GROWTH = Choice(
     workload=("growth",),
-    n=(2048, 512, 1024, 4096, 8192, 16384),
+    n=(2048, 512, 1024, 4096, 8192),
     repeats=5,
-    patience=15.0,
-    v=(4096, 8192, 32768, 65536, 131072),
+    patience=8.0,
+    v=(4096, 8192, 32768, 65536),
 )
-GROWTH_BASELINES = ("ours_torch", "ours_triton", "ours_lce_torch", "ours_lce_triton", "cross_entropy", "torch_chunked")
+GROWTH_BASELINES = ("ours_torch", "ours_triton", "ours_lce_torch", "ours_lce_triton", "cross_entropy")
 
 
 def parser() -> argparse.ArgumentParser:
