@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--patience", type=float, help="seconds of timing after which a slow baseline gets fewer repeats (default none)"
     )
+    parse.add_argument("--once", nargs="+", metavar="NAME", default=[], help="baselines to time once only: slow ones")
     parse.add_argument("--threads", type=int, help="CPU threads (default torch's choice)")
     parse.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one (default)")
     parse.add_argument("--quick", action="store_true", help="a small head at two N, within 3 minutes on two cores")
@@ -105,13 +106,14 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         repeats=arguments.repeats or choice.repeats,
         threads=arguments.threads or torch.get_num_threads(),
         patience=arguments.patience or choice.patience,
+        once=frozenset(baseline.name for baseline in _choose(arguments.once, "--once") if arguments.once),
     )
 
 
-def _choose(names: Sequence[str] | None) -> list[Baseline]:
+def _choose(names: Sequence[str] | None, option: str = "--baselines") -> list[Baseline]:
     for name in names or ():
         if name not in REGISTRY:
-            raise UsageError(f"--baselines {name!r} is not registered: choose from {', '.join(REGISTRY)}")
+            raise UsageError(f"{option} {name!r} is not registered: choose from {', '.join(REGISTRY)}")
     return [REGISTRY[name] for name in dict.fromkeys(names or REGISTRY)]
 
 

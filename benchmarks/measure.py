@@ -35,6 +35,7 @@ class Plan:
     repeats: int
     threads: int
     patience: float = math.inf  # seconds of timing a baseline may take in a workload before it loses repeats
+    once: frozenset[str] = frozenset()  # baselines that are timed once, whatever the patience
 
 
 def run(plan: Plan, say: Say) -> Iterator[Record]:
@@ -276,7 +277,7 @@ def _time(
     gc.disable()
     try:
         for turn in range(plan.repeats):
-            names = [name for name in steps if _has_turn(samples[name], turn, plan)]
+            names = [name for name in steps if _has_turn(name, samples[name], turn, plan)]
             first = turn % max(1, len(names))
             for name in names[first:] + names[:first]:
                 try:
@@ -306,10 +307,12 @@ def _time_on_its_inputs(baseline: Baseline, workload: Workload, inputs: Mapping[
     return _time_step(baseline, workload, inputs[baseline.loss])
 
 
-def _has_turn(samples: list[dict[str, float]], turn: int, plan: Plan) -> bool:
+def _has_turn(name: str, samples: list[dict[str, float]], turn: int, plan: Plan) -> bool:
     """Whether a baseline is timed in this round: those that ``patience`` leaves fewer repeats get them evenly spread."""
     if not samples:
         return True
+    if name in plan.once:
+        return False
     affordable = int(max(1, min(plan.repeats, plan.patience / samples[0]["both"])))
     return turn * affordable // plan.repeats > (turn - 1) * affordable // plan.repeats
 

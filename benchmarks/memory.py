@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def measure_in_fresh_process(baseline: Baseline, workload: Workload, threads: in
             capture_output=True,
             text=True,
             timeout=WORKER_SECONDS,
+            env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # nothing is timed: leave the cores to others
             cwd=Path(__file__).resolve().parent.parent,
         )
     except subprocess.TimeoutExpired:

@@ -1,6 +1,7 @@
 """The benchmark suite measures what it says; nothing here asserts a time."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -197,7 +198,9 @@ def test_ours_are_right_where_the_true_loss_is_near_1e_20(name, model):
 def test_a_slow_baseline_gets_fewer_repeats_evenly_spread(affordable, turns):
     plan = Plan([], [], False, 5, 1, patience=10.0)
     samples = [{"both": 10.0 / affordable - 1e-9}]
-    assert [turn for turn in range(5) if _has_turn(samples if turn else [], turn, plan)] == turns
+    assert [turn for turn in range(5) if _has_turn("any", samples if turn else [], turn, plan)] == turns
+    once = dataclasses.replace(plan, once=frozenset({"any"}))
+    assert [turn for turn in range(5) if _has_turn("any", samples if turn else [], turn, once)] == [0]
 
 
 @pytest.mark.parametrize("rows", [40, 7])
@@ -525,6 +528,7 @@ def test_occupancy_is_what_registers_and_shared_memory_leave():
         (["--repeats", "0"], "--repeats 0 "),
         (["--threads", "0"], "--threads 0 "),
         (["--baselines", "apex"], "--baselines 'apex' is not registered: choose from ours_torch"),
+        (["--once", "apex"], "--once 'apex' is not registered"),
         (["--device", "tpu"], "--device 'tpu' is not known"),
         (["--v", "0"], "--v 0 "),
         (["--patience", "0"], "--patience 0.0 "),
