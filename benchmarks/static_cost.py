@@ -38,8 +38,10 @@ SWITCHES = ("DOT", "MOMENTS", "SMOOTHING", "SCALED", "KEEP", "KEPT")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
 TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_ref_ptr": "fp64"}
+GRADIENTS = {"dx_ptr", "dw_ptr"}  # in fp32 where they are formed in the forward pass: the variant WIDE
 FLOATS = {"eps"}  # scalar arguments that are not i32
 SMOOTHING_ONLY = {"v_ptr", "v_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
+KEPT_ONLY = {"kept_ptr", "tile_best_ptr"}  # None where no log-scores are stored
 HARMONIC_ONLY = {"norms_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
@@ -84,27 +86,36 @@ def kernels() -> dict[str, tuple[Any, bool]]:
 
 
 def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
-    """Every combination of the kernel's own switches."""
-    switches = [name for name in SWITCHES if name in arguments]
+    """Every combination of the kernel's own switches, and of the types of gradients."""
+    switches = [name for name in SWITCHES if name in arguments] + ["WIDE"] * bool(GRADIENTS.intersection(arguments))
     for values in itertools.product((False, True), repeat=len(switches)):
         yield dict(zip(switches, values, strict=True))
 
 
-def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str) -> Launch:
-    """The specialisation of one kernel; a ``KeyError`` names a constant that is not known here."""
-    from harmonic_triton._triton.configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS
+def launch_of(
+    name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str, config: Any = None
+) -> Launch:
+    """The specialisation of one kernel, with the stored tile configuration unless another one is given.
 
-    config = CONFIGS[arch, DTYPES[dtype]]
+    A ``KeyError`` names a constant that is not known here.
+    """
+    from harmonic_triton._triton.configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, kept_tile
+
+    config = config or CONFIGS[arch, DTYPES[dtype]]
     fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
     fixed |= {"stride_xd": 1, "stride_wd": 1}
     options = {"num_warps": ROW_WARPS, "num_stages": 2}
     if products:
         fixed |= {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if switches.get("KEPT"):
+            fixed["BLOCK_N"], options["num_warps"] = kept_tile(config).values()
     elif name == "coefficient_kernel":
         fixed["BLOCK_N"] = 128
     if not switches.get("SMOOTHING", True):
         fixed |= dict.fromkeys(SMOOTHING_ONLY)
+    if not switches.get("KEEP", False) and not switches.get("KEPT", False):
+        fixed |= dict.fromkeys(KEPT_ONLY)
     if switches.get("DOT", False):
         fixed |= dict.fromkeys(HARMONIC_ONLY)
     compile_time = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
@@ -114,6 +125,10 @@ def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool
             launch.signature[argument], launch.constants[(position,)] = "constexpr", fixed[argument]
         elif argument.endswith("_ptr"):
             kind = dtype if argument in OPERANDS else TYPES.get(argument, "fp32")
+            if argument == "kept_ptr" and dtype != "fp32":
+                kind = "fp16"
+            if argument in GRADIENTS and switches["WIDE"]:
+                kind = "fp32"
             launch.signature[argument], launch.attributes[(position,)] = f"*{kind}", [["tt.divisibility", 16]]
         else:
             launch.signature[argument] = "fp32" if argument in FLOATS else "i32"
@@ -122,13 +137,15 @@ def launch_of(name: str, function: Any, products: bool, switches: dict[str, bool
     return launch
 
 
-def compile_one(name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str) -> Cost:
+def compile_one(
+    name: str, function: Any, products: bool, switches: dict[str, bool], dtype: str, arch: str, config: Any = None
+) -> Cost:
     """Compile one kernel and read its cost."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch = launch_of(name, function, products, switches, dtype, arch)
+    launch = launch_of(name, function, products, switches, dtype, arch, config)
     source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=launch.options)
     if arch.startswith("gfx"):
@@ -189,7 +206,9 @@ def jobs(architectures: Iterable[str] = TARGETS) -> list[Job]:
     for name, (function, _) in kernels().items():
         for switches in variants(function.arg_names):
             for dtype, arch in itertools.product(DTYPES, architectures):
-                if "SCALED" not in switches or switches["SCALED"] == (dtype == "fp16"):
+                if switches.get("SCALED", dtype == "fp16") == (dtype == "fp16") and not (
+                    dtype == "fp32" and switches.get("WIDE")
+                ):
                     found.append((name, switches, dtype, arch))
     return found
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harmonic_triton import _ops, _validate, reference
+from harmonic_triton import _ops, _strategy, _validate, reference
 from harmonic_triton._dispatch import resolve
 from harmonic_triton._numerics import IDENTICAL, SMALLEST_SQ, Rows, compute_dtype, full_fp32, mixed_nll
 
@@ -248,7 +248,8 @@ class _Call:
         wanted = [t is not None and torch.is_grad_enabled() and _ops.requires_grad(t) for t in (x, w, n)]
         options = (float(eps), self.uniform_mix, self.ignore_index)
         last = (self.return_stats or wanted[2], self.backend, self.budget)
-        if self.reduction != "none" and any(wanted) and self.backend == "torch":
+        in_forward = self.reduction != "none" and any(wanted)
+        if in_forward and _strategy.gradients_in_forward(self.backend, x, w, self.budget):
             loss, _, _, _, *fields = _ops.ReducedFunction.apply(
                 x, w, n, v, self.labels, token, smooth, *options, *wanted, *last
             )

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import harmonic_triton as ht
-from benchmarks import static_cost
+from benchmarks import autotune, static_cost
+from harmonic_triton import _strategy
 
 configs = pytest.importorskip("harmonic_triton._triton.configs")  # needs triton
 
@@ -67,7 +68,8 @@ def test_compiles_within_limits(arch):
     assert not [cost for cost in costs if cost.spills]
     assert not [cost for cost in costs if not 0 < cost.registers <= REGISTERS[arch]]
     assert not [cost for cost in costs if cost.shared > static_cost.SHARED_LIMIT[arch]]
-    assert not [cost for cost in by_products[True] if cost.matrix_instructions == 0 and cost.dtype != "fp32"]
+    computed = [cost for cost in by_products[True] if "kept" not in cost.variant.split("+")]  # not read from storage
+    assert not [cost for cost in computed if cost.matrix_instructions == 0 and cost.dtype != "fp32"]
     # fp32 products stay in fp32: NVIDIA's matrix units would round the operands to tf32, AMD's have fp32 ones
     if arch.startswith("sm"):
         assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
@@ -80,7 +82,7 @@ def test_products_compile_for_other_amd_gpus():
         from harmonic_triton._triton.configs import CONFIGS
         for arch in ("gfx90a", "gfx950"):
             static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
-            switches = {"DOT": False, "MOMENTS": False, "SMOOTHING": False}
+            switches = {"DOT": False, "MOMENTS": False, "SMOOTHING": False, "KEEP": False}
             cost = static_cost.run_job(("forward_kernel", switches, "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -88,6 +90,111 @@ def test_products_compile_for_other_amd_gpus():
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     assert all(map(int, run.stdout.split()))
+
+
+def test_coefficients_may_replace_the_scores_they_come_from():
+    """In one memory: every program reads its tile once, and before it writes there."""
+    program = """if True:
+        import re, triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from benchmarks import static_cost
+        function, products = static_cost.kernels()["gradient_kernel"]
+        for arch, target in static_cost.TARGETS.items():
+            for dot in (False, True):
+                switches = {"DOT": dot, "SMOOTHING": True, "KEPT": True}
+                launch = static_cost.launch_of("gradient_kernel", function, products, switches, "bf16", arch)
+                source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
+                code = triton.compile(source, target=GPUTarget(*target), options=launch.options).asm["ttgir"]
+                tiles = [line for line in code.splitlines() if re.search(r"tensor<[0-9]+x[0-9]+x", line)]
+                print(*re.findall(r"= tt.(load) |(?<!= )tt.(store) ", chr(10).join(tiles)))"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.splitlines() == ["('load', '') ('', 'store')"] * 2 * len(static_cost.TARGETS)
+
+
+# --- tuned configurations ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiles(tmp_path, monkeypatch):
+    """Where tuned configurations go, read anew before and after."""
+    monkeypatch.setenv("HARMONIC_TRITON_TILES", str(tmp_path / "new" / "tiles.json"))
+    configs.tuned.cache_clear()
+    yield tmp_path / "new" / "tiles.json"
+    configs.tuned.cache_clear()
+
+
+def test_tuned_configuration_is_what_a_call_takes(tiles):
+    """Written, read again, for its bucket of D, its dtype and its architecture alone; a second one is added."""
+    mine, other = configs.TileConfig(64, 32, 32, 4, 2), configs.TileConfig(32, 32, 32, 4, 1)
+    cpu = torch.device("cpu")
+    stored = configs.tile_config(cpu, torch.bfloat16, 768)
+    assert stored == configs.CONFIGS["interpreter", 2] != mine
+    assert configs.store_tuned(configs.key_of("interpreter", 2, 768), mine) == tiles
+    assert configs.store_tuned(configs.key_of("sm90", 2, 768), other) == tiles
+    configs.tuned.cache_clear()
+    assert configs.tile_config(cpu, torch.bfloat16, 513) == configs.tile_config(cpu, torch.float16, 1024) == mine
+    assert configs.tile_config(cpu, torch.bfloat16, 512) == configs.tile_config(cpu, torch.bfloat16, 1025) == stored
+    assert configs.tile_config(cpu, torch.float32, 768) == configs.CONFIGS["interpreter", 4]
+
+
+@pytest.mark.parametrize("strategy", ["chunks", "recompute"])
+def test_tuned_configuration_computes_the_same(tiles, strategy):
+    """Other tiles, other order of sums: fp32's accuracy."""
+    x, w = torch.randn(40, 70, generator=torch.Generator().manual_seed(0)), torch.randn(90, 70)
+    target = torch.arange(40) * 2
+
+    def gradients():
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with _strategy.force(strategy):
+            return torch.autograd.grad(ht.linear_harmonic_loss(*leaves, target, backend="triton"), leaves)
+
+    want = gradients()
+    configs.store_tuned(configs.key_of("interpreter", 4, 70), configs.TileConfig(16, 16, 32, 4, 1))
+    for got, wanted in zip(gradients(), want, strict=True):
+        assert not torch.equal(got, wanted)
+        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"sm90/2/1024": {"block_n": 128}}', '{"sm90/2/1024": 3}',
+    '{"a": {"block_n": 96, "block_v": 64, "block_d": 64, "num_warps": 8, "num_stages": 3}}',
+    '{"a": {"block_n": 64, "block_v": 64, "block_d": 64, "num_warps": 8, "num_stages": 3.5}}',
+])  # fmt: skip
+def test_a_bad_file_is_named(tiles, text):
+    tiles.parent.mkdir()
+    tiles.write_text(text)
+    with pytest.raises(ValueError, match=r"tiles\.json is no file of tile configurations"):
+        configs.tile_config(torch.device("cpu"), torch.float32, 64)
+
+
+def test_the_sweep_rejects_what_spills_or_does_not_fit():
+    """The stored configuration passes; a tile of 128 x 256 spills; six stages of 128 x 128 x 64 exceed shared memory."""
+    program = """if True:
+        from benchmarks import autotune
+        from harmonic_triton._triton.configs import CONFIGS, TileConfig
+        for config in (CONFIGS["sm90", 2], TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 128, 8, 6)):
+            print(autotune.rejection(config, "bf16", "sm90"))"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    passed, spilled, large = run.stdout.splitlines()
+    assert passed == "None"
+    assert "spills" in spilled
+    assert "shared memory" in large
+
+
+def test_tuning_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        autotune.main(["--workload", "tiny"])
+    assert "--static" in capsys.readouterr().err
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -98,7 +205,8 @@ KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.i
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("harmonic", [True, False])
-def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, harmonic, monkeypatch):
+@pytest.mark.parametrize("strategy", ["recompute", "chunks"])
+def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, harmonic, monkeypatch):
     """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
 
     Learnable n (MOMENTS) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's).
@@ -113,6 +221,8 @@ def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, harmon
         name, names = function.__name__, function.arg_names
         given = {**dict(zip(names, args, strict=False)), **options}
         switches = {switch: given[switch] for switch in static_cost.SWITCHES if switch in names}
+        for gradient in static_cost.GRADIENTS.intersection(names):
+            switches["WIDE"] = given[gradient].dtype == torch.float32 != DTYPES[dtype]
         assert (name, switches, dtype, "sm90") in jobs
         compiled = static_cost.launch_of(name, *kernels[name], switches, dtype, "sm90")
         constants = {names[position]: value for (position,), value in compiled.constants.items()}
@@ -132,9 +242,10 @@ def test_compiled_signatures_are_those_of_real_launches(dtype, smoothing, harmon
     x, w = (torch.randn(rows, 32, generator=generator).to(DTYPES[dtype]).requires_grad_() for rows in (5, 7))
     n = torch.tensor(3.0, requires_grad=True)
     target = torch.randint(7, (5,), generator=generator)
-    if harmonic:
-        loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
-    else:
-        loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, backend="triton")
+    with _strategy.force(strategy):
+        if harmonic:
+            loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
+        else:
+            loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, backend="triton")
     (0.5 * loss).backward()
     assert seen == set(kernels) - ({"norms_kernel"} if not harmonic else set())

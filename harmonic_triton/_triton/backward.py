@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from harmonic_triton._triton.forward import IDENTICAL, SMALLEST_SQ
-from harmonic_triton._triton.tile import LOG2E, log_scores, narrow, ratio_tile, scale_of
+from harmonic_triton._triton.tile import LOG2E, exp2_minus_1, kept_scores, log_scores, narrow, ratio_tile, scale_of
 
 
 @triton.jit
@@ -91,15 +91,18 @@ def coefficient_kernel(
 def gradient_kernel(
     x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr,
     nll_ptr, rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr,  # in (N,)
+    kept_ptr, tile_best_ptr,  # with KEPT in (N, WIDTH), (tiles, N)
     a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
     N, V, D, eps, first, width, stride_an,  # the slice is classes first ... first + width
     stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, SMOOTHING: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding.
 
-    DOT: A = -G and no sums: dX has no term in x, dW none in w.
+    DOT: A = -G and no sums: dX has no term in x, dW none in w. KEPT: from the log-scores that the forward pass stored,
+    and in their place; without it the products are computed again.
     """
     row_tile = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -114,14 +117,21 @@ def gradient_kernel(
     if not DOT:
         _, inverse, floor = scale_of(tl.load(target_ref_ptr + rows, mask=alive, other=0.0).to(tl.float32), own, eps)
         half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
-    ratio = ratio_tile(
-        x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
-        D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
-    )  # fmt: skip
+    here = inside[:, None] & (local < width)[None, :]
+    if KEPT:
+        kept = tl.load(kept_ptr + rows[:, None] * stride_an + local[None, :], mask=here, other=0.0).to(tl.float32)
+        best = tl.load(tile_best_ptr + tile.to(tl.int64) * N + rows, mask=alive, other=0.0)
+        score, shrink = kept_scores(kept, best, half_n, DOT)
+    else:
+        ratio = ratio_tile(
+            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
+            D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
+        )  # fmt: skip
+        score = log_scores(ratio, half_n, DOT)
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
     rival = tl.load(rival_ptr + rows, mask=alive, other=-1)
     p_coef = tl.load(p_coef_ptr + rows, mask=alive, other=0.0)
-    log_p = tl.minimum(log_scores(ratio, half_n, DOT) - nll[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    log_p = tl.minimum(score - nll[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     slope = p_coef[:, None] * tl.exp2(log_p)
     if SMOOTHING:
         v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)
@@ -129,14 +139,20 @@ def gradient_kernel(
     counted = alive[:, None] & (local < width)[None, :]
     counted = counted & (cols[None, :] != target.to(tl.int32)[:, None])
     counted = counted & (cols[None, :] != rival.to(tl.int32)[:, None])
-    a = tl.where(counted, slope if DOT else slope / (1.0 + ratio), 0.0)
-    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST),
-             mask=inside[:, None] & (local < width)[None, :])  # fmt: skip
+    if KEPT and not DOT:
+        a = slope * tl.exp2(shrink)
+    else:
+        a = slope if DOT else slope / (1.0 + ratio)
+    a = tl.where(counted, a, 0.0)
+    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST), mask=here)
     if not DOT:
-        a *= tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
+        unscale = tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
+        a *= unscale
         tiles = tl.num_programs(1)
         tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
-        weighted = tl.sum(tl.where(counted, a * ratio, 0.0), 1)
+        # a ratio = slope (1 - 1/(1 + ratio))
+        weighted = -(slope * unscale) * exp2_minus_1(shrink) if KEPT else a * ratio
+        weighted = tl.sum(tl.where(counted, weighted, 0.0), 1)
         tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, weighted, mask=inside)
         tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
 

@@ -3,9 +3,17 @@
 import triton
 import triton.language as tl
 
-from harmonic_triton._triton.tile import LOG2E, difference_sq, dot_product, log_scores, ratio_tile, scale_of
+from harmonic_triton._triton.tile import (
+    LN2,
+    LOG2E,
+    difference_sq,
+    dot_product,
+    keep_scores,
+    log_scores,
+    ratio_tile,
+    scale_of,
+)
 
-LN2 = tl.constexpr(0.6931471805599453)
 IDENTICAL = tl.constexpr(2.0**-46)
 SMALLEST_SQ = tl.constexpr(1e-36)
 LARGEST_SQ = tl.constexpr(2.0**125)  # squared norms up to here keep u_j - u_c inside fp32
@@ -53,13 +61,17 @@ def geometry_kernel(
 def forward_kernel(
     x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # out (SPLITS, N)
-    N, V, D, eps, classes_per_split,
+    kept_ptr, tile_best_ptr,  # with KEEP out (N, V), (tiles, N)
+    N, V, D, eps, classes_per_split, stride_kn,
     stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr,
+    DOT: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class."""
+    """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class.
+
+    KEEP stores the log-scores, each tile relative to its own best of every row.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
@@ -87,6 +99,11 @@ def forward_kernel(
         counted = (cols < last)[None, :] & (cols[None, :] != own_class[:, None])
         score = tl.where(counted, log_scores(ratio, half_n, DOT), float("-inf"))
         tile_best = tl.max(score, 1)
+        if KEEP:
+            kept = keep_scores(score, tile_best, half_n, DOT).to(kept_ptr.dtype.element_ty)
+            tl.store(kept_ptr + rows[:, None] * stride_kn + cols[None, :], kept,
+                     mask=(rows < N)[:, None] & (cols < last)[None, :])  # fmt: skip
+            tl.store(tile_best_ptr + start // BLOCK_V * N + rows, tile_best, mask=rows < N)
         nearest = tl.min(tl.where(score == tile_best[:, None], cols[None, :], V), 1)
         index = tl.where(tile_best > best, nearest, index)
         new = tl.maximum(best, tile_best)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -59,6 +60,39 @@ def log_scores(ratio, half_n, DOT: tl.constexpr):
     else:
         score = -half_n * tl.log2(1.0 + ratio)
     return score
+
+
+@triton.jit
+def keep_scores(score, best, half_n, DOT: tl.constexpr):
+    """What is stored of a tile of log-scores: relative to its row's best, in units of n/2 so that 16 bits always hold it.
+
+    16 bits round it by 2^-11 of itself. With t_j = ln(s_best/s_j) <= 0 that puts p_j off by (n/2) |t_j| 2^-11 in relative
+    terms and 1/s_j by |t_j| 2^-11, whatever n is: at most 2^-11/e = 1.8e-4 of the tile's largest p/s for any class, less
+    than bf16's own rounding of A for all those within e^4 of it. DOT: z itself; beyond 65504 it is -inf and p is 0.
+    """
+    kept = score - tl.where(best == float("-inf"), 0.0, best)[:, None]
+    return kept if DOT else kept * (1.0 / half_n)
+
+
+@triton.jit
+def kept_scores(kept, best, half_n, DOT: tl.constexpr):
+    """(z2, -log2(1 + ratio)) of a stored tile; DOT has no use for the second."""
+    anchor = tl.where(best == float("-inf"), 0.0, best)
+    if DOT:
+        score = kept + anchor[:, None]
+        shrink = score
+    else:
+        shrink = kept + (anchor * (1.0 / half_n))[:, None]
+        score = shrink * half_n
+    return score, shrink
+
+
+@triton.jit
+def exp2_minus_1(value):
+    """2^value - 1, right in relative terms near 0."""
+    t = value * LN2
+    series = t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6 + t * (1.0 / 24 + t * (1.0 / 120 + t / 720)))))
+    return tl.where(tl.abs(t) < 0.25, series, tl.exp2(value) - 1.0)
 
 
 @triton.jit

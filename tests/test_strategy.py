@@ -1,0 +1,335 @@
+"""The Triton backend's chunks of tokens: gradients in the forward pass from stored log-scores, and who chooses them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import oracle
+from test_oracle import DTYPES, PEAKS, PLACES, draw, exponents, inputs, logits_inputs, option_sets, shapes
+from test_oracle import run as run_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import harmonic_triton as ht
+from harmonic_triton import _ops, _strategy
+from harmonic_triton._numerics import Rows, mixed_nll
+
+_triton = pytest.importorskip("harmonic_triton._triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = (37, 67, 70)  # more tokens than a tile of 32, two tiles of classes, multiples of nothing
+BUDGET = 32 * 70 * 5  # chunks of one tile of rows
+
+
+def run(x, w, target, g, *, n, eps=0.0, uniform_mix=0.0, class_weight=None, label_smoothing=0.0, budget=0):
+    """(losses, dX, dW) of sum_i g_i loss_i by the reduced operator, whose token weights can be anything."""
+    x, w = (leaf.detach().to(DEVICE, copy=True).requires_grad_() for leaf in (x, w))
+    target, g = target.to(DEVICE), g.to(DEVICE)
+    each = torch.ones_like(g) if class_weight is None else class_weight.to(DEVICE)[target.clamp_min(0)]
+    kept = (target != -100).float()
+    v = b = None
+    if label_smoothing:
+        v = (torch.ones(len(w), device=DEVICE) if class_weight is None else class_weight.to(DEVICE)) / len(w)
+        b = kept * label_smoothing
+    token = kept * each * (1 - label_smoothing)
+    exponent = None if n is None else torch.tensor(float(n), device=DEVICE)
+    loss, _, _, _, *fields = _ops.ReducedFunction.apply(
+        x, w, exponent, v, target, g * token, None if b is None else g * b, eps, uniform_mix, -100,
+        True, True, False, False, "triton", budget,
+    )  # fmt: skip
+    rows = Rows._make(fields)
+    losses = token * mixed_nll(rows.nll, uniform_mix, len(w)) + (0.0 if b is None else b * rows.smooth)
+    torch.testing.assert_close(loss, (g * losses).sum(), rtol=1e-5, atol=1e-5 * float((g * losses).abs().sum()))
+    loss.backward()
+    return losses.detach().cpu(), x.grad.cpu(), w.grad.cpu()
+
+
+def compare(x, w, target, g, budget=0, **options):
+    if x.element_size() == 2:  # gradients into the range of their dtype
+        every = run_rows(x.float(), w.float(), target, g, "torch", **options)
+        largest = max(t.abs().max().item() for t in every[1:])
+        g = g / largest if 1e-20 < largest < 1e30 else g
+    oracle(x, w, target, g, stored=True, **options).check(*run(x, w, target, g, budget=budget, **options))
+
+
+GRID = [*itertools.product(["fp32", "bf16"], PLACES), ("fp16", "near"), ("fp16", "near another")]
+DOT_GRID = [*itertools.product(["fp32", "bf16"], PEAKS), ("fp16", "certain"), ("fp16", "huge")]
+
+
+@pytest.mark.parametrize(("dtype", "place"), GRID)
+def test_chunks_grid(place, dtype):
+    compare(*inputs(*SHAPE, DTYPES[dtype], place), BUDGET, n=28.0)
+
+
+@pytest.mark.parametrize(("dtype", "peak"), DOT_GRID)
+def test_chunks_grid_of_cross_entropy(peak, dtype):
+    compare(*logits_inputs(*SHAPE, DTYPES[dtype], peak), BUDGET, n=None)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PLACES), st.sampled_from([1e-4, 0.02, 1.0, 1e4]),
+       exponents, st.integers(0, 10**6), option_sets)  # fmt: skip
+def test_chunks_drawn(shape, dtype, place, scale, n, seed, options):
+    tensors, options = draw(shape, dtype, place, scale, n, seed, options)
+    if options["uniform_mix"]:
+        options["label_smoothing"] = 0.0  # together they are the torch backend's
+    compare(*tensors, **options)
+
+
+def call(dtype=torch.bfloat16, strategy="chunks", function=ht.linear_harmonic_loss, **options):
+    """(loss, dX, dW, dn) of the public function on 37 tokens of 70 classes."""
+    x, w, target, _ = inputs(37, 64, 70, dtype, "near")
+    x, w = x.to(DEVICE).requires_grad_(), w.to(DEVICE).requires_grad_()
+    leaves = [x, w]
+    if function is ht.linear_harmonic_loss:
+        options["n"] = torch.tensor(7.0, device=DEVICE, requires_grad=True)
+        leaves.append(options["n"])
+    with _strategy.force(strategy):
+        loss = function(x, w, target.to(DEVICE), backend="triton", **options)
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize(
+    ("function", "reduction"), [(ht.linear_harmonic_loss, "mean"), (ht.linear_cross_entropy, "sum")]
+)
+def test_both_strategies_agree(function, reduction):
+    """The same kernels measure the loss; fp32 gradients differ in the order of sums alone."""
+    one, other = (
+        call(torch.float32, strategy, function, reduction=reduction, label_smoothing=0.1)
+        for strategy in ("chunks", "recompute")
+    )
+    for got, want in zip(one, other, strict=True):
+        assert (got - want).norm() <= 2e-6 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_chunk_size_changes_sums_alone(dtype):
+    """One chunk of 37 tokens, or two; dX of a token never sees the others."""
+    whole, cut = (call(DTYPES[dtype], memory_budget=budget) for budget in (2**30, BUDGET))
+    assert torch.equal(whole[1], cut[1])
+    assert dtype != "fp32" or not torch.equal(whole[2], cut[2])
+    for got, want in zip(whole[2:], cut[2:], strict=True):
+        assert (got - want).norm() <= 2 * torch.finfo(DTYPES[dtype]).eps * want.norm()
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "n"])
+def test_only_what_is_asked_for(wanted):
+    """A frozen head, frozen features, or a learnable exponent alone."""
+    x, w, target, _ = inputs(37, 64, 70, torch.float32, "near")
+    leaves = {"x": x.to(DEVICE), "w": w.to(DEVICE), "n": torch.tensor(7.0, device=DEVICE)}
+    leaves[wanted].requires_grad_()
+    with _strategy.force("chunks"):
+        loss = ht.linear_harmonic_loss(
+            leaves["x"], leaves["w"], target.to(DEVICE), n=leaves["n"], backend="triton", memory_budget=BUDGET
+        )
+    (grad,) = torch.autograd.grad(loss, leaves[wanted])
+    want = call(torch.float32, memory_budget=BUDGET)[1 + "xwn".index(wanted)]
+    torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+def test_no_token_counts(function):
+    """All ignored, and none at all: loss and gradients are 0."""
+    for tokens in (5, 0):
+        x = torch.randn(tokens, 64, device=DEVICE, requires_grad=True)
+        w = torch.randn(9, 64, device=DEVICE, requires_grad=True)
+        target = torch.full((tokens,), -100, device=DEVICE)
+        with _strategy.force("chunks"):
+            loss = function(x, w, target, backend="triton")
+        grads = torch.autograd.grad(loss, (x, w))
+        assert loss == 0
+        assert all((grad == 0).all() for grad in grads)
+
+
+def test_a_bad_token_shows_and_an_ignored_one_does_not():
+    """NaN in a counted token is in the loss and in dW; in an ignored token it is nowhere."""
+    x, w, target, g = inputs(37, 64, 70, torch.bfloat16, "near")
+    x[6] = torch.nan  # ignored
+    _, dx, dw = run(x, w, target, g, n=7.0)
+    assert (dx[6] == 0).all()
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
+    x[5] = torch.nan
+    losses, dx, dw = nll_and_gradients(x, w, target, g)
+    assert losses.isnan().nonzero().flatten().tolist() == [5]
+    assert dx.isnan().any(1).nonzero().flatten().tolist() == [5]
+    assert dw.isnan().any()
+
+
+def nll_and_gradients(x, w, target, g):
+    """The operator itself; :func:`run` compares sums, which are NaN here."""
+    up = (g * (target != -100)).to(DEVICE)
+    n = torch.tensor(7.0, device=DEVICE)
+    _, dx, dw, _, *fields = torch.ops.harmonic_triton.reduced_forward(
+        x.to(DEVICE), w.to(DEVICE), target.to(DEVICE), n, None, up, None, 0.0, 0.0, -100,
+        True, True, False, False, "triton", 0,
+    )  # fmt: skip
+    return Rows._make(fields).nll.cpu(), dx.cpu(), dw.cpu()
+
+
+# --- deterministic, without waiting -----------------------------------------------------------------------------------
+
+CALLS = list(itertools.product(["chunks", "recompute"], ["bf16", "fp16"]))
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), CALLS)
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+def test_bitwise_equal_from_run_to_run(strategy, dtype, function):
+    """No atomics, every sum in a fixed order: there is nothing that ``deterministic`` would have to slow down."""
+    first, second = (
+        call(DTYPES[dtype], strategy, function, memory_budget=BUDGET, deterministic=flag) for flag in (True, False)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a GPU would have to be waited for: values read by the host, shapes that depend on values."""
+
+    WAITING = ("local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.seen.add(name)
+        indices = args[1] if name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        if name.strip("_").startswith(self.WAITING) or masks:
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def operators(dtype, harmonic, label_smoothing):
+    """Both strategies of the backend, from tensors that are there: what a captured graph would hold."""
+    x, w, target, g = (tensor.to(DEVICE) for tensor in inputs(37, 64, 70, dtype, "near"))
+    n = torch.tensor(7.0, device=DEVICE) if harmonic else None
+    v = torch.full((70,), label_smoothing / 70, device=DEVICE) if label_smoothing else None
+    b = g.abs() if label_smoothing else None
+    alpha = 0.01 if harmonic and not label_smoothing else 0.0
+    head, rest = (x, w, target, n, v), (0.0, alpha, -100)
+
+    def step():
+        out = _triton.reduced_forward(*head, g, b, *rest, True, True, harmonic, True, BUDGET)
+        rows = _triton.rows_forward(*head, *rest, True, BUDGET)
+        return *out[:4], *_triton.rows_backward(*head, g, b, rows, *rest, True, True, BUDGET)
+
+    return step
+
+
+@pytest.mark.parametrize(("dtype", "harmonic", "label_smoothing"), [
+    ("bf16", True, 0.0), ("fp16", True, 0.1), ("fp16", False, 0.0), ("fp32", False, 0.1),
+])  # fmt: skip
+def test_nothing_waits_for_the_device(dtype, harmonic, label_smoothing):
+    """By the operations that PyTorch is asked for; a kernel's launch has none of them."""
+    step = operators(DTYPES[dtype], harmonic, label_smoothing)
+    with NoWaiting() as mode:
+        step()
+    assert {"empty_strided", "sort"} & mode.seen or {"new_empty", "sort"} & mode.seen
+
+
+@pytest.mark.parametrize("wait", [
+    lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: bool(t.any()),
+    lambda t: t.masked_select(t > 0), lambda t: t.unique(),
+])  # fmt: skip
+def test_waiting_would_be_seen(wait):
+    with pytest.raises(RuntimeError, match="waits"), NoWaiting():
+        wait(torch.ones(3))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("harmonic", [True, False])
+def test_captured_in_a_cuda_graph(harmonic):
+    """Under the driver's own check for synchronisation; a replay gives the same bits."""
+    step = operators(torch.bfloat16, harmonic, 0.0)
+    want = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def chosen(tokens, width, classes, dtype=torch.bfloat16, budget=2**31):
+    x, w = (torch.empty(rows, width, dtype=dtype, device="meta") for rows in (tokens, classes))
+    return "chunks" if _strategy.gradients_in_forward("triton", x, w, budget) else "recompute"
+
+
+@pytest.mark.parametrize(("shape", "options", "wanted"), [
+    ((8192, 768, 50257), {}, "chunks"),
+    ((8192, 4096, 128256), {}, "chunks"),
+    ((8192, 4096, 128256), {"budget": 48 * 2**20}, "recompute"),  # 170 tokens a chunk: dW 48 times
+    ((512, 768, 50257), {}, "recompute"),  # fp32 gradients cost more than a product
+    ((8192, 256, 50257), {}, "recompute"),  # a product costs less than the log-scores' traffic
+    ((8192, 256, 50257), {"dtype": torch.float32}, "chunks"),  # not in fp32
+    ((8192, 768, 50257), {"budget": 1}, "recompute"),
+    ((2**16, 4096, 2**16), {"budget": 2**60}, "chunks"),
+    ((2**16, 4096, 2**22), {"budget": 2**60}, "recompute"),  # more tiles than a grid takes
+])  # fmt: skip
+def test_choice(shape, options, wanted):
+    assert chosen(*shape, **options) == wanted
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choice_is_traced(dynamic):
+    """torch.compile of a whole function: as many tokens and classes as there are, known or not."""
+    traced = torch.compile(
+        lambda x, w, target: ht.linear_cross_entropy(x, w, target, backend="triton"),
+        fullgraph=True, dynamic=dynamic, backend="eager",
+    )  # fmt: skip
+    for tokens in (3, 5):
+        x, w = (torch.randn(rows, 8, device=DEVICE, requires_grad=True) for rows in (tokens, 9))
+        target = torch.arange(tokens, device=DEVICE)
+        want = ht.linear_cross_entropy(x, w, target, backend="torch")
+        torch.testing.assert_close(traced(x, w, target), want)
+
+
+def test_torch_always_forms_gradients_in_forward():
+    x = torch.empty(4, 8)
+    assert _strategy.gradients_in_forward("torch", x, x, 1)
+
+
+def test_force_is_undone_and_checked():
+    with pytest.raises(ValueError, match="'fast'"), _strategy.force("fast"):
+        pass
+    with _strategy.force("chunks"), _strategy.force("recompute"):
+        assert chosen(8192, 768, 50257) == "recompute"
+    assert chosen(512, 768, 50257) == "recompute"
+    assert chosen(8192, 768, 50257) == "chunks"
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("chunks", {True}), ("recompute", {False})])
+def test_the_strategy_is_what_runs(strategy, expected, monkeypatch):
+    """Which of the two gradient kernels: from stored scores, or with products. None at all without gradients."""
+    seen = set()
+    kernel = _triton.backward.gradient_kernel
+
+    class Launched:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                seen.add(constants["KEPT"])
+                return kernel[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(_triton.backward, "gradient_kernel", Launched())
+    call(strategy=strategy)
+    assert seen == expected
+    seen.clear()
+    x, w, target, _ = (tensor.to(DEVICE) for tensor in inputs(37, 64, 70, torch.float32, "near"))
+    with _strategy.force(strategy):
+        ht.linear_harmonic_loss(x, w, target, backend="triton")
+    assert not seen
