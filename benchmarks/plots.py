@@ -49,6 +49,10 @@ def _colour(name: str) -> str:
     return "tab:orange" if REGISTRY[name].loss == "harmonic" else "tab:blue"
 
 
+def _marker(name: str) -> str:
+    return "os^vD<>pXP*hd8"[list(REGISTRY).index(name) % 14]
+
+
 def _bars(run: Run, workload: Workload, records: list[Record], folder: Path) -> Path:
     import matplotlib.pyplot as plt
 
@@ -62,14 +66,14 @@ def _bars(run: Run, workload: Workload, records: list[Record], folder: Path) -> 
         (right, memories, "memory beyond inputs and gradients, MB"),
     ):
         bars = axis.barh(names, values, color=colours)
-        axis.bar_label(bars, fmt="%.4g", padding=2)
+        axis.bar_label(bars, fmt="%.5g", padding=2)
         axis.margins(x=0.15)
         axis.set_xlabel(label)
     return _save(figure, run, str(workload), folder / bars_name(run, workload))
 
 
 def _errors(run: Run, workload: Workload, records: list[Record], folder: Path) -> Path:
-    """Error of the loss and of dX beside the time; arrows up to the error where the true loss is near 1e-20."""
+    """Error of the loss and of dX beside the time; dotted, up to the error where the true loss is near 1e-20."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
@@ -79,17 +83,17 @@ def _errors(run: Run, workload: Workload, records: list[Record], folder: Path) -
             if not record["checks"] or seconds is None:
                 continue
             error = max(record["checks"][quantity]["error"], 1e-17)
-            axis.loglog(1e3 * seconds, error, "o", color=_colour(name))
-            axis.annotate(name, (1e3 * seconds, error), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axis.loglog(1e3 * seconds, error, _marker(name), color=_colour(name), label=name)
             solved = solved_error(record)
             if quantity == "loss" and solved is not None:
                 axis.plot([1e3 * seconds] * 2, [error, max(solved, 1e-17)], ":", color=_colour(name), linewidth=1)
-                axis.loglog(1e3 * seconds, max(solved, 1e-17), "^", color=_colour(name), fillstyle="none")
+                axis.loglog(1e3 * seconds, max(solved, 1e-17), _marker(name), color=_colour(name), fillstyle="none")
         axis.set_ylabel(f"relative error of {quantity} against fp64")
         axis.set_xlabel("forward + backward, ms (median)")
         axis.margins(0.15)
         axis.grid(alpha=0.3)
-    axes[0].set_title("circles: these inputs; triangles: true losses near 1e-20", fontsize=8)
+    axes[0].set_title("filled: these inputs; hollow: true losses near 1e-20", fontsize=8)
+    axes[1].legend(fontsize=7)
     return _save(figure, run, str(workload), folder / f"{run.name}-{_stem(workload)}-error.png")
 
 
@@ -147,9 +151,8 @@ def _roofline(run: Run, timed: dict[Workload, list[Record]], folder: Path) -> Pa
             if name not in REGISTRY:
                 continue
             place = intensity(workload, through_scores=REGISTRY[name].bytes_per_score > 0)
-            marker = "os^vD<>pXP*hd8"[list(REGISTRY).index(name) % 14]
             label = None if name in labelled else name
-            axis.loglog(place, record["tflops"], marker, color=_colour(name), label=label, markersize=5)
+            axis.loglog(place, record["tflops"], _marker(name), color=_colour(name), label=label, markersize=5)
             labelled.add(name)
     axis.set_xlabel("floor operations for each byte that must move (dense forms: N x V scores written and read once)")
     axis.set_ylabel("TFLOP/s of the 3U floor")

@@ -92,7 +92,7 @@ def _missing(records: list[Record], run: Run) -> str:
     reasons: dict[str, list[str]] = {}
     for record in absent:
         reasons.setdefault(record["reason"], []).append(f"`{record['baseline']}`")
-    lines += [f"Not in it: {', '.join(names)} ({reason})." for reason, names in reasons.items()]
+    lines += [f"Not in it: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
     if run.header["device"] == "cpu":
         lines.append("Not measured on a GPU: `python -m benchmarks.gpu` does it there in one call.")
     return "\n".join(lines)

@@ -122,10 +122,10 @@ def _row(record: Record, mine: Record | None) -> list[str]:
     both = (record["seconds"] or {}).get("both")
     return [
         record["baseline"],
-        _show(median(record, "forward"), ".4g", 1e3),
-        _show(median(record, "backward"), ".4g", 1e3),
-        _show(median(record), ".4g", 1e3),
-        f"{both['q20'] * 1e3:.4g}-{both['q80'] * 1e3:.4g}" if both else "-",
+        _show(median(record, "forward"), ".5g", 1e3),
+        _show(median(record, "backward"), ".5g", 1e3),
+        _show(median(record), ".5g", 1e3),
+        f"{both['q20'] * 1e3:.5g}-{both['q80'] * 1e3:.5g}" if both else "-",
         str(len(both["values"])) if both else "-",
         _show(ratio(median(record), median(mine) if mine else None), ".2f"),
         _show(record["share_of_floor"], ".2f"),
@@ -176,7 +176,8 @@ def text(run: Run) -> str:
         parts.append(f"## {workload}")
         if shown:
             parts.append(markdown_table(COLUMNS, [_row(record, mine) for record in shown]))
-        notes = [_note(r) for r in records if r["status"] != "ok"]
+        notes = [_surroundings(r) for r in records if r.get("other_work_cores") is not None]
+        notes += [_note(r) for r in records if r["status"] != "ok"]
         notes += [
             f"- {r['baseline']}: no memory figure: {r['memory_reason']}"
             for r in records
@@ -189,6 +190,11 @@ def text(run: Run) -> str:
         parts.append(markdown_table(growth.COLUMNS, growth.rows(one)))
     parts.append(LEGEND)
     return "\n\n".join(parts) + "\n"
+
+
+def _surroundings(products: Record) -> str:
+    copied = products["copy_bytes_per_second"] / 1e9
+    return f"- during the timing other processes kept {products['other_work_cores']} cores busy; copy {copied:.3g} GB/s"
 
 
 def _note(record: Record) -> str:

@@ -332,7 +332,7 @@ def test_lines_come_back_as_the_same_table(tmp_path):
     assert "abababababab + changes" in table
     assert "not quiet" not in table
     assert "not quiet: load 3.0" in report.text(runs.Run("busy", {**HEADER, "load_before": 3.0}))
-    measured = [record | {"other_work_cores": 0.4} for record in loaded.records]
+    measured = [record | {"other_work_cores": 0.4, "copy_bytes_per_second": 1e10} for record in loaded.records]
     assert "0.40 of 2 cores busy" in report.text(runs.Run("busy", HEADER, measured))
 
 
@@ -429,7 +429,7 @@ def test_the_readme_block_is_the_runs(tmp_path):
         "2e-06",
     ]
     assert text.count("Some CPU") == 2  # the table and the plot name their machine
-    assert "`liger` (serves cuda only)" in text
+    assert "`liger`: serves cuda only." in text
     assert "Not measured on a GPU" in text
     page.write_text("no block")
     with pytest.raises(UsageError, match="no one block"):
