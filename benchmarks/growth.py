@@ -91,6 +91,7 @@ COLUMNS = (
     "memory at 0, MB",
     "memory each, bytes",
     "largest residual of memory",
+    "memory of the last two, MB",
 )
 
 
@@ -106,5 +107,7 @@ def rows(one: Series) -> list[list[str]]:
         cells += ["-"] * 3 if space is None else [
             f"{1e-6 * space.at_zero:.3g}", f"{space.slope:.4g}", f"{space.residual:.1%}"
         ]  # fmt: skip
+        last = one.curve(name, memory)[-2:]
+        cells.append(", ".join(f"{1e-6 * value:.0f}" for _, value in last) or "-")
         made.append(cells)
     return made

@@ -211,4 +211,6 @@ ready outputs: floor share = its time over the row's. TFLOP/s counts the floor's
 executed. Memory is the peak beyond inputs and gradients, each baseline in a process of its own
 (benchmarks/memory.py). Errors are relative norms against fp64 on the same rounded inputs; a baseline beyond its bound
 gets no time (benchmarks/gate.py). The error at 1e-20 is the loss's, on a few tokens that are solved to a true loss near
-that. Growth: lines fitted by least squares of relative errors; the residual is the worst point's."""
+that. Growth: lines fitted by least squares of relative errors; the residual is the worst point's.
+Ours fills its chunk first (harmonic_triton's memory_budget): below it memory grows, beyond it the last two show what is
+left."""

@@ -398,7 +398,7 @@ def test_growth_is_fitted_along_each_axis(tmp_path):
         for figure, line in ((runs.median, time_line), (runs.memory, memory_line)):
             found = growth.fit(one.curve("ours_torch", figure))
             assert found == pytest.approx((*line, 0), rel=1e-9, abs=1e-6)
-    assert growth.rows(along_v)[0] == ["ours_torch", "5e+03", "8000", "0.0%", "5", "8", "0.0%"]
+    assert growth.rows(along_v)[0] == ["ours_torch", "5e+03", "8000", "0.0%", "5", "8", "0.0%", "5, 5"]
     text = report.text(made)
     assert "## Growth with N: tiny V=500 D=64 fp32 random on cpu" in text
     bent = _growing()
