@@ -702,6 +702,11 @@ def test_a_group_that_vmap_cannot_run_is_refused_and_the_automatic_one_is_a_loop
         Sampler(model, branching, data, data, settings(chain_group_size=2), seed=0)
     assert Sampler(model, branching, data, data, settings(), seed=0).groups == [[0], [1], [2]]
     assert Sampler(model, classification_loss, data, data, settings(), seed=0).groups == [[0, 1, 2]]
+    many = Sampler(model, classification_loss, data, data, settings(num_chains=40), seed=0)
+    assert [len(group) for group in many.groups] == [20, 20]
+    images = (torch.zeros(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
+    convolutional = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    assert len(Sampler(convolutional, classification_loss, images, images, settings(), seed=0).groups) == 3
 
 
 def test_arguments_are_checked_before_the_first_draw_is_asked_for():
