@@ -41,11 +41,11 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(batch=32, chains=16, steps=1, inputs=32, draws=30),
-    Case(batch=32, chains=16, steps=1, inputs=1024, draws=8),
-    Case(batch=32, chains=1, steps=1, inputs=32, draws=200),
-    Case(batch=512, chains=4, steps=1, inputs=512, draws=20),
-    Case(batch=512, chains=4, steps=1, inputs=10_240, draws=4),
+    Case(batch=32, chains=16, steps=1, inputs=32, draws=10),
+    Case(batch=32, chains=16, steps=1, inputs=1024, draws=4),
+    Case(batch=32, chains=1, steps=1, inputs=32, draws=100),
+    Case(batch=512, chains=4, steps=1, inputs=512, draws=8),
+    Case(batch=512, chains=4, steps=1, inputs=10_240, draws=2),
 ]
 
 

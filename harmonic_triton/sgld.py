@@ -37,10 +37,8 @@ from harmonic_triton._data import Samples, samples
 from harmonic_triton._progress import Progress
 
 METHODS = ("sgld", "rmsprop", "sgnht")
-VMAP_FLOPS = (
-    2**27
-)  # forward FLOPs of a chain's batch up to which vmapped chains beat a loop on a CPU (benchmarks.sampler)
-VMAP_CHAINS = 32  # chains of a group chosen automatically, which bounds its memory
+VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
+VMAP_CHAINS = 32
 CHECK_EVERY = 32  # steps between looks for diverged weights while no draw is taken
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
@@ -64,11 +62,15 @@ class SGLDConfig:
             squared minibatch gradient (Li et al. 2016, Preconditioned SGLD). V moves during burn-in only and is frozen
             for the draws: their term with G's derivative, which implementations drop, is then exactly 0, and the chain
             targets the same probe. "sgnht": the Nose-Hoover thermostat (Ding et al. 2014) with h^2 = eps/2, friction
-            a = sgnht_friction; it takes minibatch noise of unknown, equal variance out of the temperature.
+            a = sgnht_friction: u <- (1 - xi) u - (eps/2) [...] + N(0, a eps), w <- w + u, xi <- xi +
+            (1 - xi/2) |u|^2/P - eps/2. It takes minibatch noise of unknown variance, equal in all directions, out of the
+            temperature, if xi has the steps to find it. (1 - xi/2) is ours: without it the variance of w comes out
+            lower by that factor, exactly so for a quadratic loss.
         microbatch_size: samples of one forward and backward pass; gradients are accumulated. None: batch_size.
         eval_batch_size: samples of one pass when losses are read. None: 512.
-        chain_group_size: chains that run together under ``vmap``. None: chosen by the cost of a batch, and 1 where vmap
-            cannot run the model; a number given either serves or raises.
+        chain_group_size: chains that run together under ``vmap``. None: as many as 32 within a bound on the cost of a
+            pass, 1 for convolutional models (slower so) and where vmap cannot run the loss; a number given either
+            serves or raises.
         rmsprop_decay, rmsprop_eps, sgnht_friction: see ``method``.
 
     Raises:
@@ -295,11 +297,16 @@ class Sampler:
         if most <= 1 or wanted == 1:
             return 1, False
         rows = min(config.microbatch_size or config.batch_size, config.batch_size)
-        row_cost = weights.flops(self.train_data.block(0, 1))
-        cheap = self.device.type != "cpu" or row_cost * rows <= VMAP_FLOPS
-        if wanted is None and not cheap:
-            return 1, False
-        size = min(wanted or VMAP_CHAINS, most)
+        row_cost, convolutions = weights.flops(self.train_data.block(0, 1))
+        if wanted is None:
+            if convolutions > 0.5:  # under vmap they become grouped convolutions, slower than a loop
+                return 1, False
+            size = int(min(VMAP_CHAINS, VMAP_FLOPS // (rows * row_cost), most))
+            if size < 2:
+                return 1, False
+            size = math.ceil(most / math.ceil(most / size))
+        else:
+            size = min(wanted, most)
         reason = weights.vmap_obstacle(self.train_data)
         if reason is not None:
             if wanted is not None:
@@ -307,7 +314,7 @@ class Sampler:
                     f"chain_group_size {wanted} needs torch.func.vmap, which cannot run this loss: {reason}"
                 )
             return 1, False
-        return size, self.device.type != "cpu" or row_cost * self._eval_rows <= VMAP_FLOPS
+        return size, row_cost * self._eval_rows * size <= VMAP_FLOPS
 
     @property
     def _eval_rows(self) -> int:
@@ -414,7 +421,8 @@ class Sampler:
             momentum.add_(noise, alpha=math.sqrt(config.lr * config.sgnht_friction))
             self._weights.masked_(momentum)
             displacement.add_(momentum)
-            thermostat.add_(momentum.square().sum(1, keepdim=True) / self._weights.num_sampled - half)
+            kinetic = momentum.square().sum(1, keepdim=True) / self._weights.num_sampled
+            thermostat.add_(kinetic * (1 - thermostat / 2) - half)
         self._weights.masked_(displacement)
         self._park(chains)
         return losses
@@ -569,11 +577,14 @@ class _Weights:
             for module, training in modes:
                 module.training = training
 
-    def flops(self, batch: Any) -> float:
-        """Forward operations for a batch: those of its products, at least one for each weight."""
+    def flops(self, batch: Any) -> tuple[int, float]:
+        """(forward operations for a batch, at least one product with each weight; convolutions' share of them)."""
         with self.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.losses(self.center, batch)
-        return max(counter.get_total_flops(), 2 * len(self.center))
+        counts = counter.get_flop_counts().get("Global", {})
+        total = sum(counts.values())
+        convolutions = sum(count for operator, count in counts.items() if "conv" in str(operator))
+        return max(total, 2 * len(self.center)), convolutions / max(total, 1)
 
     def vmap_obstacle(self, data: Samples) -> str | None:
         """Why chains cannot be vmapped; None if they can."""

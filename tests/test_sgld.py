@@ -132,23 +132,18 @@ def test_the_other_methods_have_the_same_stationary_distribution(method, toleran
 
 
 def test_the_thermostat_takes_out_minibatch_noise_that_sgld_keeps():
-    """Batches of two: SGLD is hotter than the probe by the gradients' variance, SGNHT must be much nearer to it."""
+    """Minibatch noise makes SGLD hotter than the probe; the thermostat must take most of it out (seen: 1.6 and 1.09)."""
     model, x, y = regression()
     exact = oracle(x, y, model.w.detach(), settings(lr=1e-9)).trace()
     ratio = {}
-    for method in ("sgld", "sgnht"):
+    for method, burn_in in (("sgld", 50), ("sgnht", 800)):
         config = settings(
-            lr=1e-3,
-            batch_size=2,
-            num_chains=30,
-            num_draws=200,
-            num_burnin_steps=400,
-            num_steps_bw_draws=3,
-            method=method,
-        )
+            lr=2e-3, batch_size=20, num_chains=60, num_draws=100, num_burnin_steps=burn_in, num_steps_bw_draws=3,
+            method=method, chain_group_size=60,
+        )  # fmt: skip
         traces = draws(model, regression_loss, (x, y), (x, y), config)
         ratio[method] = (torch.cov(traces.flatten(0, 1).double().T).trace() / exact).item()
-    assert ratio["sgld"] > 1.5 and abs(ratio["sgnht"] - 1) < 0.5 * (ratio["sgld"] - 1), ratio
+    assert ratio["sgld"] > 1.5 and abs(ratio["sgnht"] - 1) < 0.15, ratio
 
 
 class TwoMechanisms(nn.Module):
@@ -707,6 +702,11 @@ def test_a_group_that_vmap_cannot_run_is_refused_and_the_automatic_one_is_a_loop
         Sampler(model, branching, data, data, settings(chain_group_size=2), seed=0)
     assert Sampler(model, branching, data, data, settings(), seed=0).groups == [[0], [1], [2]]
     assert Sampler(model, classification_loss, data, data, settings(), seed=0).groups == [[0, 1, 2]]
+    many = Sampler(model, classification_loss, data, data, settings(num_chains=40), seed=0)
+    assert [len(group) for group in many.groups] == [20, 20]
+    images = (torch.zeros(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
+    convolutional = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    assert len(Sampler(convolutional, classification_loss, images, images, settings(), seed=0).groups) == 3
 
 
 def test_arguments_are_checked_before_the_first_draw_is_asked_for():
