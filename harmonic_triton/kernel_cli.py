@@ -374,7 +374,7 @@ def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGL
     if decided or given.get("method", "sgld") != "sgld":
         named = ", ".join("--" + name.replace("_", "-") for name in decided) or "--method"
         raise ValueError(f"--tune chooses step size, localization, burn-in and thinning of sgld: leave {named} out")
-    passed = {name: given.get(name) for name in ("nbeta", "batch_size")}
+    passed: dict[str, Any] = {name: given.get(name) for name in ("nbeta", "batch_size")}
     passed |= {name: given[name] for name in ("num_chains", "num_draws") if name in given}
     result = tune(
         task.model,

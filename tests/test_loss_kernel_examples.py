@@ -222,6 +222,8 @@ def test_the_sweep_measures_every_localization_and_its_control(tmp_path):
     assert (low["gamma"], high["gamma"]) == (100.0, 1e5)
     assert low["lr"] > 10 * high["lr"]  # the stable step is about 4/γ
     assert abs(low["excess_loss"]) > 10 * abs(high["excess_loss"])  # and the excess loss about 1/γ
+    assert set(low["lift_opposite"]) == set(low["lift"])
+    assert high["lift_opposite"]["2"] > 1.5 > high["lift"]["2"]  # siblings compete: what helps one harms the other
     assert set(low["lift"]) == set(measured["control_lift"]) == {"1", "2"}
     assert measured["control_lift"]["1"] > 1.3  # the inputs are hierarchical
     assert measured["eval_accuracy"] > 0.5

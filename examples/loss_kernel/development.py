@@ -65,7 +65,7 @@ def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
         )
     kernels, rows = [], []
     data = (pairs.inputs[train_index], pairs.results[train_index])
-    for step, state in sorted(kept.items()):
+    for number, (step, state) in enumerate(sorted(kept.items())):
         model.load_state_dict(state)
         with clock("sampling"):
             probe = settings.probe()
@@ -78,7 +78,7 @@ def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
                 data,
                 (pairs.inputs[chosen], results),
                 probe,
-                seed=settings.seed,
+                seed=settings.seed + number,  # the same noise at every checkpoint would pass for likeness
                 progress=False,
             )
         with clock("analysis"):

@@ -26,7 +26,7 @@ def save(path: Path) -> None:
 def histogram(path: Path, values: Tensor, groups: Tensor, names: Sequence[str], axis: str, title: str) -> None:
     """One histogram a group on common bins."""
     plt.figure(figsize=(6, 3.6))
-    bins = np.histogram_bin_edges(values.numpy(), 60)
+    bins = np.histogram_bin_edges(values.numpy(), 60).tolist()
     for group, name in enumerate(names):
         plt.hist(values[groups == group].numpy(), bins, alpha=0.65, color=COLOURS[group], label=name)
     plt.xlabel(axis)
@@ -39,7 +39,7 @@ def histogram(path: Path, values: Tensor, groups: Tensor, names: Sequence[str], 
 def densities(path: Path, series: Sequence[Tensor], names: Sequence[str], axis: str, title: str) -> None:
     """Densities of pair values on a logarithmic scale, drawn as steps (paper, Figure 2 D)."""
     plt.figure(figsize=(6, 3.6))
-    bins = np.histogram_bin_edges(np.concatenate([values.numpy() for values in series]), 120)
+    bins = np.histogram_bin_edges(np.concatenate([values.numpy() for values in series]), 120).tolist()
     for colour, values, name in zip(COLOURS, series, names, strict=False):
         plt.hist(values.numpy(), bins, density=True, histtype="step", log=True, color=colour, label=name)
     plt.axvline(0, color="#c9ced6", lw=0.8)
@@ -50,12 +50,11 @@ def densities(path: Path, series: Sequence[Tensor], names: Sequence[str], axis: 
     save(path)
 
 
-def heatmap(path: Path, matrix: Tensor, boundaries: Sequence[int], title: str, limit: float | None = None) -> None:
-    """A correlation matrix as it is ordered, with lines where groups meet."""
+def heatmap(path: Path, matrix: Tensor, boundaries: Sequence[int], title: str) -> None:
+    """A correlation matrix as it is ordered, with lines where groups meet; colours end at the 98th percentile."""
     plt.figure(figsize=(5.6, 5))
-    if limit is None:
-        off_diagonal = matrix[~np.eye(len(matrix), dtype=bool)]
-        limit = float(off_diagonal.abs().quantile(0.98)) if off_diagonal.numel() < 2**24 else 0.5
+    off_diagonal = matrix.numpy()[~np.eye(len(matrix), dtype=bool)]
+    limit = float(np.quantile(np.abs(off_diagonal), 0.98)) if off_diagonal.size else 1.0
     plt.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="antialiased")
     for at in boundaries:
         plt.axhline(at - 0.5, color="k", lw=0.5)
@@ -76,13 +75,12 @@ def scatter(
         drawn = axes.scatter(points[:, 0], points[:, 1], c=values.numpy(), s=size, cmap=cmap, linewidths=0)
         axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
     else:
-        colours = COLOURS if len(names) <= len(COLOURS) else plt.colormaps["tab10"].colors
+        colours = COLOURS if len(names) <= len(COLOURS) else plt.colormaps["tab10"](range(10))
         for group, name in enumerate(names):
             part = points[(values == group).numpy()]
             axes.scatter(part[:, 0], part[:, 1], s=size, color=colours[group], label=name, linewidths=0)
-        legend = axes.legend(frameon=False, fontsize=8)
-        for handle in legend.legend_handles:
-            handle.set_sizes([20])
+        for handle in axes.legend(frameon=False, fontsize=8).legend_handles:
+            handle.set_sizes([20])  # type: ignore[union-attr]
     axes.set_title(title, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])

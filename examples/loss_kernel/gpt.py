@@ -104,7 +104,9 @@ def from_checkpoint(
     if per == "token":
         positions = (starts[:, None] + np.arange(1, block + 1)).ravel()
         titles = [names[i] for i in documents[positions]]
-        shown = [f"{title}: {context(corpus.vocabulary, ids, at)}" for title, at in zip(titles, positions, strict=True)]
+        shown = [
+            f"{title}: {context(corpus.vocabulary, ids, int(at))}" for title, at in zip(titles, positions, strict=True)
+        ]
         groups, labels = documents[positions], windows[:, 1:].flatten()
     else:
         groups, labels = documents[starts + block // 2], None

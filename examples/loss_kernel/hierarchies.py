@@ -52,7 +52,9 @@ def standard_library(
     least ``least_lines``. Features are the logarithms of hashed word counts at length 1.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    rows, labels, paths = [], [], []
+    rows: list[Tensor] = []
+    labels: list[int] = []
+    paths: list[str] = []
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             text = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

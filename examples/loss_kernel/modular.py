@@ -142,9 +142,7 @@ def draw(
     rho = kernel.correlation
     title = f"PC1: ROC-AUC {measured['pc1_auc']:.4f}"
     figures.histogram(out / "pc1.png", estimators.pc1(rho), task, TASKS, "projection on PC1 of HρH", title)
-    figures.heatmap(
-        out / "heatmap.png", rho, [int((task == 0).sum())], "ρ, addition then division", limit=heat_limit(rho)
-    )
+    figures.heatmap(out / "heatmap.png", rho, [int((task == 0).sum())], "ρ, addition then division")
     groups = pair_groups(rho, task, results)
     groups.pop("same result")
     figures.densities(
@@ -159,12 +157,6 @@ def draw(
         figures.scatter(axes[1], points, inputs[:, 0] % settings.modulus, None, "by a")
         figures.scatter(axes[2], points, inputs[:, 1] % settings.modulus, None, "by b")
         figures.save(out / "umap.png")
-
-
-def heat_limit(rho: Tensor) -> float:
-    """The colour scale's end: the 98th percentile of |ρ| over the first rows."""
-    part = rho[: max(1, 2**22 // len(rho))].abs().flatten()
-    return float(part[part < 0.999].kthvalue(int(0.98 * (part < 0.999).sum()) or 1).values)
 
 
 def summary(measured: dict[str, Any]) -> str:

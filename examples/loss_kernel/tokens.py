@@ -92,7 +92,7 @@ def run(settings: Tokens, out: Path, clock: Clock) -> dict[str, Any]:
     """Both losses on the same tokens: neighbours, files, embedding, report; then how alike the kernels are."""
     measured: dict[str, Any] = {}
     kernels = []
-    for loss in settings.losses:
+    for number, loss in enumerate(settings.losses):
         with clock("data"):
             task = gpt.from_checkpoint(run=settings.run, loss=loss, split=settings.split, tokens=str(settings.tokens))
         folder = out / loss
@@ -107,7 +107,7 @@ def run(settings: Tokens, out: Path, clock: Clock) -> dict[str, Any]:
                 train_data,
                 task["eval_data"],
                 dataclasses.replace(probe, lr=lr),
-                seed=settings.seed,
+                seed=settings.seed + number,
                 keep="traces",
             )
         measured[loss] = {"lr": lr, **analyse(loss, kernel, task, settings, folder, clock)}
