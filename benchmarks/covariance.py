@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.memory import NoMemoryFigureError, peak_beyond
-from benchmarks.report import RESULTS
+from benchmarks.runs import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 CENTRE, SPREAD = 2.0, 0.05

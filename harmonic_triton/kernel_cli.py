@@ -339,11 +339,11 @@ def count_samples(text: str, task: Task) -> int:
 
 def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
     """The probe: what was given, the rest by default or from the curvature at the trained weights."""
-    from harmonic_triton.loss_kernel import len_of
+    from harmonic_triton._data import samples
     from harmonic_triton.sgld import SGLDConfig, stability_bound
 
     given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
-    count = len_of(task.train_data)
+    count = len(samples("train_data", task.train_data, torch.device("cpu")))
     if options.tune:
         return tuned(options, task, given)
     values = {**PROBE, "nbeta": count / math.log(max(count, 2)), "batch_size": min(PROBE["batch_size"], count), **given}

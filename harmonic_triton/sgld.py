@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from harmonic_triton import _checkpoint, _validate
 from harmonic_triton._data import Samples, samples
@@ -579,6 +578,8 @@ class _Weights:
 
     def flops(self, batch: Any) -> tuple[int, float]:
         """(forward operations for a batch, at least one product with each weight; convolutions' share of them)."""
+        from torch.utils.flop_counter import FlopCounterMode  # brings in all of triton
+
         with self.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.losses(self.center, batch)
         counts = counter.get_flop_counts().get("Global", {})
