@@ -10,8 +10,9 @@ settings; the cost of a draw is the difference between a long and a short run, s
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,10 +43,9 @@ class Case(NamedTuple):
 
 CASES = [
     Case(batch=32, chains=16, steps=1, inputs=32, draws=10),
-    Case(batch=32, chains=16, steps=1, inputs=1024, draws=4),
-    Case(batch=32, chains=1, steps=1, inputs=32, draws=100),
-    Case(batch=512, chains=4, steps=1, inputs=512, draws=8),
-    Case(batch=512, chains=4, steps=1, inputs=10_240, draws=2),
+    Case(batch=32, chains=16, steps=1, inputs=1024, draws=3),
+    Case(batch=32, chains=1, steps=1, inputs=32, draws=80),
+    Case(batch=512, chains=4, steps=1, inputs=512, draws=6),
 ]
 
 
@@ -87,18 +87,16 @@ def pairs() -> Tensor:
     return torch.tensor(rows)
 
 
-def seconds_of_draw(run: Callable[[int], None], case: Case, repeats: int = 3) -> float:
-    """Median of (long run - short run) / draws of all chains; the first of each warms up."""
+def seconds_of_draw(run: Callable[[int], None], case: Case, repeats: int = 2) -> float:
+    """(best long run - best short run) / draws of all chains; a run before warms up."""
     short = 2
     run(short)
-    costs = []
-    for _ in range(repeats):
+    times: dict[int, list[float]] = {short: [], short + case.draws: []}
+    for draws in [*times] * repeats:
         started = time.perf_counter()
-        run(short)
-        middle = time.perf_counter()
-        run(short + case.draws)
-        costs.append((time.perf_counter() - middle - (middle - started)) / (case.draws * case.chains))
-    return statistics.median(costs)
+        run(draws)
+        times[draws].append(time.perf_counter() - started)
+    return (min(times[short + case.draws]) - min(times[short])) / (case.draws * case.chains)
 
 
 def ours(case: Case, method: str = "sgld", group: int | None = None) -> Callable[[int], None]:
@@ -185,13 +183,53 @@ def profile(case: Case) -> dict[str, float]:
     return {name: round(value / total, 3) for name, value in spent.items()}
 
 
-def measure_peer(python: str, case: Case, threads: int) -> dict[str, Any]:
-    """devinterp's seconds for a draw, in its own environment."""
-    command = [python, str(Path(__file__).resolve()), "--peer", json.dumps(case._asdict()), "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def in_process(python: str, which: str, case: Case, threads: int) -> subprocess.Popen[str]:
+    """A process that prints one sampler's seconds for a draw as JSON."""
+    command = [
+        python,
+        str(Path(__file__).resolve()),
+        "--only",
+        which,
+        json.dumps(case._asdict()),
+        "--threads",
+        str(threads),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    said, errors = process.communicate()
+    return (
+        {"failed": errors.strip().splitlines()[-1]} if process.returncode else json.loads(said.strip().splitlines()[-1])
+    )
+
+
+def measure(case: Case, threads: int, devinterp_python: str | None, rounds: int = 2) -> dict[str, Any]:
+    """One line of the table: the samplers in turn, the best of each."""
+    record: dict[str, Any] = {**case._asdict(), "profile": profile(case)}
+    found: dict[str, list[float]] = {
+        "seconds": [],
+        "loop_seconds": [],
+        "processes_seconds": [],
+        "devinterp_seconds": [],
+    }
+    for _ in range(rounds):
+        found["seconds"].append(seconds_of_draw(ours(case), case))
+        found["loop_seconds"].append(seconds_of_draw(ours(case, group=1), case))
+        if case.chains > 1:  # the chains shared out over single-threaded processes, as torchrun does
+            share = case._replace(chains=case.chains // threads)
+            each = [answer(p) for p in [in_process(sys.executable, "ours", share, 1) for _ in range(threads)]]
+            found["processes_seconds"].append(sum(r["seconds"] for r in each) / threads**2)
+        if devinterp_python:
+            peer = answer(in_process(devinterp_python, "devinterp", case, threads))
+            record["devinterp"] = peer.get("version", peer.get("failed"))
+            found["devinterp_seconds"] += [peer["seconds"]] if "seconds" in peer else []
+    return record | {name: min(values) for name, values in found.items() if values}
 
 
 def table(records: list[dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -200,19 +238,19 @@ def table(records: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "# Sampler: draws a second on the mod-97 transformer",
         "",
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, {facts['time']}."
-        " A draw: the SGLD steps of one chain and the losses of the inputs. GPU: not measured.",
+        " Draws a second; a draw: the SGLD steps of one chain and the losses of the inputs. GPU: not measured.",
         "",
-        "| batch | chains | steps a draw | inputs | ours, draws/s | one chain at a time | devinterp | ratio | where our time goes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| batch | chains | steps a draw | inputs | ours | one chain at a time | a process a core | devinterp | ours / devinterp |"
+        " where our time goes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
-        peer = r.get("devinterp", {})
-        rate = f"{1 / peer['seconds']:.1f}" if "seconds" in peer else peer.get("failed", "–")
-        ratio = f"{peer['seconds'] / r['seconds']:.2f}" if "seconds" in peer else "–"
+        rates = [r.get(f"{name}seconds") for name in ("", "loop_", "processes_", "devinterp_")]
+        cells = [f"{1 / seconds:.1f}" if seconds else "–" for seconds in rates]
+        ratio = f"{r['devinterp_seconds'] / r['seconds']:.2f}" if rates[3] else str(r.get("devinterp", "–"))
         parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(r["profile"].items(), key=lambda p: -p[1]))
         lines.append(
-            f"| {r['batch']} | {r['chains']} | {r['steps']} | {r['inputs']} | {1 / r['seconds']:.1f} |"
-            f" {1 / r['loop_seconds']:.1f} | {rate} | {ratio} | {parts} |"
+            f"| {r['batch']} | {r['chains']} | {r['steps']} | {r['inputs']} | {' | '.join(cells)} | {ratio} | {parts} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -221,27 +259,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devinterp-python", help="Python of an environment with devinterp")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=2, metavar=("SAMPLER", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.peer:
-        import importlib.metadata
-
-        seconds = seconds_of_draw(devinterp(case := Case(**json.loads(arguments.peer))), case)
-        print(json.dumps({"seconds": seconds, "version": importlib.metadata.version("devinterp")}))
+    if arguments.only:
+        which, case = arguments.only[0], Case(**json.loads(arguments.only[1]))
+        seconds = seconds_of_draw(devinterp(case) if which == "devinterp" else ours(case), case)
+        version = importlib.metadata.version("devinterp") if which == "devinterp" else None
+        print(json.dumps({"seconds": seconds, "version": version}))
         return
     from benchmarks.machine import describe
 
     facts, records = describe("cpu"), []
     for case in CASES:
-        record: dict[str, Any] = case._asdict()
-        record["seconds"] = seconds_of_draw(ours(case), case)
-        record["loop_seconds"] = seconds_of_draw(ours(case, group=1), case)
-        record["profile"] = profile(case)
-        if arguments.devinterp_python:
-            record["devinterp"] = measure_peer(arguments.devinterp_python, case, arguments.threads)
-        print(json.dumps(record), file=sys.stderr)
-        records.append(record)
+        records.append(measure(case, arguments.threads, arguments.devinterp_python))
+        print(json.dumps(records[-1]), file=sys.stderr)
     RESULTS.mkdir(exist_ok=True)
     stem = f"sampler-{facts['time'].replace(':', '').replace('-', '')}-cpu"
     (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": facts, "probe": PROBE, "cases": records}, indent=1))

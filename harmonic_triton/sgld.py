@@ -192,7 +192,7 @@ class Sampler:
         self.dead: dict[int, int] = {}  # chain: the step at which it was found
         self._group, self._draw = 0, 0
         self._state: dict[str, Tensor] = {}
-        self._workspace = self._weights.center.new_empty(0)
+        self._placed = self._weights.center.new_empty(0)
         self._fingerprint: dict[str, str] | None = None
 
     @property
@@ -336,23 +336,22 @@ class Sampler:
         for start in range(0, len(self.eval_data), self._eval_rows):
             batch = self.eval_data.block(start, start + self._eval_rows)
             if weights.dim() == 2:
-                parts.append(self._weights.losses_of_group(weights, batch, None).float())
+                parts.append(self._weights.losses_of_group(self._weights.parts(weights), batch, None).float())
             else:
-                parts.append(self._weights.losses(weights, batch).float())
+                parts.append(self._weights.losses(self._weights.parts(weights), batch).float())
         return torch.cat(parts, -1)
 
     def _losses(self, chains: list[int]) -> Tensor:
         """(k, m) losses at the chains' weights."""
         with torch.no_grad():
-            weights = self._positions()
             if self._vmapped_eval:
-                losses = self._read(weights)
+                losses = self._read(self._placed)
                 losses[~self._alive(chains, losses.device)] = math.nan
                 return losses
             losses = self.initial_losses.new_full((len(chains), self.num_samples), math.nan)
             for row, chain in enumerate(chains):
                 if chain not in self.dead:
-                    losses[row] = self._read(weights[row])
+                    losses[row] = self._read(self._placed[row])
             return losses
 
     def _alive(self, chains: list[int], device: torch.device) -> Tensor:
@@ -363,6 +362,7 @@ class Sampler:
         config = self.config
         if not self._state:
             self._state = self._start(chains)
+        self._place()
         thinning = config.num_steps_bw_draws
         stop = config.num_burnin_steps + (self._draw + 1) * thinning
         first = 0 if self._draw == 0 else stop - thinning
@@ -387,74 +387,78 @@ class Sampler:
             state["thermostat"] = center.new_full((len(chains), 1), self.config.sgnht_friction)
         return state
 
-    def _positions(self) -> Tensor:
-        """(k, P) weights w* + displacement, in memory that the next call uses again."""
+    def _place(self) -> None:
+        """The (k, P) weights w* + displacement, in memory that is used again at every step."""
         displacement = self._state["displacement"]
-        if self._workspace.shape != displacement.shape:
-            self._workspace = torch.empty_like(displacement)
-        return torch.add(self._weights.center, displacement, out=self._workspace)
+        if self._placed.shape != displacement.shape:
+            self._placed = torch.empty_like(displacement)
+        torch.add(self._weights.center, displacement, out=self._placed)
 
     def _step(self, chains: list[int], step: int) -> Tensor:
         """One step of every chain of the group, in place; (k,) minibatch losses."""
         config, state, displacement = self.config, self._state, self._state["displacement"]
-        weights = self._positions()
-        losses, gradient = self._gradient(weights, chains, step)
-        noise = weights  # its memory, no longer needed
+        losses, gradient = self._gradient(chains, step)
+        noise = self._placed  # its memory: the weights are placed anew below
         self._streams.noise(noise, [-1 if chain in self.dead else chain for chain in chains], step + 1)
         half, gamma = config.lr / 2, config.localization
         if config.method == "sgld":
-            displacement.mul_(1 - half * gamma).add_(gradient, alpha=-half * config.nbeta)
-            displacement.add_(noise, alpha=math.sqrt(config.lr))
+            displacement.mul_(1 - half * gamma).add_(noise, alpha=math.sqrt(config.lr))
+            self._add(displacement, gradient, -half * config.nbeta)
         elif config.method == "rmsprop":
+            slope = torch.zeros_like(displacement)
+            self._add(slope, gradient, 1.0)
             if step < config.num_burnin_steps:
                 decay = config.rmsprop_decay if step else 0.0
-                state["square"].mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
+                state["square"].mul_(decay).addcmul_(slope, slope, value=1 - decay)
             preconditioner = state["square"].sqrt().add_(config.rmsprop_eps).reciprocal_()
-            drift = gradient.mul_(config.nbeta).add_(displacement, alpha=gamma)
+            drift = slope.mul_(config.nbeta).add_(displacement, alpha=gamma)
             displacement.addcmul_(drift, preconditioner, value=-half)
             displacement.addcmul_(noise, preconditioner.sqrt_(), value=math.sqrt(config.lr))
         else:
             momentum, thermostat = state["momentum"], state["thermostat"]
-            momentum.mul_(1 - thermostat).add_(gradient, alpha=-half * config.nbeta)
-            momentum.add_(displacement, alpha=-half * gamma)
+            momentum.mul_(1 - thermostat).add_(displacement, alpha=-half * gamma)
             momentum.add_(noise, alpha=math.sqrt(config.lr * config.sgnht_friction))
+            self._add(momentum, gradient, -half * config.nbeta)
             self._weights.masked_(momentum)
             displacement.add_(momentum)
             kinetic = momentum.square().sum(1, keepdim=True) / self._weights.num_sampled
             thermostat.add_(kinetic * (1 - thermostat / 2) - half)
         self._weights.masked_(displacement)
         self._park(chains)
+        self._place()
         return losses
 
-    def _gradient(self, weights: Tensor, chains: list[int], step: int) -> tuple[Tensor, Tensor]:
-        """(k,) mean minibatch losses and their (k, P) gradient."""
+    def _add(self, out: Tensor, gradient: list[Tensor], alpha: float) -> None:
+        """out (k, P) += alpha times a gradient that is still in parts."""
+        for part, values in zip(self._weights.parts(out), gradient, strict=True):
+            part.add_(values, alpha=alpha)
+
+    def _gradient(self, chains: list[int], step: int) -> tuple[Tensor, list[Tensor]]:
+        """(k,) mean minibatch losses and their gradient, (k, ...) for each parameter."""
         config, n = self.config, len(self.train_data)
-        weights = weights.detach().requires_grad_()
+        parts = [part.detach().requires_grad_() for part in self._weights.parts(self._placed)]
         full = config.batch_size == n
         picked = None if full else torch.stack([self._streams.minibatch(c, step, n, config.batch_size) for c in chains])
         size = config.microbatch_size or config.batch_size
-        losses, gradient = torch.zeros(()), torch.zeros(())
+        losses = torch.zeros(len(chains), device=self._placed.device)
+        gradient: list[Tensor] = []
         for start in range(0, config.batch_size, size):
             rows = min(size, config.batch_size - start)
-            share = rows / config.batch_size
             if picked is None:
-                batch, shared = self.train_data.block(start, start + rows), True
+                batch, batch_dim = self.train_data.block(start, start + rows), None
             else:
-                batch, shared = self.train_data.batch(picked[:, start : start + rows].reshape(-1)), False
+                batch, batch_dim = self.train_data.batch(picked[:, start : start + rows].reshape(-1)), 0
             with torch.enable_grad():
                 if len(chains) == 1:
-                    means = self._weights.losses(weights.squeeze(0), batch).mean().unsqueeze(0)
+                    means = self._weights.losses([part[0] for part in parts], batch).mean().unsqueeze(0)
                 else:
-                    if not shared:
+                    if batch_dim == 0:
                         batch = tree_map(lambda leaf: leaf.unflatten(0, (len(chains), -1)), batch)
-                    means = self._weights.losses_of_group(weights, batch, None if shared else 0).mean(1)
-                part = torch.autograd.grad(means.sum(), weights)[0]
-            if start == 0 and share == 1:
-                return means.detach(), part
-            if start == 0:
-                losses, gradient = means.detach() * share, part.mul_(share)
-            else:
-                losses, gradient = losses.add_(means.detach(), alpha=share), gradient.add_(part, alpha=share)
+                    means = self._weights.losses_of_group(parts, batch, batch_dim).mean(1)
+                means = means * (rows / config.batch_size)
+                new = list(torch.autograd.grad(means.sum(), parts, materialize_grads=True))
+            losses += means.detach()
+            gradient = [a.add_(b) for a, b in zip(gradient, new, strict=True)] if gradient else new
         return losses, gradient
 
     def _bury(self, chains: list[int], step: int) -> None:
@@ -535,11 +539,19 @@ class _Weights:
     def masked_(self, values: Tensor) -> Tensor:
         return values if self.mask is None else values.mul_(self.mask)
 
-    def losses(self, weights: Tensor, batch: Any) -> Tensor:
-        """Flat losses of a batch at (P,) weights."""
+    def parts(self, weights: Tensor) -> list[Tensor]:
+        """Views of (..., P) weights as the parameters, (..., *shape)."""
+        lead = weights.shape[:-1]
+        return [
+            part.view(*lead, *parameter.shape)
+            for part, parameter in zip(weights.split(self.sizes, -1), self.parameters, strict=True)
+        ]
+
+    def losses(self, parts: list[Tensor], batch: Any) -> Tensor:
+        """Flat losses of a batch with these values of the sampled parameters."""
         swapped: dict[str, Tensor] = {**self.fixed, **self.private}
-        for part, parameter, names in zip(weights.split(self.sizes), self.parameters, self.aliases, strict=True):
-            part = part.view(parameter.shape).to(parameter.dtype)
+        for part, parameter, names in zip(parts, self.parameters, self.aliases, strict=True):
+            part = part.to(parameter.dtype)
             for name in names:
                 swapped[name] = part
         losses = functional_call(self.probe, swapped, (batch,), tie_weights=False)
@@ -557,10 +569,10 @@ class _Weights:
             )
         return losses.reshape(-1)
 
-    def losses_of_group(self, weights: Tensor, batch: Any, batch_dim: int | None) -> Tensor:
-        """(k, ...) losses at (k, P) weights, on one batch or (``batch_dim=0``) one for each."""
+    def losses_of_group(self, parts: list[Tensor], batch: Any, batch_dim: int | None) -> Tensor:
+        """(k, ...) losses at k values of each parameter, on one batch or (``batch_dim=0``) one for each."""
         with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap has rules for on every device
-            return vmap(self.losses, in_dims=(0, batch_dim))(weights, batch)
+            return vmap(self.losses, in_dims=(0, batch_dim))(parts, batch)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -581,7 +593,7 @@ class _Weights:
         from torch.utils.flop_counter import FlopCounterMode  # brings in all of triton
 
         with self.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.losses(self.center, batch)
+            self.losses(self.parts(self.center), batch)
         counts = counter.get_flop_counts().get("Global", {})
         total = sum(counts.values())
         convolutions = sum(count for operator, count in counts.items() if "conv" in str(operator))
@@ -593,12 +605,13 @@ class _Weights:
         if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(one)):
             return "a batch holds values that are not tensors"
         each = tree_map(lambda leaf: leaf.unflatten(0, (2, 1)), each)
-        weights = self.center.expand(2, -1).clone().requires_grad_()
+        parts = [part.requires_grad_() for part in self.parts(self.center.repeat(2, 1))]
         with self.evaluating(), warnings.catch_warnings(), torch.enable_grad():
             warnings.filterwarnings("error", message="There is a performance drop")
             try:
                 for batch, batch_dim in ((one, None), (each, 0)):
-                    torch.autograd.grad(self.losses_of_group(weights, batch, batch_dim).sum(), weights)
+                    losses = self.losses_of_group(parts, batch, batch_dim)
+                    torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
             except (RuntimeError, NotImplementedError, UserWarning) as error:
                 return str(error).splitlines()[0]
         return None
@@ -762,7 +775,7 @@ def _stability_bound(weights: _Weights, data: Samples, config: SGLDConfig, seed:
         for start in range(0, size, step):
             picked = rows[start : start + step]
             with torch.enable_grad():
-                mean = weights.losses(at, data.batch(picked)).mean()
+                mean = weights.losses(weights.parts(at), data.batch(picked)).mean()
                 total.add_(torch.autograd.grad(mean, at)[0], alpha=len(picked) / size)
         return weights.masked_(total)
 
