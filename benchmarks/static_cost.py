@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -33,7 +34,7 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gf
 SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  # bytes of a multiprocessor
 SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-MODULES = ("tile", "forward", "backward")  # the loss; other kernels are compiled by their own tests
+LOSS_KERNEL = {"covariance", "neighbors"}  # modules of kernels over m x m or m x k, with tests of their own
 SWITCHES = ("DOT", "MOMENTS", "SMOOTHING", "SCALED", "KEEP", "KEPT")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
@@ -74,12 +75,14 @@ class Launch:
 
 
 def kernels() -> dict[str, tuple[Any, bool]]:
-    """Every kernel by name, and whether it computes products."""
+    """Every kernel of the heads by name, and whether it computes products."""
     from harmonic_triton import _triton
 
     found = {}
-    for module in MODULES:
-        for name, value in vars(importlib.import_module(f"{_triton.__name__}.{module}")).items():
+    for module in pkgutil.iter_modules(_triton.__path__, _triton.__name__ + "."):
+        if module.name.rpartition(".")[2] in LOSS_KERNEL:
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
             if name.endswith("_kernel"):
                 found[name] = (value, "BLOCK_V" in value.arg_names)
     return found
