@@ -39,7 +39,7 @@ $(VENV)/examples: $(VENV)/core
 	touch $@
 
 $(VENV)/test: $(VENV)/core
-	$(PIP) -e '.[test,examples]'
+	$(PIP) -e '.[test,examples,analysis,transformers,zarr]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/core

@@ -15,9 +15,11 @@ EXTRAS = {
         "matplotlib",
         "pykeops; sys_platform == 'linux'",
         "pytest-benchmark",
+        "scipy",
     ],
     "examples": ["matplotlib", "tokenizers", "tqdm"],
-    "analysis": ["matplotlib", "safetensors", "scikit-learn", "tqdm", "umap-learn"],
+    "analysis": ["matplotlib", "safetensors", "scikit-learn", "scipy", "tqdm", "umap-learn"],
+    "zarr": ["zarr"],
     "transformers": ["transformers"],
     "test": ["hypothesis", "mpmath", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
 }
@@ -25,7 +27,7 @@ EXTRAS = {
 setup(
     name="harmonic-triton",
     version=VERSION,
-    description="Fused harmonic loss for large vocabularies in Triton and PyTorch",
+    description="Fused harmonic loss for large vocabularies, and the loss kernel of trained models",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

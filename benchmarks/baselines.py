@@ -6,6 +6,7 @@ records beside it what the accuracy gate and the planner need to know.
 
 import functools
 import importlib
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -16,14 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.workloads import Workload
+
 LossFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+os.environ.setdefault("PYKEOPS_VERBOSE", "0")  # it is read at import
 ANYWHERE = ("cpu", "cuda")
+LOSSES = ("harmonic", "cross_entropy")
 
 
 @dataclass(frozen=True)
 class Baseline:
     name: str
-    loss: str  # "harmonic" | "cross_entropy"
+    loss: str  # one of LOSSES
     describe: str
     function: LossFunction
     devices: tuple[str, ...] = ANYWHERE
@@ -33,7 +38,8 @@ class Baseline:
     scores_in_dtype: bool = False  # x @ w.T is rounded to the inputs' dtype before it is used
     compiles: bool = False  # its first call at a shape runs a compiler, in this process
     interpreted_on_cpu: bool = False  # on a CPU only the Triton interpreter runs it: checked, never timed
-    only_by_name: str | None = None  # why a run that names no baselines leaves it out
+    largest: float = math.inf  # N V D beyond which a run that names no baselines leaves it out
+    bytes_per_score: int = 0  # of memory on a CPU for each of the N V scores, as measured: 0 where they are never held
     extra_reason: Callable[[str], str | None] = lambda device: None
 
     def __call__(self, x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
@@ -57,6 +63,23 @@ class Baseline:
     def interpreted(self, device: str) -> bool:
         return self.interpreted_on_cpu and device == "cpu"
 
+    def too_large(self, workload: Workload) -> str | None:
+        """Why a run that names no baselines leaves this workload out, or None."""
+        work = workload.tokens * workload.classes * workload.dim
+        if work <= self.largest:
+            return None
+        return (
+            f"N V D = {work:.1e} is beyond the {self.largest:.0e} that it does in seconds: "
+            f"ask with --baselines {self.name}"
+        )
+
+    def too_big(self, workload: Workload, free: int | None) -> str | None:
+        """Why its scores do not fit into ``free`` bytes of a CPU's memory, or None."""
+        wanted = self.bytes_per_score * workload.tokens * workload.classes
+        if workload.device != "cpu" or free is None or wanted <= 0.9 * free:
+            return None
+        return f"needs about {wanted / 1e9:.1f} GB for its N x V scores; {free / 1e9:.1f} GB are free here"
+
 
 REGISTRY: dict[str, Baseline] = {}
 
@@ -67,8 +90,8 @@ def register(name: str, loss: str, describe: str, **facts: object) -> Callable[[
     def enter(function: LossFunction) -> LossFunction:
         if name in REGISTRY:
             raise ValueError(f"baseline {name!r} is registered already: give this one another name")
-        if loss not in ("harmonic", "cross_entropy"):
-            raise ValueError(f"baseline {name!r} computes {loss!r}: the gate knows 'harmonic' and 'cross_entropy'")
+        if loss not in LOSSES:
+            raise ValueError(f"baseline {name!r} computes {loss!r}: the gate knows {' and '.join(map(repr, LOSSES))}")
         REGISTRY[name] = Baseline(name, loss, describe, function, **facts)  # type: ignore[arg-type]
         return function
 
@@ -119,11 +142,34 @@ def ours_triton(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor
     return loss
 
 
+def _register_strategy(strategy: str, describe: str, memory_budget: int | None) -> None:
+    """One strategy of the Triton backend, whatever harmonic_triton._strategy would choose."""
+
+    @register(
+        f"ours_triton_{strategy}",
+        "harmonic",
+        describe,
+        imports="harmonic_triton._strategy",
+        target_exact=True,
+        interpreted_on_cpu=True,
+    )
+    def run(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
+        options = {"n": exponent, "backend": "triton", "memory_budget": memory_budget}
+        with _peer("harmonic_triton._strategy").force(strategy):
+            loss: Tensor = _peer("harmonic_triton").linear_harmonic_loss(x, w, target, **options)
+        return loss
+
+
+_register_strategy("chunks", "the same, always with three products and stored 16-bit log-scores", None)
+_register_strategy("recompute", "the same, always with four products and O(N + V) memory (48 MiB)", 48 * 2**20)
+
+
 @register(
     "authors_dense",
     "harmonic",
     "dense, in the linear domain, as the authors train GPT-2 (without their uniform mix and NaN patches)",
     scores_in_dtype=True,
+    bytes_per_score=33,
 )
 def authors_dense(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
     ww: Tensor = torch.linalg.vector_norm(w, dim=-1).square()
@@ -135,7 +181,7 @@ def authors_dense(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tens
     return probability.gather(-1, target[:, None]).log().mean().neg()
 
 
-@register("harmonic_dense", "harmonic", "dense, in the log domain, through F.cross_entropy")
+@register("harmonic_dense", "harmonic", "dense, in the log domain, through F.cross_entropy", bytes_per_score=20)
 def harmonic_dense(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
     x, w = x.float(), w.float()
     square = torch.addmm(w.square().sum(dim=-1), x, w.T, alpha=-2) + x.square().sum(dim=-1, keepdim=True)
@@ -148,7 +194,7 @@ def harmonic_dense(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Ten
     "KeOps reduction over symbolic distances",
     imports="pykeops.torch",
     dtypes=("fp32",),
-    only_by_name="without matrix instructions its passes take minutes at a model's width; ask with --baselines keops",
+    largest=1e9,  # no matrix products: seconds for each 1e9 on a CPU
     compiles=True,
     extra_reason=_compiler_reason,
 )
@@ -163,7 +209,32 @@ def keops(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
-@register("cross_entropy", "cross_entropy", "F.cross_entropy(x @ w.T)", scores_in_dtype=True)
+@register(
+    "ours_lce_torch",
+    "cross_entropy",
+    "harmonic_triton's linear_cross_entropy, PyTorch backend",
+    imports="harmonic_triton",
+    target_exact=True,
+)
+def ours_lce_torch(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
+    loss: Tensor = _peer("harmonic_triton").linear_cross_entropy(x, w, target, backend="torch")
+    return loss
+
+
+@register(
+    "ours_lce_triton",
+    "cross_entropy",
+    "harmonic_triton's linear_cross_entropy, Triton backend",
+    imports="harmonic_triton",
+    target_exact=True,
+    interpreted_on_cpu=True,
+)
+def ours_lce_triton(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
+    loss: Tensor = _peer("harmonic_triton").linear_cross_entropy(x, w, target, backend="triton")
+    return loss
+
+
+@register("cross_entropy", "cross_entropy", "F.cross_entropy(x @ w.T)", scores_in_dtype=True, bytes_per_score=12)
 def cross_entropy(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
     return F.cross_entropy((x @ w.T).float(), target)
 
@@ -178,6 +249,7 @@ def _compiled_cross_entropy() -> Callable[..., Tensor]:
     "cross_entropy",
     "the same under torch.compile",
     scores_in_dtype=True,
+    bytes_per_score=12,
     compiles=True,
     extra_reason=_compiler_reason,
 )
@@ -200,8 +272,8 @@ def torch_chunked(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tens
     "liger",
     "cross_entropy",
     "Liger fused linear cross-entropy",
-    devices=("cuda",),
     imports="liger_kernel.transformers.functional",
+    interpreted_on_cpu=True,
     scores_in_dtype=True,
 )
 def liger(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
@@ -231,4 +303,33 @@ def cce(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
 )
 def cce_exact(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
     loss: Tensor = _peer("cut_cross_entropy").linear_cross_entropy(x, w, target, filter_eps=None)
+    return loss
+
+
+@register(
+    "cce_compiled",
+    "cross_entropy",
+    "Cut Cross-Entropy's torch.compile implementation, the one that runs without a GPU",
+    imports="cut_cross_entropy",
+    scores_in_dtype=True,
+    bytes_per_score=12,
+    compiles=True,
+    extra_reason=_compiler_reason,
+)
+def cce_compiled(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
+    loss: Tensor = _peer("cut_cross_entropy").linear_cross_entropy(x, w, target, impl="torch_compile")
+    return loss
+
+
+@register(
+    "quack",
+    "cross_entropy",
+    "quack's chunked linear cross-entropy",
+    devices=("cuda",),
+    dtypes=("bf16", "fp16"),
+    imports="quack.linear_cross_entropy",
+    scores_in_dtype=True,
+)
+def quack(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
+    loss: Tensor = _peer("quack.linear_cross_entropy").chunked_linear_cross_entropy(x, w, target)
     return loss

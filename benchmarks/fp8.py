@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.report import RESULTS
+from benchmarks.runs import RESULTS
 
 PLACES = {  # classes in a cluster of near-duplicates -> losses; 1: class vectors at random
     1: (9.0, 1.65, 0.002),

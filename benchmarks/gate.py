@@ -15,6 +15,7 @@ times the size of the scores. A bound may grow past usefulness, so an error must
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -215,13 +216,17 @@ def answer(baseline: Baseline, inputs: Inputs, exponent: float) -> tuple[Tensor,
 
 
 class Gate:
-    """Checks baselines on one workload; the truth of each kind of loss is computed once."""
+    """Checks baselines on one workload, each on the inputs of its loss; the truth of each loss is computed once."""
 
-    def __init__(self, inputs: Inputs, workload: Workload) -> None:
+    def __init__(self, inputs: Mapping[str, Inputs], workload: Workload) -> None:
         self.inputs, self.exponent, self.device = inputs, workload.exponent, workload.device
         self._truths: dict[str, Truth] = {}
 
+    def truth(self, loss: str) -> Truth:
+        if loss not in self._truths:
+            self._truths[loss] = Truth(self.inputs[loss], loss, self.exponent)
+        return self._truths[loss]
+
     def check(self, baseline: Baseline) -> list[Check]:
-        if baseline.loss not in self._truths:
-            self._truths[baseline.loss] = Truth(self.inputs, baseline.loss, self.exponent)
-        return self._truths[baseline.loss].check(baseline, *answer(baseline, self.inputs, self.exponent))
+        found = answer(baseline, self.inputs[baseline.loss], self.exponent)
+        return self.truth(baseline.loss).check(baseline, *found)

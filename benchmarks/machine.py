@@ -41,6 +41,40 @@ def _load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def free_memory() -> int | None:
+    """Bytes of main memory that can be had without swapping; None where this system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+class OtherWork:
+    """How many cores other processes (and other guests of the host) kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._clocks()
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float] | None:
+        """Seconds: everybody's on the CPUs, this process's, the wall's."""
+        try:
+            words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, words[:8])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
+
+    def cores(self) -> float | None:
+        now = self._clocks()
+        if self._start is None or now is None:
+            return None
+        busy, own, wall = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(0.0, round((busy - own) / wall, 3))
+
+
 def describe(device: str) -> dict[str, Any]:
     """Everything a reader needs to place a figure; ``dirty`` leaves out the results themselves."""
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")

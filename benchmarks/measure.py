@@ -1,23 +1,30 @@
 """One run: for each workload, memory in fresh processes, then the accuracy gate, then interleaved times."""
 
+import dataclasses
 import functools
 import gc
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.baselines import Baseline
+from benchmarks.baselines import LOSSES, Baseline
 from benchmarks.gate import Gate
-from benchmarks.memory import measure_in_fresh_process
+from benchmarks.machine import OtherWork, free_memory
+from benchmarks.memory import measure_in_fresh_process, measure_on_gpu
 from benchmarks.workloads import Inputs, Workload, make_inputs
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
 PRODUCT_BYTES = {"cpu": 4 << 30, "cuda": 8 << 30}  # the products are taken whole up to this much scratch
 MAX_INPUT_SETS = 8
+COLUMN_BLOCKS = (0, 512)  # x @ W.T whole, or in products of so many classes, which some CPU libraries do faster
+SOLVED_TOKENS = 64
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Plan:
     by_name: bool  # the baselines were named on the command line
     repeats: int
     threads: int
+    patience: float = math.inf  # seconds of timing a baseline may take in a workload before it loses repeats
+    once: frozenset[str] = frozenset()  # baselines that are timed once, whatever the patience
 
 
 def run(plan: Plan, say: Say) -> Iterator[Record]:
@@ -41,24 +50,30 @@ def _run_workload(plan: Plan, workload: Workload, say: Say) -> Iterator[Record]:
     for baseline in plan.baselines:
         record = records[baseline.name] = _blank(baseline.name, baseline.loss, workload)
         reason = baseline.unavailable(workload.device, workload.dtype)
-        if reason is None and baseline.only_by_name and not plan.by_name:
-            reason = baseline.only_by_name
+        if reason is None and not plan.by_name:
+            reason = baseline.too_large(workload)
+        if reason is None:
+            reason = baseline.too_big(workload, free_memory())
         if reason is not None:
             record.update(status="skipped", reason=reason)
             say(f"{baseline.name}: skipped: {reason}")
-        elif not baseline.interpreted(workload.device):
+        elif workload.device == "cpu" and not baseline.interpreted("cpu"):
             _measure_memory(baseline, workload, plan.threads, record, say)
 
-    inputs = make_inputs(workload)
+    inputs = {loss: make_inputs(workload, loss) for loss in LOSSES}
     gate = Gate(inputs, workload)
     for baseline in plan.baselines:
         if records[baseline.name]["status"] == "planned":
             _pass_gate(baseline, gate, records[baseline.name], say)
+            if workload.device == "cuda" and records[baseline.name]["status"] == "ok":
+                _measure_gpu_memory(baseline, workload, inputs[baseline.loss], records[baseline.name], say)
     del gate
+    if workload.inputs != "solved":
+        _measure_solved(workload, [b for b in plan.baselines if records[b.name]["checks"]], records, say)
 
     timed = [baseline for baseline in plan.baselines if records[baseline.name]["status"] == "ok"]
     products = _blank("products", "none", workload) | {"status": "ok"}
-    _time(timed, workload, inputs, plan.repeats, records, products, say)
+    _time(timed, workload, inputs, plan, records, products, say)
     yield products
     yield from records.values()
 
@@ -74,6 +89,7 @@ def _blank(name: str, loss: str, workload: Workload) -> Record:
         "memory_bytes": None,
         "memory_reason": None,
         "checks": None,
+        "solved_loss": None,
         "seconds": None,
         "tflops": None,
         "share_of_floor": None,
@@ -91,11 +107,19 @@ def _measure_memory(baseline: Baseline, workload: Workload, threads: int, record
         record.update(status="failed", reason=f"in its memory run: {reason}")
 
 
+def _measure_gpu_memory(baseline: Baseline, workload: Workload, inputs: Inputs, record: Record, say: Say) -> None:
+    try:
+        record["memory_bytes"] = measure_on_gpu(baseline, workload, inputs)
+    except Exception as error:
+        record["memory_reason"] = _first_line(error)
+    say(f"{baseline.name}: memory {record['memory_bytes'] or record['memory_reason']}")
+
+
 def _pass_gate(baseline: Baseline, gate: Gate, record: Record, say: Say) -> None:
     try:
         checks = gate.check(baseline)
     except Exception as error:  # whatever a peer raises is its result, not the end of the run
-        record.update(status="failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+        record.update(status="failed", reason=_first_line(error))
         say(f"{baseline.name}: failed: {record['reason']}")
         return
     record["checks"] = {c.quantity: {"error": c.error, "bound": c.bound, "passed": c.passed} for c in checks}
@@ -107,6 +131,20 @@ def _pass_gate(baseline: Baseline, gate: Gate, record: Record, say: Say) -> None
     else:
         record["status"] = "ok"
     say(f"{baseline.name}: gate {'failed' if record['status'] == 'failed the gate' else 'passed'}: {figures}")
+
+
+def _measure_solved(workload: Workload, baselines: list[Baseline], records: dict[str, Record], say: Say) -> None:
+    """The error of the loss where it is near 1e-20, on a few tokens at the same width: a figure beside, no gate."""
+    solved = dataclasses.replace(workload, inputs="solved", tokens=min(workload.tokens, SOLVED_TOKENS))
+    gate = Gate({loss: make_inputs(solved, loss) for loss in LOSSES}, solved)
+    for baseline in baselines:
+        try:
+            error = gate.check(baseline)[0].error
+        except Exception as failure:
+            say(f"{baseline.name}: no solved loss: {_first_line(failure)}")
+            continue
+        found = records[baseline.name]["solved_loss"] = {"truth": gate.truth(baseline.loss).loss, "error": error}
+        say(f"{baseline.name}: at a true loss of {found['truth']:.1e} its error is {error:.1e}")
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -149,7 +187,7 @@ def _time_step(baseline: Baseline, workload: Workload, inputs: Inputs) -> dict[s
 
 
 class _Products:
-    """x @ W.T, A @ W and A.T @ x into outputs allocated once: the floor's own rate at these shapes."""
+    """x @ W.T, A @ W and A.T @ x into outputs allocated once, the fastest way found: the floor's own rate here."""
 
     def __init__(self, inputs: Inputs, device: str) -> None:
         self.x, self.w = inputs.x.detach(), inputs.w.detach()
@@ -158,6 +196,25 @@ class _Products:
         self.scores = self.x.new_empty(self.rows, len(self.w))
         self.dx, self.dw = torch.empty_like(self.x), torch.empty_like(self.w)
         self.device = device
+        self.block = 0
+        if device == "cpu":
+            self.block = min(COLUMN_BLOCKS, key=self._scores_seconds)
+
+    def _scores_seconds(self, block: int) -> float:
+        self._make_scores(self.x[: self.rows], block)
+        clock = _Clock(self.device)
+        clock.mark()
+        self._make_scores(self.x[: self.rows], block)
+        clock.mark()
+        return clock.intervals()[0]
+
+    @torch.no_grad()
+    def _make_scores(self, x: Tensor, block: int) -> Tensor:
+        scores = self.scores[: len(x)]
+        for first in range(0, len(self.w), block or len(self.w)):
+            columns = slice(first, first + (block or len(self.w)))
+            torch.mm(x, self.w[columns].T, out=scores[:, columns])
+        return scores
 
     @torch.no_grad()
     def time(self) -> dict[str, float]:
@@ -165,74 +222,103 @@ class _Products:
         clock.mark()
         for start in range(0, len(self.x), self.rows):
             x = self.x[start : start + self.rows]
-            scores = self.scores[: len(x)]
-            torch.mm(x, self.w.T, out=scores)
+            scores = self._make_scores(x, self.block)
             torch.mm(scores, self.w, out=self.dx[start : start + self.rows])
             self.dw.addmm_(scores.T, x, beta=0 if start == 0 else 1)
         clock.mark()
         return {"both": clock.intervals()[0]}
 
 
-def _input_sets(workload: Workload, first: Inputs) -> list[Inputs]:
+def copy_rate(device: str) -> float:
+    """Bytes read and written in a second by one large copy, the best of five."""
+    source = torch.ones(COPY_BYTES[device] // 4, device=device)
+    target = torch.empty_like(source)
+    clock = _Clock(device)
+    for _ in range(6):  # the first one touches the pages
+        clock.mark()
+        target.copy_(source)
+    clock.mark()
+    return 2 * COPY_BYTES[device] / min(clock.intervals()[1:])
+
+
+def _input_sets(workload: Workload, first: Mapping[str, Inputs]) -> list[Mapping[str, Inputs]]:
     """On a GPU, enough copies of the inputs that no call finds its own in the second-level cache."""
     if workload.device != "cuda":
         return [first]
-    one = (first.x.numel() + first.w.numel()) * first.x.element_size()
+    x, w = first["harmonic"].x, first["harmonic"].w
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    more = min(MAX_INPUT_SETS, 1 + -(-cache // one))
-    return [first, *(make_inputs(workload, seed) for seed in range(1, more))]
+    more = min(MAX_INPUT_SETS, 1 + -(-cache // ((x.numel() + w.numel()) * x.element_size())))
+    return [first, *({loss: make_inputs(workload, loss, seed) for loss in first} for seed in range(1, more))]
 
 
 def _time(
     timed: list[Baseline],
     workload: Workload,
-    inputs: Inputs,
-    repeats: int,
+    inputs: Mapping[str, Inputs],
+    plan: Plan,
     records: dict[str, Record],
     products: Record,
     say: Say,
 ) -> None:
-    """Round after round, everything once a round and from another start each time, so that noise hits all alike."""
+    """Round after round, everything at most once a round and from another start each time, so that noise hits all alike.
+
+    The gate has called every baseline at this shape once: compilers, autotuners and allocators are warm.
+    """
     sets = _input_sets(workload, inputs)
-    bare = _Products(inputs, workload.device)
-    steps: dict[str, Callable[[Inputs], dict[str, float]]] = {"products": lambda _: bare.time()}
+    products["copy_bytes_per_second"] = copy_rate(workload.device)
+    bare = _Products(inputs["harmonic"], workload.device)
+    bare.time()
+    steps: dict[str, Callable[[Mapping[str, Inputs]], dict[str, float]]] = {"products": lambda _: bare.time()}
     for baseline in timed:
-        steps[baseline.name] = functools.partial(_time_step, baseline, workload)
-    names = [name for name in steps if _warm_up(steps[name], sets[0], records.get(name, products), say)]
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        steps[baseline.name] = functools.partial(_time_on_its_inputs, baseline, workload)
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    others = OtherWork()
     gc.collect()
     gc.disable()
     try:
-        for turn in range(repeats):
-            first = turn % len(names)
+        for turn in range(plan.repeats):
+            names = [name for name in steps if _has_turn(name, samples[name], turn, plan)]
+            first = turn % max(1, len(names))
             for name in names[first:] + names[:first]:
-                samples[name].append(steps[name](sets[turn % len(sets)]))
-            say(
-                f"round {turn + 1}/{repeats}: "
-                + ", ".join(f"{name} {1e3 * samples[name][-1]['both']:.4g} ms" for name in names)
-            )
+                try:
+                    samples[name].append(steps[name](sets[turn % len(sets)]))
+                except Exception as error:  # the gate had memory for it, the timing has not
+                    if name == "products":
+                        raise
+                    records[name].update(status="failed", reason=_first_line(error))
+                    del steps[name]
+            shown = (f"{name} {1e3 * samples[name][-1]['both']:.4g} ms" for name in names if name in steps)
+            say(f"round {turn + 1}/{plan.repeats}: {', '.join(shown) or 'every baseline has had its repeats'}")
     finally:
         gc.enable()
+    products["other_work_cores"] = others.cores()
 
-    floor = _summary([sample["both"] for sample in samples["products"]])["median"] if "products" in samples else None
-    for name in names:
+    floor = _summary([sample["both"] for sample in samples["products"]])["median"]
+    for name in steps:
         record = products if name == "products" else records[name]
         phases = samples[name][0].keys()
         record["seconds"] = {phase: _summary([sample[phase] for sample in samples[name]]) for phase in phases}
         median = record["seconds"]["both"]["median"]
         record["tflops"] = workload.floor_flops / median / 1e12
-        record["share_of_floor"] = None if floor is None else floor / median
+        record["share_of_floor"] = floor / median
 
 
-def _warm_up(step: Callable[[Inputs], dict[str, float]], inputs: Inputs, record: Record, say: Say) -> bool:
-    """One untimed step (allocators, thread pools, autotuners); a step that raises leaves the run with its reason."""
-    try:
-        step(inputs)
-    except Exception as error:
-        record.update(status="failed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
-        say(f"{record['baseline']}: failed: {record['reason']}")
+def _time_on_its_inputs(baseline: Baseline, workload: Workload, inputs: Mapping[str, Inputs]) -> dict[str, float]:
+    return _time_step(baseline, workload, inputs[baseline.loss])
+
+
+def _has_turn(name: str, samples: list[dict[str, float]], turn: int, plan: Plan) -> bool:
+    """Whether a baseline is timed in this round: those that ``patience`` leaves fewer repeats get them evenly spread."""
+    if not samples:
+        return True
+    if name in plan.once:
         return False
-    return True
+    affordable = int(max(1, min(plan.repeats, plan.patience / samples[0]["both"])))
+    return turn * affordable // plan.repeats > (turn - 1) * affordable // plan.repeats
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _summary(values: list[float]) -> dict[str, Any]:

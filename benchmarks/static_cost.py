@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read its static cost off the result.
 
-``python -m benchmarks.static_cost`` prints a Markdown table; ``--json`` one line per compilation. Kernels are compiled
-as a launch would specialise them: contiguous operands, pointers and widths divisible by 16.
+``python -m benchmarks.static_cost`` prints Markdown tables: the instructions of the sm_90 inner loops and the times that
+they predict (benchmarks/inner_loops.py), then every compilation; ``--json`` prints one line per compilation. Kernels are
+compiled as a launch would specialise them: contiguous operands, pointers and widths divisible by 16.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import importlib
 import itertools
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import inner_loops
+
 TARGETS = {
     "sm80": ("cuda", 80, 32),
     "sm90": ("cuda", 90, 32),
@@ -28,7 +30,10 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  # bytes of a multiprocessor
+SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+MODULES = ("tile", "forward", "backward")  # the loss; other kernels are compiled by their own tests
 SWITCHES = ("DOT", "MOMENTS", "SMOOTHING", "SCALED", "KEEP", "KEPT")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
@@ -54,6 +59,8 @@ class Cost:
     spills: int  # bytes of local memory a thread (NVIDIA) or spilled registers (AMD)
     matrix_instructions: int
     products: bool  # whether the kernel computes a tile of products
+    occupancy: float | None = None  # warps resident on a multiprocessor of the most that it holds (NVIDIA)
+    loops: dict[str, Any] | None = None  # ``inner_loops.Loops`` (sm_90, tiles of N x V entries)
 
 
 @dataclass
@@ -71,8 +78,8 @@ def kernels() -> dict[str, tuple[Any, bool]]:
     from harmonic_triton import _triton
 
     found = {}
-    for module in pkgutil.iter_modules(_triton.__path__, _triton.__name__ + "."):
-        for name, value in vars(importlib.import_module(module.name)).items():
+    for module in MODULES:
+        for name, value in vars(importlib.import_module(f"{_triton.__name__}.{module}")).items():
             if name.endswith("_kernel"):
                 found[name] = (value, "BLOCK_V" in value.arg_names)
     return found
@@ -151,8 +158,23 @@ def compile_one(
         text = compiled.asm["ptx"]
         registers, spills = _resource_usage(compiled.asm["cubin"])
     variant = "+".join(key.lower() for key, on in switches.items() if on) or "plain"
-    matrix = len(re.findall(MATRIX, text))
-    return Cost(name, variant, dtype, arch, compiled.metadata.shared, registers, spills, matrix, products)
+    shared, matrix = compiled.metadata.shared, len(re.findall(MATRIX, text))
+    cost = Cost(name, variant, dtype, arch, shared, registers, spills, matrix, products)
+    if arch in SHARED_OF_ALL:
+        cost.occupancy = occupancy(arch, registers, shared, launch.options["num_warps"])
+    if arch == "sm90" and products:
+        block = {key: launch.constants[(function.arg_names.index(key),)] for key in ("BLOCK_N", "BLOCK_V", "BLOCK_D")}
+        entries = block["BLOCK_N"] * block["BLOCK_V"] // (32 * launch.options["num_warps"])
+        sass = inner_loops.disassemble(compiled.asm["cubin"])
+        cost.loops = asdict(inner_loops.read(sass, block["BLOCK_D"], entries))
+    return cost
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
+    """Share of a multiprocessor's 64 warps that programs of ``warps`` warps can fill: registers and shared memory limit."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = SHARED_OF_ALL[arch] // (shared + SHARED_RESERVED)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -211,7 +233,55 @@ def compile_all(architectures: Iterable[str] = TARGETS, workers: int | None = No
         yield from pool.map(run_job, todo, chunksize=4)
 
 
-COLUMNS = ("kernel", "variant", "dtype", "arch", "registers", "spills", "shared", "matrix_instructions")
+COLUMNS = ("kernel", "variant", "dtype", "arch", "registers", "spills", "shared", "occupancy", "matrix_instructions")
+
+
+def inner_loop_tables(costs: list[Cost]) -> str:
+    """Instructions for each entry of N x V by class, and what they predict for each strategy on an H200."""
+    from benchmarks.report import markdown_table
+
+    rows = []
+    found = {}
+    for cost in costs:
+        if cost.loops is None:
+            continue
+        loops = inner_loops.Loops(**cost.loops)
+        if cost.dtype == "bf16":
+            found[cost.kernel, cost.variant] = loops
+        whole = loops.per_entry(768)
+        tile = [f"{loops.tile[name] / loops.entries:.2f}" for name in inner_loops.CLASSES]
+        step = [f"{loops.step[name] / loops.entries * 64 / loops.block_d:.2f}" for name in inner_loops.CLASSES]
+        rows.append([cost.kernel, cost.variant, cost.dtype, *tile, *step, f"{sum(whole.values()):.1f}"])
+    heads = [f"{name}{where}" for where in ("", " / 64 D") for name in inner_loops.CLASSES]
+    parts = [
+        "## Inner loops on sm_90: instructions of a thread for each of the N V entries",
+        "Outside the loop over the features, then inside it for each 64 features; the last column is the sum at D = 768.",
+        markdown_table(("kernel", "variant", "dtype", *heads, "all at 768"), rows),
+        "## Predicted time of forward + backward on an H200, bf16",
+        "From the counts above and the limits in benchmarks/inner_loops.py: with everything overlapped, and with products\n"
+        "and element-wise work in turn. The floor is 3U at the measured product rate.",
+        markdown_table(PREDICTED, list(_predictions(found))),
+    ]
+    return "\n\n".join(parts)
+
+
+PREDICTED = ("N, D, V", "strategy", "floor ms", "overlapped ms", "in turn ms", "share of the floor", "measured ms")
+
+
+def _predictions(found: dict[tuple[str, str], inner_loops.Loops]) -> Iterator[list[str]]:
+    machine = inner_loops.Machine()
+    for shape in inner_loops.SHAPES:
+        tokens, width, classes = shape
+        floor = 6 * tokens * width * classes / machine.products
+        for strategy in inner_loops.STRATEGIES:
+            for loss, dot in (("harmonic", ""), ("cross-entropy", "dot")):
+                if any((one.kernel, one.named(dot)) not in found for one in strategy.passes):
+                    continue
+                best, worst = inner_loops.predict(strategy, dot, found, shape, machine)
+                times = [f"{1e3 * seconds:.2f}" for seconds in (floor, best, worst)]
+                share = f"{floor / worst:.2f}-{floor / best:.2f}"
+                name = f"{strategy.name}, {loss}"
+                yield [", ".join(map(str, shape)), name, *times, share, "not measured on a GPU"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,14 +295,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set; the interpreter compiles nothing. Unset it")
     import triton
 
-    if not options.json:
-        print(f"Every kernel as triton {triton.__version__} compiles it ahead of time (`{parser.prog}`).")
-        print("Registers and spills (bytes; AMD: registers) are per thread, shared memory is in bytes.\n")
-        print("| kernel | variant | dtype | arch | registers | spills | shared | matrix instructions |")
-        print("|---|---|---|---|---:|---:|---:|---:|")
-    for cost in compile_all(options.arch or TARGETS, options.workers):
+    costs = compile_all(options.arch or TARGETS, options.workers)
+    if options.json:
+        for cost in costs:
+            print(json.dumps(asdict(cost)), flush=True)
+        return 0
+    listed = list(costs)
+    print(f"Every kernel as triton {triton.__version__} compiles it ahead of time (`{parser.prog}`).\n")
+    print(inner_loop_tables(listed))
+    print("\n## Every compilation\n")
+    print("Registers and spills (bytes; AMD: registers) are per thread, shared memory is in bytes, occupancy is warps")
+    print("resident of the most that a multiprocessor holds.\n")
+    print(f"| {' | '.join(COLUMNS).replace('_', ' ')} |")
+    print("|---|---|---|---|" + "---:|" * (len(COLUMNS) - 4))
+    for cost in listed:
         line = asdict(cost)
-        print(json.dumps(line) if options.json else f"| {' | '.join(str(line[c]) for c in COLUMNS)} |", flush=True)
+        print(f"| {' | '.join('-' if line[c] is None else str(line[c]) for c in COLUMNS)} |")
     return 0
 
 

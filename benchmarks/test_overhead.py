@@ -17,15 +17,19 @@ from benchmarks.baselines import REGISTRY
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["ours_torch", "ours_triton", "cross_entropy"])
-def step(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], Tensor]]:
+OURS = ("ours_torch", "ours_triton", "ours_lce_torch", "ours_lce_triton")
+PEERS = ("cross_entropy", "torch_chunked")
+
+
+@pytest.fixture(params=[*OURS, *PEERS])
+def step(request: pytest.FixtureRequest, tokens: int, classes: int) -> Iterator[Callable[[bool], Tensor]]:
     baseline = REGISTRY[request.param]
     reason = baseline.unavailable(DEVICE) or ("interpreted" if baseline.interpreted(DEVICE) else None)
     if reason is not None:
         pytest.skip(reason)
-    x = torch.randn(8, 64, device=DEVICE, requires_grad=True)
-    w = torch.randn(128, 64, device=DEVICE, requires_grad=True)
-    target = torch.arange(8, device=DEVICE)
+    x = torch.randn(tokens, 64, device=DEVICE, requires_grad=True)
+    w = torch.randn(classes, 64, device=DEVICE, requires_grad=True)
+    target = torch.arange(tokens, device=DEVICE)
 
     def run(backward: bool) -> Tensor:
         loss = baseline(x, w, target, 8.0)
@@ -42,6 +46,7 @@ def step(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], Tensor]]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("tokens", "classes"), [(8, 128), (64, 1000)])
 @pytest.mark.parametrize("phase", ["forward", "both"])
 def test_call_on_a_small_head(benchmark: BenchmarkFixture, step: Callable[[bool], Tensor], phase: str) -> None:
     loss = benchmark(step, phase == "both")

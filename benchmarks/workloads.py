@@ -1,6 +1,7 @@
 """Workloads, named after the models whose output head they copy, and the inputs they run on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Model:
 MODELS = {
     "tiny": Model(64, 500),  # seconds, also through the Triton interpreter
     "quick": Model(256, 8192),  # what --quick runs
+    "growth": Model(256, 16384),  # what --growth varies N and V around
     "gpt2": Model(768, 50257),
     "gpt2-padded": Model(768, 50304),
     "gpt2-xl": Model(1600, 50257),
@@ -27,8 +29,10 @@ MODELS = {
     "gemma-2-2b": Model(2304, 256000),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INPUTS = ("random", "trained")
+INPUTS = ("random", "trained", "solved")
 TRAINED_RADII = (0.1, 0.3, 1.0, 1.5, 2.0)  # ||x - w_c|| / ||w_c||, cycled over the rows: solved to undecided
+TRAINED_MARGINS = (60.0, 30.0, 15.0, 8.0, 4.0)  # x.w_c, cycled over the rows
+SOLVED_LOSS = 1e-20
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Workload:
     dtype: str = "fp32"
     inputs: str = "random"
     device: str = "cpu"
+    v: int | None = None  # classes, where they are not the model's
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -51,6 +56,8 @@ class Workload:
                 raise UsageError(f"--{name} {value!r} is not known: choose from {', '.join(known)}")
         if self.tokens < 1:
             raise UsageError(f"--n {self.tokens} is not a number of tokens: give an integer of at least 1")
+        if self.v is not None and self.v < 1:
+            raise UsageError(f"--v {self.v} is not a number of classes: give an integer of at least 1")
 
     @property
     def dim(self) -> int:
@@ -58,7 +65,7 @@ class Workload:
 
     @property
     def classes(self) -> int:
-        return MODELS[self.model].classes
+        return self.v or MODELS[self.model].classes
 
     @property
     def exponent(self) -> float:
@@ -88,18 +95,45 @@ class Inputs:
     target: Tensor  # (N,) int64
 
 
-def make_inputs(workload: Workload, seed: int = 0) -> Inputs:
-    """``random``: x ~ N(0, 1), w ~ N(0, 0.02^2).  ``trained``: x around its class vector at ``TRAINED_RADII``."""
+def make_inputs(workload: Workload, loss: str = "harmonic", seed: int = 0) -> Inputs:
+    """Inputs of one workload, drawn from ``seed``; w ~ N(0, 0.02^2).
+
+    ``random``: x ~ N(0, 1), whatever the loss. ``trained``: x as a trained model has it, from solved tokens to undecided
+    ones: near its class vector for the harmonic loss, along it for the cross-entropy. ``solved``: the same with every
+    true loss near ``SOLVED_LOSS`` (at a model's width; narrow heads are spread around it).
+    """
     device = torch.device(workload.device)
     draw = torch.Generator(device).manual_seed(seed)
     w = torch.randn(workload.classes, workload.dim, generator=draw, device=device).mul_(0.02)
     target = torch.randint(workload.classes, (workload.tokens,), generator=draw, device=device)
     x = torch.randn(workload.tokens, workload.dim, generator=draw, device=device)
-    if workload.inputs == "trained":
+    if workload.inputs != "random":
         centre = w[target]
-        radius = torch.tensor(TRAINED_RADII, device=device)[
-            torch.arange(workload.tokens, device=device) % len(TRAINED_RADII)
-        ]
-        x = centre + x * (radius * centre.norm(dim=1) / math.sqrt(workload.dim))[:, None]
+        size = centre.norm(dim=1, keepdim=True)
+        direction = x / math.sqrt(workload.dim)  # of length 1, nearly
+        if loss == "harmonic":
+            x = centre + direction * size * _cycled(_radii(workload), x)
+        else:
+            x = (centre + 0.1 * direction * size) * _cycled(_margins(workload), x) / size.square()
     dtype = DTYPES[workload.dtype]
     return Inputs(x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), target)
+
+
+def _cycled(values: Sequence[float], x: Tensor) -> Tensor:
+    rows = torch.arange(len(x), device=x.device)
+    return torch.tensor(values, device=x.device)[rows % len(values)][:, None]
+
+
+def _radii(workload: Workload) -> Sequence[float]:
+    """The other classes are sqrt(2) ||w|| away: loss = V (r/sqrt(2))^n."""
+    if workload.inputs == "trained":
+        return TRAINED_RADII
+    return (math.sqrt(2) * (SOLVED_LOSS / workload.classes) ** (1 / workload.exponent),)
+
+
+def _margins(workload: Workload) -> Sequence[float]:
+    """With x.w_c = m the other scores are N(0, m^2/D): loss = V exp(-m + m^2/2D), solved for m where it has a root."""
+    if workload.inputs == "trained":
+        return TRAINED_MARGINS
+    root = 1 - 2 * math.log(workload.classes / SOLVED_LOSS) / workload.dim
+    return (workload.dim * (1 - math.sqrt(max(0.0, root))),)

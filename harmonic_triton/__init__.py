@@ -1,8 +1,9 @@
-"""Harmonic loss for large vocabularies: fused distances, log-domain HarMax and backward pass.
+"""Harmonic loss for large vocabularies, fused, and the loss kernel of trained models.
 
-See :func:`linear_harmonic_loss`; ``python -m harmonic_triton doctor`` says what serves on this machine.
+See :func:`linear_harmonic_loss` and :func:`loss_kernel`; ``python -m harmonic_triton doctor`` says what serves here.
 """
 
+from harmonic_triton.covariance import CovarianceResult, StreamingCovariance, loss_covariance
 from harmonic_triton.functional import (
     CrossEntropyStats,
     HarmonicStats,
@@ -13,19 +14,33 @@ from harmonic_triton.functional import (
     linear_harmonic_loss,
     log_harmax,
 )
+from harmonic_triton.loss_kernel import LossKernel, loss_kernel
 from harmonic_triton.modules import HarmonicHead, LinearHarmonicLoss
+from harmonic_triton.sgld import SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.traces import LossTraces
+from harmonic_triton.tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CovarianceResult",
     "CrossEntropyStats",
     "HarmonicHead",
     "HarmonicStats",
     "LinearHarmonicLoss",
+    "LossKernel",
+    "LossTraces",
+    "SGLDConfig",
+    "StreamingCovariance",
     "harmax",
     "harmonic_logits",
     "harmonic_topk",
     "linear_cross_entropy",
     "linear_harmonic_loss",
     "log_harmax",
+    "loss_covariance",
+    "loss_kernel",
+    "sample_losses",
+    "stability_bound",
+    "tune",
 ]

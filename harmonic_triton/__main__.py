@@ -1,24 +1,29 @@
-"""Command line: ``python -m harmonic_triton {doctor,verify}``, also installed as ``harmonic-triton``."""
+"""Command line: ``python -m harmonic_triton {doctor,verify,loss-kernel}``, also installed as ``harmonic-triton``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from harmonic_triton import __version__, doctor, verify
+from harmonic_triton import __version__, doctor, kernel_cli, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="harmonic-triton", description="Fused harmonic loss: checks on this machine.")
+    parser = argparse.ArgumentParser(prog="harmonic-triton", description="Harmonic loss and loss kernel.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, device, which backend serves and why the others do not")
     verify.add_arguments(
         commands.add_parser("verify", help="every backend against the fp64 reference, on this machine")
     )
+    kernel_cli.add_arguments(
+        commands.add_parser("loss-kernel", help="covariance of a trained model's per-sample losses, with a report")
+    )
     options = parser.parse_args(arguments)
-    return doctor.main() if options.command == "doctor" else verify.main(options)
+    if options.command == "doctor":
+        return doctor.main()
+    return verify.main(options) if options.command == "verify" else kernel_cli.main(options)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,14 @@ def chunk_tokens(tokens: int, classes: int, size: int, budget: int, device: torc
     return min(tokens, (budget or _default_budget(device)) * SIDE // (classes * (size * SIDE + 1)))
 
 
-@torch.compiler.assume_constant_result
 def _default_budget(device: torch.device) -> int:
     if device.type != "cuda":
         return LEAST_BUDGET
     return max(LEAST_BUDGET, torch.cuda.get_device_properties(device).total_memory // MEMORY_SHARE)
+
+
+_default_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As torch.compiler.assume_constant_result sets it; that imports all of dynamo, two seconds of everybody's import.
 
 
 def predicted_seconds(tokens: int, classes: int, width: int, size: int, chunks: int) -> tuple[float, float]:

@@ -49,7 +49,21 @@ def main() -> int:
                   f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}")  # fmt: skip
     if len(devices) == 1:
         print("No GPU: `verify` checks the Triton kernels through the interpreter, on small shapes.")
-    extras = ("numpy", "matplotlib", "tokenizers", "tqdm", "liger-kernel", "cut-cross-entropy", "pykeops")
+    extras = (
+        "numpy",
+        "matplotlib",
+        "tokenizers",
+        "tqdm",
+        "scipy",
+        "scikit-learn",
+        "umap-learn",
+        "safetensors",
+        "zarr",
+        "transformers",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "pykeops",
+    )
     print("extras: " + ", ".join(f"{name} {_version(name)}" for name in extras))
     print("environment: " + ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in (
         "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")))  # fmt: skip

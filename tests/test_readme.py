@@ -1,12 +1,13 @@
 """The README's snippets are executed, and what it names exists."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import readme, runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,24 +41,17 @@ def test_the_two_lines_of_the_diff_run():
 
 def test_it_has_a_table_a_plot_and_no_placeholder():
     assert "@@" not in README
-    assert re.search(r"^\|---", README, re.MULTILINE)
+    assert re.search(r"^\|-", README, re.MULTILINE)
     assert re.search(r"^!\[.+\]\(.+\.png\)", README, re.MULTILINE)
 
 
-def test_the_table_is_the_measured_one():
-    """Every time and memory of the README's table stands in the run that it names."""
-    run = ROOT / re.search(r"\[the run\]\((.+)\.md\)", README)[1]
-    records = [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
-    measured = {r["baseline"]: r for r in records if "baseline" in r}
-    names = {"linear_harmonic_loss": "ours_torch", "cross_entropy": "cross_entropy", "authors": "authors_dense"}
-    rows = re.findall(
-        r"^\| .*?(linear_harmonic_loss|cross_entropy|authors).*? \| ([\d.]+) s \| (\d+) MB \|", README, re.MULTILINE
-    )
-    assert len(rows) == 3
-    for name, seconds, megabytes in rows:
-        record = measured[names[name]]
-        assert abs(record["seconds"]["both"]["median"] - float(seconds)) < 0.006
-        assert abs(record["memory_bytes"] / 1e6 - float(megabytes)) < 0.6
+def test_its_figures_are_what_the_report_command_writes():
+    """Between the markers stands, word for word, what ``python -m benchmarks report --readme RUN`` makes of the run."""
+    (block,) = readme.BLOCK.finditer(README)
+    run = runs.load(runs.RESULTS / f"{block[1]}.jsonl")
+    assert block[0] == readme.block(run)
+    tables = block[0].count("|---") and len(re.findall(r"^\|-", block[0], re.MULTILINE))
+    assert block[0].count(readme.where(run)) == tables + 1 >= 2  # every table and the plot name the machine
 
 
 def test_files_images_and_make_targets_exist():

@@ -93,7 +93,9 @@ def rows_forward(
     return out
 
 
-def _forward(call: _Call, out: Rows, moments: bool, kept: Tensor | None = None, tile_best: Tensor | None = None) -> None:
+def _forward(
+    call: _Call, out: Rows, moments: bool, kept: Tensor | None = None, tile_best: Tensor | None = None
+) -> None:
     """Per-token results into ``out``; with ``kept`` (N, V) and ``tile_best`` (tiles, N) the log-scores into those."""
     x, w, n, v = call.x, call.w, call.n, call.v
     smoothing = v is not None

@@ -1,0 +1,884 @@
+"""Localised SGLD around trained weights, and the per-sample losses along it (*The Loss Kernel*, appendix B).
+
+The probe is p(w) ~ exp(-nbeta L_n(w) - (gamma/2) ||w - w*||^2), with L_n the mean loss over the training data, nbeta the
+inverse temperature times n and gamma the localization. Every chain starts at the trained weights w*. One step is
+
+    w <- w - (eps/2) [nbeta grad L_B(w) + gamma (w - w*)] + N(0, eps),      L_B the mean loss of a random minibatch.
+
+What chain c does in step t depends on (seed, c, t) alone: the minibatch and the noise come from generators that start
+anew at every step. Chains can therefore be grouped, spread over processes, stopped and resumed without changing a draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from harmonic_triton import _checkpoint, _validate
+from harmonic_triton._data import Samples, samples
+from harmonic_triton._progress import Progress
+
+METHODS = ("sgld", "rmsprop", "sgnht")
+VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
+VMAP_CHAINS = 32
+CHECK_EVERY = 32  # steps between looks for diverged weights while no draw is taken
+
+PerSampleLoss = Callable[[nn.Module, Any], Tensor]
+Mask = str | Sequence[str] | Mapping[str, Tensor | bool] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGLDConfig:
+    """How the probe is sampled.
+
+    Args:
+        lr: step size eps. Stable below 4 / lambda_max(nbeta H + gamma I), see :func:`stability_bound`.
+        nbeta: inverse temperature times the number of training samples; it multiplies the *mean* minibatch loss.
+        localization: gamma, the pull towards w*.
+        batch_size: samples of a gradient, drawn without replacement, anew at each step. The size of the training data
+            means full-batch gradients, without shuffling noise.
+        num_chains, num_draws: chains, and draws of each.
+        num_burnin_steps: steps of each chain before its first draw.
+        num_steps_bw_draws: steps for each draw (thinning).
+        method: "sgld"; "rmsprop", SGLD preconditioned by G = 1/(rmsprop_eps + sqrt(V)), V the moving average of the
+            squared minibatch gradient (Li et al. 2016, Preconditioned SGLD). V moves during burn-in only and is frozen
+            for the draws: their term with G's derivative, which implementations drop, is then exactly 0, and the chain
+            targets the same probe. "sgnht": the Nose-Hoover thermostat (Ding et al. 2014) with h^2 = eps/2, friction
+            a = sgnht_friction: u <- (1 - xi) u - (eps/2) [...] + N(0, a eps), w <- w + u, xi <- xi +
+            (1 - xi/2) |u|^2/P - eps/2. It takes minibatch noise of unknown variance, equal in all directions, out of the
+            temperature, if xi has the steps to find it. (1 - xi/2) is ours: without it the variance of w comes out
+            lower by that factor, exactly so for a quadratic loss.
+        microbatch_size: samples of one forward and backward pass; gradients are accumulated. None: batch_size.
+        eval_batch_size: samples of one pass when losses are read. None: 512.
+        chain_group_size: chains that run together under ``vmap``. None: as many as 32 within a bound on the cost of a
+            pass, 1 for convolutional models (slower so) and where vmap cannot run the loss; a number given either
+            serves or raises.
+        rmsprop_decay, rmsprop_eps, sgnht_friction: see ``method``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+
+    lr: float
+    nbeta: float
+    localization: float
+    batch_size: int
+    num_chains: int = 4
+    num_draws: int = 200
+    num_burnin_steps: int = 0
+    num_steps_bw_draws: int = 1
+    method: str = "sgld"
+    microbatch_size: int | None = None
+    eval_batch_size: int | None = None
+    chain_group_size: int | None = None
+    rmsprop_decay: float = 0.99
+    rmsprop_eps: float = 0.1
+    sgnht_friction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "rmsprop_eps", "sgnht_friction"):
+            _validate.between(name, getattr(self, name), 0.0)
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be > 0, got 0")
+        _validate.between("nbeta", self.nbeta, 0.0)
+        _validate.between("localization", self.localization, 0.0)
+        _validate.between("rmsprop_decay", self.rmsprop_decay, 0.0, 1.0)
+        for name in ("batch_size", "num_chains", "num_draws", "num_steps_bw_draws"):
+            _validate.integer(name, getattr(self, name), 1)
+        _validate.integer("num_burnin_steps", self.num_burnin_steps, 0)
+        for name in ("microbatch_size", "eval_batch_size", "chain_group_size"):
+            if getattr(self, name) is not None:
+                _validate.integer(name, getattr(self, name), 1)
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
+        if self.method == "rmsprop" and self.num_burnin_steps == 0:
+            raise ValueError("method='rmsprop' learns its preconditioner during burn-in; give num_burnin_steps >= 1")
+        if self.num_steps >= 2**32:
+            raise ValueError(f"a chain can take 2^32 - 1 steps, and these settings ask for {self.num_steps}")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of one chain."""
+        return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+
+class Draws(NamedTuple):
+    """One draw of each of k chains."""
+
+    losses: Tensor  # (k, m) float32, on the model's device; NaN for a chain that diverged
+    chain: Tensor  # (k,) int64
+    draw: Tensor  # (k,) int64, index within the chain
+    train_loss: Tensor  # (k,) float32, mean minibatch loss over the steps since the last draw
+
+
+class Sampler:
+    """Chains of one run, group after group. :func:`sample_losses` is the plain way in; this is the machine behind it.
+
+    The model is only read: its weights, buffers, mode and gradients are the same at every moment the caller can look, also
+    after an exception or an iterator left behind. Gradients and losses are both taken in ``eval()`` mode, for the probe
+    is a density of one fixed function L_n(w): dropout is off, batch-norm uses its running statistics and leaves them
+    alone. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
+    each pass.
+
+    A chain whose weights are no longer finite is dead: one warning, NaN draws from then on, no further work for it. The
+    others go on bitwise as if nothing had happened (in a vmapped group its row is parked at w*, to keep their shapes).
+
+    Args:
+        model: any nn.Module. ``per_sample_loss(model, batch)`` must read weights through it.
+        per_sample_loss: returns (b,) losses, or (b, ...) where a sample has several (tokens), which are then flattened.
+        train_data, eval_data: tensors, tuples or dicts of them, or Datasets whose samples the default collate batches.
+        config: an :class:`SGLDConfig`.
+        seed: non-negative int below 2^63.
+        device: where the samples go; None: where the model's parameters are.
+        mask: which parameters move. None: all that require a gradient; a shell-style pattern or several: those whose
+            name (or alias, if tied) matches; a dict from names to bool tensors of the parameter's shape, or True:
+            those entries.
+        chains: the chains this process runs; None: all, or under torch.distributed rank, rank + world, ...
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or a loss at w* is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        per_sample_loss: PerSampleLoss,
+        train_data: Any,
+        eval_data: Any,
+        config: SGLDConfig,
+        *,
+        seed: int,
+        device: torch.device | str | None = None,
+        mask: Mask = None,
+        chains: Sequence[int] | None = None,
+    ) -> None:
+        if not isinstance(config, SGLDConfig):
+            raise TypeError(f"config must be an SGLDConfig, got {_validate.describe(config)}")
+        _check_seed(seed)
+        self.config, self.seed = config, seed
+        self._weights = _Weights(model, per_sample_loss, mask)
+        self.device = torch.device(device) if device is not None else self._weights.center.device
+        self.train_data = samples("train_data", train_data, self.device)
+        self.eval_data = samples("eval_data", eval_data, self.device)
+        if config.batch_size > len(self.train_data):
+            raise ValueError(
+                f"batch_size {config.batch_size} exceeds the {len(self.train_data)} training samples;"
+                f" batch_size={len(self.train_data)} means full-batch gradients"
+            )
+        self.chains = _own_chains(config.num_chains) if chains is None else [int(c) for c in chains]
+        if len(set(self.chains)) != len(self.chains) or not all(0 <= c < config.num_chains for c in self.chains):
+            raise ValueError(f"chains must be distinct and between 0 and {config.num_chains - 1}, got {self.chains}")
+        self._streams = _Streams(seed)
+        self.initial_losses = self._read_initial_losses()
+        size, self._vmapped_eval = self._choose_group_size()
+        self.groups = [self.chains[i : i + size] for i in range(0, len(self.chains), size)]
+        self.dead: dict[int, int] = {}  # chain: the step at which it was found
+        self._group, self._draw = 0, 0
+        self._state: dict[str, Tensor] = {}
+        self._workspace = self._weights.center.new_empty(0)
+        self._fingerprint: dict[str, str] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """m, the losses of one draw."""
+        return len(self.initial_losses)
+
+    @property
+    def remaining(self) -> int:
+        """Draws that this process has still to take, over all its chains."""
+        chains = sum(len(group) for group in self.groups[self._group :])
+        done = len(self.groups[self._group]) * self._draw if self._group < len(self.groups) else 0
+        return chains * self.config.num_draws - done
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the draws depend on: hashes of the weights and data, every setting, the seed and the chains."""
+        if self._fingerprint is None:
+            loss = self._weights.probe.per_sample_loss
+            self._fingerprint = {
+                "model": _checkpoint.digest(dict(self._weights.model.state_dict())),
+                "sampled parameters": self._weights.fingerprint(),
+                "per-sample loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+                "train data": self.train_data.fingerprint(),
+                "evaluation data": self.eval_data.fingerprint(),
+                "seed": str(self.seed),
+                "chains": " | ".join(" ".join(map(str, group)) for group in self.groups),
+                **{name: repr(value) for name, value in dataclasses.asdict(self.config).items()},
+            }
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything :meth:`run` needs to go on after the last draw it yielded (tensors on their device)."""
+        return {
+            "fingerprint": dict(self.fingerprint),
+            "group": self._group,
+            "draw": self._draw,
+            "dead": dict(self.dead),
+            "state": {name: tensor.clone() for name, tensor in self._state.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: it belongs to another model, dataset, configuration or seed; the message lists what differs.
+        """
+        _checkpoint.check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._group, self._draw, self.dead = state["group"], state["draw"], dict(state["dead"])
+        center = self._weights.center
+        self._state = {name: tensor.to(center.device, copy=True) for name, tensor in state["state"].items()}
+
+    def run(self, *, check_step_size: bool = True) -> Iterator[Draws]:
+        """Draws from the present state on: for each group of chains, one block for each draw.
+
+        A run from the start first warns if lr is beyond :meth:`stability_bound` (24 gradients of a minibatch).
+        """
+        if check_step_size:
+            self._warn_if_unstable()
+        while self._group < len(self.groups):
+            chains = self.groups[self._group]
+            if all(chain in self.dead for chain in chains):
+                losses, train_loss = self.initial_losses.new_full((len(chains), self.num_samples), math.nan), None
+            else:
+                with self._weights.evaluating():
+                    train_loss = self._advance(chains)
+                    losses = self._losses(chains)
+            nan = losses.new_full((len(chains),), math.nan)
+            draws = Draws(
+                losses,
+                torch.tensor(chains, device=losses.device),
+                torch.full((len(chains),), self._draw, device=losses.device),
+                nan if train_loss is None else torch.where(self._alive(chains, losses.device), train_loss.float(), nan),
+            )
+            self._draw += 1
+            if self._draw == self.config.num_draws:
+                self._group, self._draw, self._state = self._group + 1, 0, {}
+            yield draws
+
+    def stability_bound(self) -> float:
+        """The largest stable step size, see :func:`stability_bound`."""
+        return _stability_bound(self._weights, self.train_data, self.config, self.seed)
+
+    def _warn_if_unstable(self) -> None:
+        fresh = self._group == 0 and self._draw == 0
+        if not fresh or not self.groups or self.config.method == "rmsprop":
+            return
+        bound = self.stability_bound()
+        if self.config.lr >= bound:
+            warnings.warn(
+                f"lr {self.config.lr:g} is beyond the stability bound 4/lambda_max(nbeta H + gamma I) = {bound:.3g}"
+                " estimated on a minibatch: the chains will diverge or be dominated by discretisation error; take a"
+                " quarter of the bound or less",
+                stacklevel=3,
+            )
+
+    def _choose_group_size(self) -> tuple[int, bool]:
+        """(chains of a group, whether losses too are read for all of them at once)."""
+        config, weights, most = self.config, self._weights, len(self.chains)
+        wanted = config.chain_group_size
+        if most <= 1 or wanted == 1:
+            return 1, False
+        rows = min(config.microbatch_size or config.batch_size, config.batch_size)
+        row_cost, convolutions = weights.flops(self.train_data.block(0, 1))
+        if wanted is None:
+            if convolutions > 0.5:  # under vmap they become grouped convolutions, slower than a loop
+                return 1, False
+            size = int(min(VMAP_CHAINS, VMAP_FLOPS // (rows * row_cost), most))
+            if size < 2:
+                return 1, False
+            size = math.ceil(most / math.ceil(most / size))
+        else:
+            size = min(wanted, most)
+        reason = weights.vmap_obstacle(self.train_data)
+        if reason is not None:
+            if wanted is not None:
+                raise ValueError(
+                    f"chain_group_size {wanted} needs torch.func.vmap, which cannot run this loss: {reason}"
+                )
+            return 1, False
+        return size, row_cost * self._eval_rows * size <= VMAP_FLOPS
+
+    @property
+    def _eval_rows(self) -> int:
+        return min(self.config.eval_batch_size or 512, len(self.eval_data))
+
+    def _read_initial_losses(self) -> Tensor:
+        with self._weights.evaluating(), torch.no_grad():
+            losses = self._read(self._weights.center)
+        bad = (~losses.isfinite()).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"per_sample_loss is not finite at the trained weights for {len(bad)} of {len(losses)} losses of"
+                f" eval_data, the first at index {bad[0]}: {losses[bad[0]]}"
+            )
+        return losses
+
+    def _read(self, weights: Tensor) -> Tensor:
+        """(m,) losses of eval_data at (P,) weights, or (k, m) at (k, P) under vmap."""
+        parts = []
+        for start in range(0, len(self.eval_data), self._eval_rows):
+            batch = self.eval_data.block(start, start + self._eval_rows)
+            if weights.dim() == 2:
+                parts.append(self._weights.losses_of_group(weights, batch, None).float())
+            else:
+                parts.append(self._weights.losses(weights, batch).float())
+        return torch.cat(parts, -1)
+
+    def _losses(self, chains: list[int]) -> Tensor:
+        """(k, m) losses at the chains' weights."""
+        with torch.no_grad():
+            weights = self._positions()
+            if self._vmapped_eval:
+                losses = self._read(weights)
+                losses[~self._alive(chains, losses.device)] = math.nan
+                return losses
+            losses = self.initial_losses.new_full((len(chains), self.num_samples), math.nan)
+            for row, chain in enumerate(chains):
+                if chain not in self.dead:
+                    losses[row] = self._read(weights[row])
+            return losses
+
+    def _alive(self, chains: list[int], device: torch.device) -> Tensor:
+        return torch.tensor([chain not in self.dead for chain in chains], device=device)
+
+    def _advance(self, chains: list[int]) -> Tensor:
+        """The steps up to the next draw; (k,) mean minibatch loss over those since the last one."""
+        config = self.config
+        if not self._state:
+            self._state = self._start(chains)
+        thinning = config.num_steps_bw_draws
+        stop = config.num_burnin_steps + (self._draw + 1) * thinning
+        first = 0 if self._draw == 0 else stop - thinning
+        total = torch.zeros(len(chains), device=self._weights.center.device)
+        for step in range(first, stop):
+            losses = self._step(chains, step)
+            if step >= stop - thinning:
+                total += losses
+            if step == stop - 1 or step % CHECK_EVERY == 0:
+                self._bury(chains, step)
+        return total / thinning
+
+    def _start(self, chains: list[int]) -> dict[str, Tensor]:
+        center = self._weights.center
+        state = {"displacement": center.new_zeros(len(chains), len(center))}
+        if self.config.method == "rmsprop":
+            state["square"] = torch.zeros_like(state["displacement"])
+        if self.config.method == "sgnht":
+            momentum = torch.empty_like(state["displacement"])
+            self._streams.noise(momentum, chains, 0)
+            state["momentum"] = self._weights.masked_(momentum.mul_(math.sqrt(self.config.lr / 2)))
+            state["thermostat"] = center.new_full((len(chains), 1), self.config.sgnht_friction)
+        return state
+
+    def _positions(self) -> Tensor:
+        """(k, P) weights w* + displacement, in memory that the next call uses again."""
+        displacement = self._state["displacement"]
+        if self._workspace.shape != displacement.shape:
+            self._workspace = torch.empty_like(displacement)
+        return torch.add(self._weights.center, displacement, out=self._workspace)
+
+    def _step(self, chains: list[int], step: int) -> Tensor:
+        """One step of every chain of the group, in place; (k,) minibatch losses."""
+        config, state, displacement = self.config, self._state, self._state["displacement"]
+        weights = self._positions()
+        losses, gradient = self._gradient(weights, chains, step)
+        noise = weights  # its memory, no longer needed
+        self._streams.noise(noise, [-1 if chain in self.dead else chain for chain in chains], step + 1)
+        half, gamma = config.lr / 2, config.localization
+        if config.method == "sgld":
+            displacement.mul_(1 - half * gamma).add_(gradient, alpha=-half * config.nbeta)
+            displacement.add_(noise, alpha=math.sqrt(config.lr))
+        elif config.method == "rmsprop":
+            if step < config.num_burnin_steps:
+                decay = config.rmsprop_decay if step else 0.0
+                state["square"].mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
+            preconditioner = state["square"].sqrt().add_(config.rmsprop_eps).reciprocal_()
+            drift = gradient.mul_(config.nbeta).add_(displacement, alpha=gamma)
+            displacement.addcmul_(drift, preconditioner, value=-half)
+            displacement.addcmul_(noise, preconditioner.sqrt_(), value=math.sqrt(config.lr))
+        else:
+            momentum, thermostat = state["momentum"], state["thermostat"]
+            momentum.mul_(1 - thermostat).add_(gradient, alpha=-half * config.nbeta)
+            momentum.add_(displacement, alpha=-half * gamma)
+            momentum.add_(noise, alpha=math.sqrt(config.lr * config.sgnht_friction))
+            self._weights.masked_(momentum)
+            displacement.add_(momentum)
+            kinetic = momentum.square().sum(1, keepdim=True) / self._weights.num_sampled
+            thermostat.add_(kinetic * (1 - thermostat / 2) - half)
+        self._weights.masked_(displacement)
+        self._park(chains)
+        return losses
+
+    def _gradient(self, weights: Tensor, chains: list[int], step: int) -> tuple[Tensor, Tensor]:
+        """(k,) mean minibatch losses and their (k, P) gradient."""
+        config, n = self.config, len(self.train_data)
+        weights = weights.detach().requires_grad_()
+        full = config.batch_size == n
+        picked = None if full else torch.stack([self._streams.minibatch(c, step, n, config.batch_size) for c in chains])
+        size = config.microbatch_size or config.batch_size
+        losses, gradient = torch.zeros(()), torch.zeros(())
+        for start in range(0, config.batch_size, size):
+            rows = min(size, config.batch_size - start)
+            share = rows / config.batch_size
+            if picked is None:
+                batch, shared = self.train_data.block(start, start + rows), True
+            else:
+                batch, shared = self.train_data.batch(picked[:, start : start + rows].reshape(-1)), False
+            with torch.enable_grad():
+                if len(chains) == 1:
+                    means = self._weights.losses(weights.squeeze(0), batch).mean().unsqueeze(0)
+                else:
+                    if not shared:
+                        batch = tree_map(lambda leaf: leaf.unflatten(0, (len(chains), -1)), batch)
+                    means = self._weights.losses_of_group(weights, batch, None if shared else 0).mean(1)
+                part = torch.autograd.grad(means.sum(), weights)[0]
+            if start == 0 and share == 1:
+                return means.detach(), part
+            if start == 0:
+                losses, gradient = means.detach() * share, part.mul_(share)
+            else:
+                losses, gradient = losses.add_(means.detach(), alpha=share), gradient.add_(part, alpha=share)
+        return losses, gradient
+
+    def _bury(self, chains: list[int], step: int) -> None:
+        """Find chains whose weights are no longer finite."""
+        largest = torch.linalg.vector_norm(self._state["displacement"], math.inf, dim=1)
+        for row, finite in enumerate(largest.isfinite().tolist()):
+            if not finite and chains[row] not in self.dead:
+                self.dead[chains[row]] = step
+                warnings.warn(
+                    f"chain {chains[row]} diverged by step {step}: its draws are NaN from here on; the others go on",
+                    stacklevel=5,
+                )
+        self._park(chains)
+
+    def _park(self, chains: list[int]) -> None:
+        for row, chain in enumerate(chains):
+            if chain in self.dead:
+                for tensor in self._state.values():
+                    tensor[row].zero_()
+
+
+class _Probe(nn.Module):
+    """The loss as a module, so that functional_call reaches every use of the model's weights in it."""
+
+    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss) -> None:
+        super().__init__()
+        self.model, self.per_sample_loss = model, per_sample_loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.per_sample_loss(self.model, batch)
+
+
+class _Weights:
+    """The sampled parameters of a model as one vector, and the losses as a function of it."""
+
+    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, mask: Mask) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {_validate.describe(model)}")
+        if not callable(per_sample_loss):
+            raise TypeError(f"per_sample_loss must be callable, got {_validate.describe(per_sample_loss)}")
+        self.model = model
+        self.probe = _Probe(model, per_sample_loss)
+        aliases: dict[Tensor, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(parameter, []).append(name)
+        chosen = _chosen(aliases, mask)
+        if not chosen:
+            raise ValueError(
+                f"no parameter is sampled with mask {mask!r}; the model's parameters that require a gradient are"
+                f" {[names[0] for p, names in aliases.items() if p.requires_grad][:20]}"
+            )
+        _validate.tensors(**{aliases[p][0]: p for p in chosen})
+        devices = {p.device for p in chosen}
+        if len(devices) > 1:
+            raise ValueError(f"the sampled parameters are on {sorted(map(str, devices))}; move them to one device")
+        self.parameters = list(chosen)
+        self.aliases = [[f"model.{name}" for name in aliases[p]] for p in self.parameters]
+        self.sizes = [p.numel() for p in self.parameters]
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+        with torch.no_grad():
+            self.center = torch.cat([p.reshape(-1).to(wide) for p in self.parameters])
+            masks = [chosen[p] for p in self.parameters]
+            self.mask = None
+            if any(m is not None for m in masks):
+                full = [torch.ones_like(p) if m is None else m for p, m in zip(self.parameters, masks, strict=True)]
+                self.mask = torch.cat([m.reshape(-1).to(self.center) for m in full])
+        self.num_sampled = len(self.center) if self.mask is None else int(self.mask.sum())
+        self.fixed = {f"model.{name}": p.detach() for p, names in aliases.items() if p not in chosen for name in names}
+        self.buffers = {f"model.{name}": b for name, b in model.named_buffers(remove_duplicate=False)}
+        self.private: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
+
+    def fingerprint(self) -> str:
+        masked = "" if self.mask is None else f" masked {_checkpoint.digest({'mask': self.mask})}"
+        names = hashlib.blake2b(" ".join(names[0] for names in self.aliases).encode(), digest_size=6).hexdigest()
+        return f"{self.num_sampled} in {len(self.aliases)} tensors {names}{masked}"
+
+    def masked_(self, values: Tensor) -> Tensor:
+        return values if self.mask is None else values.mul_(self.mask)
+
+    def losses(self, weights: Tensor, batch: Any) -> Tensor:
+        """Flat losses of a batch at (P,) weights."""
+        swapped: dict[str, Tensor] = {**self.fixed, **self.private}
+        for part, parameter, names in zip(weights.split(self.sizes), self.parameters, self.aliases, strict=True):
+            part = part.view(parameter.shape).to(parameter.dtype)
+            for name in names:
+                swapped[name] = part
+        losses = functional_call(self.probe, swapped, (batch,), tie_weights=False)
+        for name, version in self.versions.items():
+            if self.private[name]._version != version:  # the forward wrote to it: no pass may see another's traces
+                self.private[name] = self.buffers[name].clone()
+                self.versions[name] = self.private[name]._version
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            raise TypeError(f"per_sample_loss must return a floating tensor, got {_validate.describe(losses)}")
+        rows = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)][:1]
+        if losses.dim() == 0 or (rows and len(losses) != rows[0]):
+            raise ValueError(
+                f"per_sample_loss must return one loss for each of the {rows[0] if rows else 'b'} samples, (b,) or"
+                f" (b, ...), got {_validate.describe(losses)}; use reduction='none'"
+            )
+        return losses.reshape(-1)
+
+    def losses_of_group(self, weights: Tensor, batch: Any, batch_dim: int | None) -> Tensor:
+        """(k, ...) losses at (k, P) weights, on one batch or (``batch_dim=0``) one for each."""
+        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap has rules for on every device
+            return vmap(self.losses, in_dims=(0, batch_dim))(weights, batch)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """eval() mode and private buffers within; every module's own mode again after."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        copies = {id(buffer): buffer.clone() for buffer in self.buffers.values()}
+        self.private = {name: copies[id(buffer)] for name, buffer in self.buffers.items()}
+        self.versions = {name: buffer._version for name, buffer in self.private.items()}
+        try:
+            self.model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def flops(self, batch: Any) -> tuple[int, float]:
+        """(forward operations for a batch, at least one product with each weight; convolutions' share of them)."""
+        from torch.utils.flop_counter import FlopCounterMode  # brings in all of triton
+
+        with self.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.losses(self.center, batch)
+        counts = counter.get_flop_counts().get("Global", {})
+        total = sum(counts.values())
+        convolutions = sum(count for operator, count in counts.items() if "conv" in str(operator))
+        return max(total, 2 * len(self.center)), convolutions / max(total, 1)
+
+    def vmap_obstacle(self, data: Samples) -> str | None:
+        """Why chains cannot be vmapped; None if they can."""
+        one, each = data.batch(torch.zeros(1, dtype=torch.int64)), data.batch(torch.zeros(2, dtype=torch.int64))
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(one)):
+            return "a batch holds values that are not tensors"
+        each = tree_map(lambda leaf: leaf.unflatten(0, (2, 1)), each)
+        weights = self.center.expand(2, -1).clone().requires_grad_()
+        with self.evaluating(), warnings.catch_warnings(), torch.enable_grad():
+            warnings.filterwarnings("error", message="There is a performance drop")
+            try:
+                for batch, batch_dim in ((one, None), (each, 0)):
+                    torch.autograd.grad(self.losses_of_group(weights, batch, batch_dim).sum(), weights)
+            except (RuntimeError, NotImplementedError, UserWarning) as error:
+                return str(error).splitlines()[0]
+        return None
+
+
+class _Streams:
+    """Generators that start anew for every (seed, chain, step)."""
+
+    def __init__(self, seed: int) -> None:
+        key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16).digest()
+        self.keys = np.frombuffer(key, np.uint64)
+        self.low, self.mixer = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:8], "little")
+        self.philox = np.random.Philox()
+        self.numpy = np.random.Generator(self.philox)
+        self.generators: list[torch.Generator] = []
+        self.pool: ThreadPoolExecutor | None = None
+
+    def minibatch(self, chain: int, step: int, n: int, size: int) -> Tensor:
+        """(size,) distinct indices below n, from Philox at counter (step, chain)."""
+        self.philox.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": np.array([0, 0, step, chain], np.uint64), "key": self.keys},
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return torch.from_numpy(self.numpy.choice(n, size, replace=False, shuffle=False))
+
+    def noise(self, out: Tensor, chains: list[int], step: int) -> None:
+        """Fill each (P,) row of ``out`` with N(0, 1) for its chain; zeros for chain -1."""
+        while len(self.generators) < len(chains):
+            self.generators.append(torch.Generator(out.device))
+
+        def fill(row: int) -> None:
+            if chains[row] < 0:
+                out[row].zero_()
+            else:
+                out[row].normal_(generator=self.generators[row].manual_seed(self._noise_seed(chains[row], step)))
+
+        threads = torch.get_num_threads()
+        if out.device.type == "cpu" and threads > 1 and len(chains) > 1 and out.shape[1] > 10_000:
+            self.pool = self.pool or ThreadPoolExecutor(threads)
+            list(self.pool.map(fill, range(len(chains))))
+        else:
+            for row in range(len(chains)):
+                fill(row)
+
+    def _noise_seed(self, chain: int, step: int) -> int:
+        """64 bits. PyTorch's CPU generator keeps the lower 32: a bijection of (chain, step), so that no two of the
+        first 4,194,304 steps of the first 1024 chains of a run share their noise; a seed keys the bijection."""
+        x = ((chain << 22) + step ^ self.low) & 0xFFFFFFFF
+        x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+        x = (x + self.mixer) & 0xFFFFFFFF
+        x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+        x ^= x >> 16
+        high = (chain * 0x9E3779B1 + (step >> 22) * 0x85EBCA77 ^ self.mixer) & 0x7FFFFFFF
+        return high << 32 | x
+
+
+def _check_seed(seed: Any) -> None:
+    _validate.integer("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {seed}")
+
+
+def _own_chains(num_chains: int) -> list[int]:
+    """All chains, or this rank's share of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return list(range(torch.distributed.get_rank(), num_chains, torch.distributed.get_world_size()))
+    return list(range(num_chains))
+
+
+def _chosen(aliases: Mapping[Tensor, list[str]], mask: Mask) -> dict[Tensor, Tensor | None]:
+    """The parameters that move, each with the entries that do (None: all)."""
+    trainable = {p: names for p, names in aliases.items() if p.requires_grad and p.numel()}
+    if mask is None:
+        return dict.fromkeys(trainable)
+    known = {name: p for p, names in aliases.items() for name in names}
+    if isinstance(mask, Mapping):
+        chosen: dict[Tensor, Tensor | None] = {}
+        for name, entries in mask.items():
+            if name not in known:
+                raise ValueError(f"mask names {name!r}, which is no parameter of the model")
+            parameter = known[name]
+            if isinstance(entries, Tensor):
+                if entries.shape != parameter.shape or entries.dtype != torch.bool:
+                    raise ValueError(
+                        f"mask[{name!r}] must be a bool tensor of shape {tuple(parameter.shape)},"
+                        f" got {_validate.describe(entries)}"
+                    )
+                if entries.any():
+                    chosen[parameter] = entries
+            elif not isinstance(entries, bool):
+                raise TypeError(
+                    f"mask[{name!r}] must be a bool tensor, True or False, got {_validate.describe(entries)}"
+                )
+            elif entries:
+                chosen[parameter] = None
+        frozen = [aliases[p][0] for p in chosen if not p.requires_grad]
+        if frozen:
+            raise ValueError(f"mask names frozen parameters {frozen}; call requires_grad_() on them or leave them out")
+        return chosen
+    patterns = [mask] if isinstance(mask, str) else list(mask)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"mask must be a name pattern, several, or a dict, got {_validate.describe(mask)}")
+    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in known)]
+    if unmatched:
+        raise ValueError(f"mask patterns {unmatched} match no parameter; names are like {list(known)[:5]}")
+    return {
+        p: None
+        for p, names in trainable.items()
+        if any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    }
+
+
+def stability_bound(
+    model: nn.Module,
+    per_sample_loss: PerSampleLoss,
+    train_data: Any,
+    config: SGLDConfig,
+    *,
+    seed: int,
+    mask: Mask = None,
+    num_iterations: int = 12,
+) -> float:
+    """The step size at which SGLD becomes unstable, 4 / lambda_max(nbeta H + gamma I), H the Hessian of a minibatch's loss.
+
+    Power iterations with Hessian-vector products by central differences of gradients, over the probe's own width
+    1/sqrt(lambda) in that direction (so any loss serves, also one without a second derivative). The estimate of
+    lambda_max comes from below: keep a margin. For "sgnht" the bound is conservative by 2; for "rmsprop" it is that of
+    plain SGLD.
+
+    Args:
+        model, per_sample_loss, train_data, config, seed, mask: as for :class:`Sampler`.
+        num_iterations: of two gradients each.
+
+    Returns:
+        The bound; inf where there is no positive curvature, 0 where gradients are not finite.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+    _check_seed(seed)
+    _validate.integer("num_iterations", num_iterations, 1)
+    weights = _Weights(model, per_sample_loss, mask)
+    data = samples("train_data", train_data, weights.center.device)
+    return _stability_bound(weights, data, config, seed, num_iterations)
+
+
+def _stability_bound(weights: _Weights, data: Samples, config: SGLDConfig, seed: int, iterations: int = 12) -> float:
+    streams = _Streams(seed ^ 0x5DEECE66D)
+    n, size = len(data), min(config.batch_size, len(data))
+    rows = torch.arange(n) if size == n else streams.minibatch(0, 0, n, size)
+    step = config.microbatch_size or size
+    center = weights.center
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        total = torch.zeros_like(at)
+        for start in range(0, size, step):
+            picked = rows[start : start + step]
+            with torch.enable_grad():
+                mean = weights.losses(at, data.batch(picked)).mean()
+                total.add_(torch.autograd.grad(mean, at)[0], alpha=len(picked) / size)
+        return weights.masked_(total)
+
+    def largest(shift: float) -> float:
+        """The eigenvalue of nbeta H + (gamma + shift) I that is largest in magnitude."""
+        v = torch.empty_like(center).unsqueeze(0)
+        streams.noise(v, [0], 0)
+        v = weights.masked_(v.squeeze(0))
+        v /= v.norm()
+        value, reach = config.localization + shift, 1 + center.norm().item()
+        for _ in range(iterations):
+            width = min(1 / math.sqrt(abs(value)), reach) if value else reach
+            product = (gradient(center + width * v) - gradient(center - width * v)).mul_(config.nbeta / (2 * width))
+            product.add_(v, alpha=config.localization + shift)
+            value, norm = torch.dot(v, product).item(), product.norm().item()
+            if not math.isfinite(norm):
+                return math.inf
+            if norm == 0:
+                return 0.0
+            v = product / norm
+        return value
+
+    with weights.evaluating():
+        top = largest(0.0)
+        if top < 0:  # negative curvature is the largest; shifted by it, the positive end is
+            top = largest(-top) + top
+    return 4 / top if top > 0 else math.inf
+
+
+def sample_losses(
+    model: nn.Module,
+    per_sample_loss: PerSampleLoss,
+    train_data: Any,
+    eval_data: Any,
+    config: SGLDConfig,
+    *,
+    seed: int,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
+    progress: bool = True,
+    mask: Mask = None,
+    device: torch.device | str | None = None,
+) -> Iterator[Tensor]:
+    """Per-sample losses along localised SGLD chains (*The Loss Kernel*, appendix B), draw by draw.
+
+    Args:
+        model, per_sample_loss, train_data, eval_data, config, seed, mask, device: as for :class:`Sampler`. Under
+            torch.distributed each rank runs and yields chains rank, rank + world, ...
+        checkpoint_dir: keep the draws (4 bytes a loss) and the state of the chains here. A later call with the same
+            arguments yields the whole stream again, from the disk as far as it goes, and continues bitwise.
+        checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
+        progress: draws a second, time left and the chains' health, by tqdm where it is installed, else lines on stderr.
+
+    Returns:
+        An iterator of (k, m) float32 losses: one draw of k chains of a group, groups one after the other. A chain that
+        diverged gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the directory holds another run (what differs is listed).
+    """
+    _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
+    sampler = Sampler(model, per_sample_loss, train_data, eval_data, config, seed=seed, device=device, mask=mask)
+    bar = Progress(sampler) if progress else None
+    if checkpoint_dir is None:
+        return _watched((draws.losses for draws in sampler.run()), sampler, bar)
+    log = _DrawLog(Path(checkpoint_dir), sampler, checkpoint_seconds)
+    return _watched(log.stream(), sampler, bar)
+
+
+def _watched(stream: Iterator[Tensor], sampler: Sampler, bar: Progress | None) -> Iterator[Tensor]:
+    try:
+        for losses in stream:
+            if bar is not None:
+                bar.update(losses)
+            yield losses
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+class _DrawLog:
+    """The draws of a run in one file, appended, and beside it the state after some of them."""
+
+    def __init__(self, directory: Path, sampler: Sampler, seconds: float) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            directory = directory / f"rank{torch.distributed.get_rank()}of{torch.distributed.get_world_size()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        self.draws, self.state = directory / "draws.f32", directory / "state.pt"
+        self.sampler, self.seconds, self.rows = sampler, seconds, 0
+        if self.state.exists():
+            saved = _checkpoint.load(self.state)
+            sampler.load_state_dict(saved["sampler"])
+            self.rows = saved["rows"]
+        else:
+            _checkpoint.save(self.state, {"sampler": sampler.state_dict(), "rows": 0})
+
+    def stream(self) -> Iterator[Tensor]:
+        sampler, width = self.sampler, 4 * self.sampler.num_samples
+        with open(self.draws, "a+b") as file:
+            file.truncate(self.rows * width)  # what came after the last checkpoint is drawn again
+            file.seek(0)
+            done = 0
+            for group in sampler.groups:
+                for _ in range(sampler.config.num_draws):
+                    if done == self.rows:
+                        break
+                    block = np.frombuffer(file.read(len(group) * width), np.float32).copy()
+                    done += len(group)
+                    yield torch.from_numpy(block).view(len(group), -1).to(sampler.device)
+            saved = time.monotonic()
+            for draws in sampler.run():
+                file.write(draws.losses.cpu().numpy().tobytes())
+                self.rows += len(draws.losses)
+                if time.monotonic() - saved >= self.seconds or not sampler.remaining:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    _checkpoint.save(self.state, {"sampler": sampler.state_dict(), "rows": self.rows})
+                    saved = time.monotonic()
+                yield draws.losses

@@ -1,0 +1,142 @@
+"""The tuner where the right answer can be computed, and on a small network."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_sgld import N, classes, regression
+from torch import nn
+
+from harmonic_triton.losses import classification_loss, regression_loss
+from harmonic_triton.sgld import Sampler
+from harmonic_triton.tuning import CLOSE, LONGEST, SHARE_OF_BOUND, autocorrelation_time, split_r_hat, tune
+
+
+def exact_excess(model, x, config):
+    """E[L(w)] - L(w*) = tr(H S)/2, S the stationary covariance of the discretised chain."""
+    H = (x.T @ x / len(x)).double()
+    A = config.nbeta * H + config.localization * torch.eye(x.shape[1]).double()
+    return 0.5 * (H @ torch.linalg.inv(A - config.lr * A @ A / 4)).trace().item()
+
+
+@pytest.mark.parametrize(("nbeta", "target"), [(200.0, 0.003), (20.0, 0.02)])
+def test_linear_regression(nbeta, target):
+    """On target to the factor at which the search ends, twice over for the noise of 4 x 30 draws."""
+    model, x, y = regression()
+    result = tune(
+        model, regression_loss, (x, y), seed=0, nbeta=nbeta, target_excess=target, batch_size=N, verbose=False
+    )
+    config, check = result.config, result.table[-1]
+    assert 1 / (2 * CLOSE) <= exact_excess(model, x, config) / target <= 2 * CLOSE
+    top = torch.linalg.eigvalsh(config.nbeta * x.T @ x / N).max() + config.localization
+    assert 0.8 * SHARE_OF_BOUND <= config.lr * top / 4 <= 1.3 * SHARE_OF_BOUND
+    assert check.autocorrelation_time / config.num_steps_bw_draws <= LONGEST
+    assert check.dead == 0 and check.r_hat < 1.1
+
+
+def test_an_unreachable_target_is_reported():
+    """The data alone hold the excess below d/(2 nbeta) = 0.02; the search notices, and keeps what localization it can."""
+    model, x, y = regression()
+    with pytest.warns(UserWarning, match="off its target"):
+        result = tune(model, regression_loss, (x, y), seed=0, nbeta=200.0, batch_size=N, verbose=False)
+    assert len(result.table) < 6 and result.config.localization > 1
+    assert 0.005 < exact_excess(model, x, result.config) < 0.03
+
+
+def mlp(steps=300):
+    torch.manual_seed(0)
+    x, y = classes(400)
+    y = (x[:, 0] > 0).long() + 2 * (x[:, 1] * x[:, 2] > 0).long()
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        classification_loss(model, (x, y)).mean().backward()
+        optimizer.step()
+    return model, x, y
+
+
+def test_a_small_network_ends_on_target_on_other_seeds_too(capsys):
+    model, x, y = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    result = tune(model, classification_loss, (x, y), seed=0, num_chains=8, num_draws=40)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and model.training
+    config = result.config
+    assert (config.num_chains, config.num_draws) == (8, 40)
+    sampler = Sampler(model, classification_loss, (x, y), (x, y), config, seed=123)
+    losses = torch.empty(8, 40, 400)
+    for block in sampler.run():
+        losses[block.chain, block.draw] = block.losses
+    excess = (losses.mean() - sampler.initial_losses.mean()).item()
+    assert 1 / 3 <= excess / sampler.initial_losses.mean().item() <= 3
+    assert autocorrelation_time(losses) <= 1.5 * LONGEST and split_r_hat(losses) < 1.2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(result.table) + 2 and said[-1] == result.reason
+    assert str(result.table[0]) in said and "stability bound" in result.reason
+    assert sum(trial.steps for trial in result.table) < 2500
+
+
+def test_the_same_seed_tunes_alike():
+    model, x, y = regression()
+    one, two = (tune(model, regression_loss, (x, y), seed=3, target_excess=0.01, verbose=False) for _ in range(2))
+    assert one.config == two.config and one.table == two.table
+
+
+def ar1(phi, chains=20, draws=2000, m=5):
+    noise = torch.randn(chains, draws, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.zeros(chains, m, dtype=torch.float64)
+    out = []
+    for t in range(draws):
+        x = phi * x + math.sqrt(1 - phi**2) * noise[:, t]
+        out.append(x)
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
+def test_autocorrelation_time_of_an_autoregression(phi):
+    """(1 + phi)/(1 - phi); Sokal's window loses e^-5 of it, and 200,000 values leave a few per cent."""
+    exact = (1 + phi) / (1 - phi)
+    assert abs(autocorrelation_time(ar1(phi)) / exact - 1) < 0.1
+
+
+def test_r_hat():
+    x = ar1(0.5)
+    assert split_r_hat(x) < 1.01
+    assert split_r_hat(x + torch.arange(20)[:, None, None] * 0.3) > 1.5
+    assert split_r_hat(x + torch.linspace(0, 3, 2000)[None, :, None]) > 1.3  # drift within every chain
+    assert split_r_hat(torch.ones(3, 10, 2)) == 1.0 == autocorrelation_time(torch.ones(3, 10, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"target_excess": 0.0}, ValueError, "target_excess must be > 0"),
+        ({"target_excess": "1"}, TypeError, "target_excess"),
+        ({"max_trials": 0}, ValueError, "max_trials"),
+        ({"num_chains": 0}, ValueError, "num_chains"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"batch_size": 201}, ValueError, "batch_size"),
+        ({"nbeta": -1.0}, ValueError, "nbeta"),
+    ],
+)
+def test_arguments_are_checked(changes, error, words):
+    model, x, y = regression()
+    with pytest.raises(error, match=words):
+        tune(model, regression_loss, (x, y), **{"seed": 0, "verbose": False, **changes})
+
+
+def test_a_model_without_loss_needs_a_target():
+    model, x, _ = regression()
+    data = (x, model(x).detach())
+    with pytest.raises(ValueError, match="give target_excess"):
+        tune(model, regression_loss, data, seed=0, verbose=False)
+    result = tune(model, regression_loss, data, seed=0, target_excess=0.01, verbose=False)
+    assert dataclasses.is_dataclass(result.config)
+
+
+def test_chains_that_always_die_raise():
+    model = nn.Linear(3, 1)
+    falls = lambda model, batch: -1e30 * (model.weight.square().sum() ** 3).expand(len(batch)) + model.bias
+    with pytest.raises((RuntimeError, ValueError)):
+        tune(model, falls, torch.zeros(20, 3), seed=0, target_excess=1.0, max_trials=2, verbose=False)
