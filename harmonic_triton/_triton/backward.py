@@ -140,21 +140,22 @@ def gradient_kernel(
     counted = counted & (cols[None, :] != target.to(tl.int32)[:, None])
     counted = counted & (cols[None, :] != rival.to(tl.int32)[:, None])
     if KEPT and not DOT:
+        slope = tl.where(counted, slope, 0.0)
         a = slope * tl.exp2(shrink)
     else:
-        a = slope if DOT else slope / (1.0 + ratio)
-    a = tl.where(counted, a, 0.0)
+        a = tl.where(counted, slope if DOT else slope / (1.0 + ratio), 0.0)
     tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST), mask=here)
     if not DOT:
         unscale = tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
         a *= unscale
         tiles = tl.num_programs(1)
         tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
-        # a ratio = slope (1 - 1/(1 + ratio))
-        weighted = -(slope * unscale) * exp2_minus_1(shrink) if KEPT else a * ratio
-        weighted = tl.sum(tl.where(counted, weighted, 0.0), 1)
-        tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, weighted, mask=inside)
         tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
+        if KEPT:  # a ratio = slope (1 - 1/(1 + ratio))
+            weighted = -(slope * unscale) * exp2_minus_1(shrink)
+        else:
+            weighted = tl.where(counted, a * ratio, 0.0)
+        tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, tl.sum(weighted, 1), mask=inside)
 
 
 @triton.jit
