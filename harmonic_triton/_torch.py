@@ -29,8 +29,9 @@ from harmonic_triton._numerics import (
     mixed_slope,
 )
 
-DEFAULT_BUDGET = 128 * 2**20  # bytes of scratch for the chunk; about 600 tokens at GPT-2's vocabulary
+DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for the chunk; about 1300 tokens at GPT-2's vocabulary
 COLUMN_BLOCK = 512  # classes in one product x @ W.T on a CPU: 1.3 times the rate of the whole width at once
+LOG2E = math.log2(math.e)  # exponentials are taken to base 2: on a CPU three times as fast
 TILE_ELEMENTS = 3 * 2**19  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
 
 
@@ -97,12 +98,16 @@ class Chunk:
     def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> None:
         self.head, self.x, self.target, self.ratio, self.work = head, x, target.unsqueeze(1), ratio, work
 
-    def clamp(self, ratio: Tensor, tile: slice) -> Tensor:
-        """Ratios, none below what the arithmetic resolves; in place."""
+    def floor(self, tile: slice) -> Tensor | None:
+        """(tokens, 1) ratios below which there is rounding noise only."""
+        return None
+
+    def log_scores(self, ratio: Tensor, out: Tensor) -> Tensor:
+        """z of ratios."""
         raise NotImplementedError
 
-    def log_scores(self, ratio: Tensor, out: Tensor, less: Tensor | float = 0.0) -> Tensor:
-        """z of ratios, less a column."""
+    def exp_scores(self, ratio: Tensor, offset: Tensor, out: Tensor) -> Tensor:
+        """exp(z - offset) of ratios; offset (tokens, 1)."""
         raise NotImplementedError
 
     def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
@@ -122,16 +127,23 @@ class Chunk:
         rows, step = len(self.x), len(self.work[0])
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
-    def rival(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """The best class beside the target, and its ratio by the products; leaves the target's ratio at +inf."""
-        ratio = self.ratio[tile].add_(self.shift[tile]).scatter_(1, self.target[tile], math.inf)
-        nearest, rival = _row_min(ratio)
-        return rival, self.clamp(nearest, tile)
+    def begin(self, tile: slice) -> Tensor:
+        """Complete the ratios; the target's is +inf."""
+        return self.ratio[tile].add_(self.shift[tile]).scatter_(1, self.target[tile], math.inf)
 
-    def scores(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
-        """z_j - offset for every class but the target and the rival, which get -inf."""
-        ratio = self.clamp(self.ratio[tile], tile).scatter_(1, rival, math.inf)
-        return self.log_scores(ratio, self.work[0, : len(ratio)], offset.to(ratio.dtype))
+    def rival(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """The best class beside the target, and its ratio by the products."""
+        ratio, floor = self.begin(tile), self.floor(tile)
+        nearest, rival = _row_min(ratio)
+        if floor is not None and not bool((nearest >= floor).all()):
+            torch.maximum(ratio, floor, out=ratio)
+            nearest = torch.maximum(nearest, floor)
+        return rival, nearest
+
+    def others(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
+        """exp(z_j - offset) for every class but the target and the rival, which get 0."""
+        ratio = self.ratio[tile].scatter_(1, rival, math.inf)
+        return self.exp_scores(ratio, offset, self.work[0, : len(ratio)])
 
     def reduce(self, tile: slice, moments: bool) -> tuple[Rows, Tensor]:
         """Forward of one tile: its per-token results, and p_j of every class but target and rival."""
@@ -140,7 +152,7 @@ class Chunk:
         rival_score, identical = self.rival_score(rival, tile)
         offset = self.log_scores(nearest.double(), torch.empty_like(nearest, dtype=torch.float64))
         offset = offset.masked_fill(offset == -math.inf, 0.0)  # V = 1
-        rest = self.scores(rival, offset, tile).exp_()
+        rest = self.others(rival, offset, tile)
         total = torch.logaddexp(rival_score, offset + rest.sum(1, keepdim=True).double().log())
         on_target = self.on_target[tile]  # nobody else has a share there, or a class at the same place has half
         rival_score = rival_score.masked_fill(on_target, -math.inf)
@@ -205,8 +217,9 @@ class HarmonicChunk(Chunk):
         inverse = self.scale.reciprocal()
         left = x * (-2 * inverse).to(x.dtype)
         for part, columns in _column_blocks(ratio):
-            torch.mul(inverse.to(x.dtype), head.norms[columns], out=part).addmm_(left, head.weight[columns].t())
-        self.shift = ((self.x_sq - self.target_ref) * inverse).to(x.dtype)  # -u_c/s_c, added tile by tile
+            torch.mm(left, head.weight[columns].t(), out=part)
+        self.inverse = inverse.to(x.dtype)
+        self.shift = ((self.x_sq - self.target_ref) * inverse).to(x.dtype)  # -u_c/s_c
         # below this the expansion is rounding noise
         floor = 4 * info.eps * torch.maximum(self.x_sq, self.scale)
         self.ratio_floor = ((floor - self.scale) * inverse).to(x.dtype)
@@ -216,12 +229,22 @@ class HarmonicChunk(Chunk):
         diff = self.x[tile].double() - self.head.weight[index.squeeze(1)].double()
         return diff.to(self.x.dtype), diff.square().sum(1, keepdim=True)
 
-    def clamp(self, ratio: Tensor, tile: slice) -> Tensor:
-        return torch.maximum(ratio, self.ratio_floor[tile], out=ratio)
+    def begin(self, tile: slice) -> Tensor:
+        self.ratio[tile].addr_(self.inverse[tile].squeeze(1), self.head.norms)
+        return super().begin(tile)
 
-    def log_scores(self, ratio: Tensor, out: Tensor, less: Tensor | float = 0.0) -> Tensor:
-        torch.log1p(ratio, out=out).mul_(-0.5 * self.n.to(out.dtype))
-        return out if isinstance(less, float) else out.sub_(less)
+    def floor(self, tile: slice) -> Tensor:
+        return self.ratio_floor[tile]
+
+    def log_scores(self, ratio: Tensor, out: Tensor) -> Tensor:
+        return torch.log1p(ratio, out=out).mul_(-0.5 * self.n.to(out.dtype))
+
+    def exp_scores(self, ratio: Tensor, offset: Tensor, out: Tensor) -> Tensor:
+        torch.log1p(ratio, out=out)
+        less = (offset * -LOG2E).to(out.dtype)
+        if self.n.device.type == "cpu":
+            return torch.add(less, out, alpha=-0.5 * LOG2E * self.n.item(), out=out).exp2_()
+        return out.mul_(-0.5 * LOG2E * self.n).add_(less).exp2_()
 
     def rival_distance(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor, Tensor]:
         """x - w_r, its s_r >= floor, and the floor."""
@@ -276,11 +299,11 @@ class DotChunk(Chunk):
             1
         )
 
-    def clamp(self, ratio: Tensor, tile: slice) -> Tensor:
-        return ratio
+    def log_scores(self, ratio: Tensor, out: Tensor) -> Tensor:
+        return torch.neg(ratio, out=out)
 
-    def log_scores(self, ratio: Tensor, out: Tensor, less: Tensor | float = 0.0) -> Tensor:
-        return torch.neg(ratio, out=out) if isinstance(less, float) else torch.sub(-less, ratio, out=out)
+    def exp_scores(self, ratio: Tensor, offset: Tensor, out: Tensor) -> Tensor:
+        return torch.add((offset * -LOG2E).to(out.dtype), ratio, alpha=-LOG2E, out=out).exp2_()
 
     def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         score = self.direct(rival, tile) - self.target_ref[tile]
@@ -452,12 +475,10 @@ def rows_backward(
             up_smooth = None if g_smooth is None else g_smooth[at]
             sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
             for tile in chunk.tiles():
-                chunk.ratio[tile].add_(chunk.shift[tile]).scatter_(1, chunk.target[tile], math.inf)
-                p = (
-                    chunk.scores(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile)
-                    .clamp_max_(0.0)
-                    .exp_()
-                )
+                ratio, floor = chunk.begin(tile), chunk.floor(tile)
+                if floor is not None:
+                    torch.maximum(ratio, floor, out=ratio)
+                p = chunk.others(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile).clamp_max_(1.0)
                 smooth = None if up_smooth is None else up_smooth[tile]
                 _keep(sums, tile, chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth))
             out.add(chunk, at, mine, up, up_smooth, sums)

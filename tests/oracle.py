@@ -76,7 +76,9 @@ def oracle(
     loss = reference.linear_harmonic_loss(xs, ws, target, n=exponent, reduction="none", **options)
     (loss * g.double()).sum().backward()
     zeros = [torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws, exponent)]
-    truth = Truth(loss.detach(), *zeros, *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options, kept_unit))
+    truth = Truth(
+        loss.detach(), *zeros, *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options, kept_unit)
+    )
     return truth
 
 
