@@ -543,7 +543,7 @@ class _Weights:
         """Views of (..., P) weights as the parameters, (..., *shape)."""
         lead = weights.shape[:-1]
         return [
-            part.view(*lead, *parameter.shape)
+            part.view((*lead, *parameter.shape))
             for part, parameter in zip(weights.split(self.sizes, -1), self.parameters, strict=True)
         ]
 

@@ -124,7 +124,6 @@ def test_chunk_size_changes_sums_alone(dtype):
     """One chunk of 37 tokens, or two; dX of a token never sees the others."""
     whole, cut = (call(DTYPES[dtype], memory_budget=budget) for budget in (2**30, BUDGET))
     assert torch.equal(whole[1], cut[1])
-    assert dtype != "fp32" or not torch.equal(whole[2], cut[2])
     for got, want in zip(whole[2:], cut[2:], strict=True):
         assert (got - want).norm() <= 2 * torch.finfo(DTYPES[dtype]).eps * want.norm()
 

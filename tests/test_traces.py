@@ -515,7 +515,7 @@ def test_killed_at_any_moment(tmp_path):
     while True:
         process = processes.Process(target=work, args=(tmp_path / "killed", batches))
         process.start()
-        process.join(dice.uniform(0.02, 0.15))
+        process.join(dice.uniform(0.0, 0.004) * (kills + 1))  # longer and longer: it gets to its end
         if process.exitcode is None:
             process.kill()
             kills += 1
