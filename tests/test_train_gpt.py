@@ -586,7 +586,10 @@ def test_a_head_that_cannot_be_measured_is_named_with_its_error(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks on a CPU are read from Linux's /proc")
 def test_a_dense_head_holds_at_least_its_logits():
     spec = {"head": "cross_entropy", "tokens": 1024, "width": 16, "classes": 4096, "n": 28.0, "dtype": "float32"}
-    program = "import json, sys; from examples.train_gpt import head_cost; print(json.dumps(head_cost.measure(json.loads(sys.argv[1]))))"
+    program = """if True:
+        import json, sys
+        from examples.train_gpt import head_cost
+        print(json.dumps(head_cost.measure(json.loads(sys.argv[1]))))"""
     spec |= {"device": "cpu", "threads": torch.get_num_threads()}
     run = subprocess.run([sys.executable, "-c", program, json.dumps(spec)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr  # a process of its own: memory that earlier tests freed would hide the peak
