@@ -42,10 +42,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(batch=32, chains=16, steps=1, inputs=32, draws=10),
-    Case(batch=32, chains=16, steps=1, inputs=1024, draws=3),
-    Case(batch=32, chains=1, steps=1, inputs=32, draws=80),
-    Case(batch=512, chains=4, steps=1, inputs=512, draws=6),
+    Case(batch=32, chains=16, steps=1, inputs=32, draws=40),
+    Case(batch=32, chains=16, steps=1, inputs=1024, draws=10),
+    Case(batch=32, chains=1, steps=1, inputs=32, draws=200),
+    Case(batch=512, chains=4, steps=1, inputs=512, draws=20),
 ]
 
 
@@ -209,7 +209,7 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     )
 
 
-def measure(case: Case, threads: int, devinterp_python: str | None, rounds: int = 2) -> dict[str, Any]:
+def measure(case: Case, threads: int, devinterp_python: str | None, rounds: int = 1) -> dict[str, Any]:
     """One line of the table: the samplers in turn, the best of each."""
     record: dict[str, Any] = {**case._asdict(), "profile": profile(case)}
     found: dict[str, list[float]] = {
