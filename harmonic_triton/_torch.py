@@ -31,8 +31,9 @@ from harmonic_triton._numerics import (
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for the chunk; about 1300 tokens at GPT-2's vocabulary
 COLUMN_BLOCK = 512  # classes in one product x @ W.T on a CPU: 1.3 times the rate of the whole width at once
+PITCH = 16  # a row of the chunk starts on a cache line: 2 % of the products' time on a CPU
 LOG2E = math.log2(math.e)  # exponentials are taken to base 2: on a CPU three times as fast
-TILE_ELEMENTS = 3 * 2**19  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
+TILE_ELEMENTS = 2**20  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
 
 
 @dataclass
@@ -89,14 +90,24 @@ class Chunk:
     """Some tokens against every class. Per-token values are fp64 columns (C, 1); ``ratio`` is the only (C, V) array.
 
     A subclass fills ``ratio`` with what, once ``shift`` is added, falls as a class's score rises and is 0 at the target.
+    ``scan`` goes over it tile by tile; ``rows`` turns what it found into results, for one tile or for all at once.
     """
 
+    rival: Tensor  # (C, 1) the best class beside the target
+    offset: Tensor  # (C, 1) its log-score by the products
+    mass: Tensor  # (C, 1) sum of exp(z_j - offset) over every class but target and rival
+    nll: Tensor  # (C, 1)
+    rival_score: Tensor  # (C, 1) its log-score, measured directly
+    share: Tensor  # (C, 1) what the coefficients must still be multiplied by to come from probabilities
     shift: Tensor  # (C, 1)
     target_ref: Tensor  # (C, 1) fp64, for Rows
     on_target: Tensor  # (C, 1) whether x lies on its class vector, where the loss is 0
 
     def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor) -> None:
         self.head, self.x, self.target, self.ratio, self.work = head, x, target.unsqueeze(1), ratio, work
+        self.rival = torch.empty_like(self.target)
+        self.offset, self.mass, self.nll, self.rival_score = x.new_empty(4, len(x), 1, dtype=torch.float64)
+        self.share = x.new_ones(len(x), 1, dtype=torch.float64)
 
     def floor(self, tile: slice) -> Tensor | None:
         """(tokens, 1) ratios below which there is rounding noise only."""
@@ -110,7 +121,7 @@ class Chunk:
         """exp(z - offset) of ratios; offset (tokens, 1)."""
         raise NotImplementedError
 
-    def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         """z_r by direct computation (-inf where the target is the only class), and whether it cannot be told from 0/0."""
         raise NotImplementedError
 
@@ -118,7 +129,7 @@ class Chunk:
         """Turn G_j into the products' coefficients, in place; returns the sums that Terms needs, (tokens, 2)."""
         raise NotImplementedError
 
-    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor | float, sums: Tensor) -> Terms:
+    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor, sums: Tensor) -> Terms:
         """``g_others`` is the sum of G_j over j != c, ``upstream`` what the coefficients are still to be multiplied by."""
         raise NotImplementedError
 
@@ -131,74 +142,80 @@ class Chunk:
         """Complete the ratios; the target's is +inf."""
         return self.ratio[tile].add_(self.shift[tile]).scatter_(1, self.target[tile], math.inf)
 
-    def rival(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """The best class beside the target, and its ratio by the products."""
-        ratio, floor = self.begin(tile), self.floor(tile)
-        nearest, rival = _row_min(ratio)
-        if floor is not None and not bool((nearest >= floor).all()):
-            torch.maximum(ratio, floor, out=ratio)
-            nearest = torch.maximum(nearest, floor)
-        return rival, nearest
-
     def others(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
         """exp(z_j - offset) for every class but the target and the rival, which get 0."""
         ratio = self.ratio[tile].scatter_(1, rival, math.inf)
         return self.exp_scores(ratio, offset, self.work[0, : len(ratio)])
 
-    def reduce(self, tile: slice, moments: bool) -> tuple[Rows, Tensor]:
-        """Forward of one tile: its per-token results, and p_j of every class but target and rival."""
-        head, target = self.head, self.target[tile]
-        rival, nearest = self.rival(tile)
-        rival_score, identical = self.rival_score(rival, tile)
+    def scan(self, tile: slice) -> Tensor:
+        """exp(z_j - offset) for every class but target and rival, which get 0."""
+        ratio, floor = self.begin(tile), self.floor(tile)
+        nearest, rival = _row_min(ratio)
+        if floor is not None and not bool((nearest >= floor).all()):
+            torch.maximum(ratio, floor, out=ratio)
+            nearest = torch.maximum(nearest, floor)
         offset = self.log_scores(nearest.double(), torch.empty_like(nearest, dtype=torch.float64))
-        offset = offset.masked_fill(offset == -math.inf, 0.0)  # V = 1
+        offset = offset.masked_fill_(offset == -math.inf, 0.0)  # V = 1
         rest = self.others(rival, offset, tile)
-        total = torch.logaddexp(rival_score, offset + rest.sum(1, keepdim=True).double().log())
-        on_target = self.on_target[tile]  # nobody else has a share there, or a class at the same place has half
+        self.rival[tile], self.offset[tile], self.mass[tile] = rival, offset, rest.sum(1, keepdim=True)
+        return rest
+
+    def rows(self, tile: slice, moments: bool) -> Rows:
+        """Per-token results of what was scanned; ``complete`` adds the sums over the classes."""
+        rival, offset, on_target = self.rival[tile], self.offset[tile], self.on_target[tile]
+        rival_score, identical = self.measure_rival(rival, tile)
+        total = torch.logaddexp(rival_score, offset + self.mass[tile].log())
+        # nobody else has a share where x is on its target, or a class at the same place has half
         rival_score = rival_score.masked_fill(on_target, -math.inf)
-        rival_score = rival_score.masked_fill(on_target & identical & (rival != target), 0.0)
+        rival_score = rival_score.masked_fill(on_target & identical & (rival != self.target[tile]), 0.0)
         nll = softplus(torch.where(on_target, rival_score, total), threshold=50.0)
-        share = (offset - nll).clamp_max(80.0).exp().masked_fill(on_target, 0.0)  # finite in fp32
-        p = rest.mul_(share.to(rest.dtype))
-        rows = Rows.zeros(len(p), p, moments, head.smoothing)
+        self.share[tile] = (offset - nll).clamp_max(80.0).exp().masked_fill(on_target, 0.0)  # finite in fp32
+        self.nll[tile], self.rival_score[tile] = nll, rival_score
+        rows = Rows.zeros(len(nll), self.x, moments, self.head.smoothing)
         rows.nll.copy_(nll.squeeze(1))
         rows.target_ref.copy_(self.target_ref[tile].squeeze(1))
         rows.rival.copy_(rival.squeeze(1))
         rows.rival_score.copy_(rival_score.squeeze(1))
-        if moments or head.smoothing:
-            score = self.log_scores(self.ratio[tile], self.work[1, : len(p)])
-            score.scatter_(1, target, 0.0).scatter_(1, rival, rival_score.to(p.dtype).nan_to_num(neginf=0.0))
-            every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
-            every.scatter_(1, target, (-nll).exp().to(p.dtype))
-            if moments:
-                rows.score_mean.copy_((every * score).sum(1).masked_fill_(on_target.squeeze(1), 0.0))
-                apart = (nll - rival_score).masked_fill(rival_score == -math.inf, 0.0)
-                entropy = (-nll).exp() * nll + (-apart).exp() * apart
-                entropy += (p * (nll.to(p.dtype) - score)).sum(1, keepdim=True)
-                rows.entropy.copy_(torch.where(on_target, nll, entropy.clamp_min_(0.0)).squeeze(1))
-            if head.smoothing:
-                share = head.share(every, head.v)
-                rows.share_score.copy_((share * score).sum(1))
-                rows.share_sum.copy_(share.sum(1))
-                rows.share_rest.copy_(share.scatter(1, target, 0.0).sum(1))
-                rows.smooth.copy_(-torch.log((every + head.mix) / (1 + head.alpha)) @ head.v if head.mix
-                                  else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
-        return rows, p
+        return rows
 
-    def coefficients(self, tile: slice, p: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor | None) -> Tensor | None:
-        """Backward of one tile: ratio becomes the products' coefficients, 0 at target and rival; returns their sums.
+    def complete(self, tile: slice, rest: Tensor, rows: Rows) -> Tensor:
+        """The sums that ``rows`` has room for; returns p_j of every class but target and rival."""
+        head, target, rival = self.head, self.target[tile], self.rival[tile]
+        p = rest * self.share[tile].to(rest.dtype)
+        nll, rival_score = self.nll[tile], self.rival_score[tile]
+        score = self.log_scores(self.ratio[tile], self.work[1, : len(p)])
+        score.scatter_(1, target, 0.0).scatter_(1, rival, rival_score.to(p.dtype).nan_to_num(neginf=0.0))
+        every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
+        every.scatter_(1, target, (-nll).exp().to(p.dtype))
+        if len(rows.entropy):
+            on_target = self.on_target[tile]
+            rows.score_mean.copy_((every * score).sum(1).masked_fill_(on_target.squeeze(1), 0.0))
+            apart = (nll - rival_score).masked_fill(rival_score == -math.inf, 0.0)
+            entropy = (-nll).exp() * nll + (-apart).exp() * apart
+            entropy += (p * (nll.to(p.dtype) - score)).sum(1, keepdim=True)
+            rows.entropy.copy_(torch.where(on_target, nll, entropy.clamp_min_(0.0)).squeeze(1))
+        if head.smoothing:
+            share = head.share(every, head.v)
+            rows.share_score.copy_((share * score).sum(1))
+            rows.share_sum.copy_(share.sum(1))
+            rows.share_rest.copy_(share.scatter(1, target, 0.0).sum(1))
+            rows.smooth.copy_(-torch.log((every + head.mix) / (1 + head.alpha)) @ head.v if head.mix
+                              else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
+        return p
 
-        Without smoothing the upstream gradient is left out, to be multiplied per token.
-        """
-        ratio, special = self.ratio[tile], torch.cat([self.target[tile], rows.rival.unsqueeze(1)], 1)
-        if g_smooth is not None:
-            head = self.head
-            slope = p * (g + g_smooth * rows.share_sum).unsqueeze(1)
-            p = slope.sub_(g_smooth.unsqueeze(1) * head.share(p, head.v)).scatter_(1, special, 0.0)
-        ratio.scatter_(1, special, 0.0)
+    def coefficients(self, tile: slice, p: Tensor) -> Tensor | None:
+        """ratio becomes the products' coefficients from p_j or a multiple of it, 0 at target and rival; their sums."""
+        ratio = self.ratio[tile].scatter_(1, torch.cat([self.target[tile], self.rival[tile]], 1), 0.0)
         sums = self.spread(p, tile)
         ratio.copy_(p)
         return sums
+
+    def smoothed(self, tile: slice, p: Tensor, rows: Rows, g: Tensor, g_smooth: Tensor) -> Tensor:
+        """G_j, the upstream gradients in it, from p_j: with smoothing they are no multiple of each other."""
+        slope = p * (g + g_smooth * rows.share_sum).unsqueeze(1)
+        slope.sub_(g_smooth.unsqueeze(1) * self.head.share(p, self.head.v))
+        self.share[tile] = 1.0
+        return slope.scatter_(1, self.target[tile], 0.0).scatter_(1, self.rival[tile], 0.0)
 
 
 class HarmonicChunk(Chunk):
@@ -208,7 +225,7 @@ class HarmonicChunk(Chunk):
         super().__init__(head, x, target, ratio, work)
         info = torch.finfo(x.dtype)
         self.n = n
-        self.x_sq = x.double().square().sum(1, keepdim=True)
+        self.x_sq = _squares(x)
         self.target_diff, self.target_ref = self.direct(self.target, slice(None))
         self.on_target = self.target_ref + head.eps == 0
         self.scale = (self.target_ref + head.eps).clamp_min(100 * info.tiny)  # s_c, able to divide
@@ -227,7 +244,7 @@ class HarmonicChunk(Chunk):
     def direct(self, index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         """x - w_index (C, D) and its squared norm (C, 1) fp64, by differences."""
         diff = self.x[tile].double() - self.head.weight[index.squeeze(1)].double()
-        return diff.to(self.x.dtype), diff.square().sum(1, keepdim=True)
+        return diff.to(self.x.dtype), _squares(diff)
 
     def begin(self, tile: slice) -> Tensor:
         self.ratio[tile].addr_(self.inverse[tile].squeeze(1), self.head.norms)
@@ -252,7 +269,7 @@ class HarmonicChunk(Chunk):
         floor = IDENTICAL * (self.x_sq[tile] + self.head.norms[rival].double()) + SMALLEST_SQ
         return diff, torch.maximum(squared + self.head.eps, floor), floor
 
-    def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         _, s, floor = self.rival_distance(rival, tile)
         score = -0.5 * self.n.double() * torch.log(s / self.scale[tile])
         return score.masked_fill(rival == self.target[tile], -math.inf), s <= floor
@@ -262,7 +279,7 @@ class HarmonicChunk(Chunk):
         p.div_(torch.add(ratio, 1, out=work))
         return torch.stack([p.sum(1), torch.mul(p, ratio, out=work).sum(1)], 1)
 
-    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor | float, sums: Tensor) -> Terms:
+    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor, sums: Tensor) -> Terms:
         n, head, x, s_c, target = self.n.double(), self.head, self.x, self.scale, self.target
         rival_diff, s_r, floor = self.rival_distance(rival, slice(None))
         skip_rival = self.on_target | (s_r <= floor) | (rival == target)
@@ -305,22 +322,21 @@ class DotChunk(Chunk):
     def exp_scores(self, ratio: Tensor, offset: Tensor, out: Tensor) -> Tensor:
         return torch.add((offset * -LOG2E).to(out.dtype), ratio, alpha=-LOG2E, out=out).exp2_()
 
-    def rival_score(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         score = self.direct(rival, tile) - self.target_ref[tile]
         return score.masked_fill(rival == self.target[tile], -math.inf), self.on_target[tile]
 
     def spread(self, p: Tensor, tile: slice) -> None:
         return None
 
-    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor | float, sums: Tensor) -> Terms:
+    def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor, sums: Tensor) -> Terms:
         x, weight = self.x, self.head.weight
         g_rival = g_rival.masked_fill(rival == self.target, 0.0)
-        scale = torch.ones_like(g_others) * upstream
         special = [
             (a.to(x.dtype), index, -weight[index.squeeze(1)], x)
             for a, index in ((g_others, self.target), (-g_rival, rival))
         ]
-        return Terms(scale.to(x.dtype), None, special)
+        return Terms(upstream.to(x.dtype), None, special)
 
 
 class Gradients:
@@ -339,13 +355,13 @@ class Gradients:
         nll, g = rows.nll.double().unsqueeze(1), g.double().unsqueeze(1)
         others, rival_p = -torch.expm1(-nll), (rows.rival_score.double().unsqueeze(1) - nll).exp()
         if g_smooth is None:
-            scale, on_x, special = chunk.terms(rival, g * others, g * rival_p, g, sums)
+            scale, on_x, special = chunk.terms(rival, g * others, g * rival_p, g * chunk.share, sums)
         else:
             g_smooth, mass = g_smooth.double().unsqueeze(1), rows.share_sum.double().unsqueeze(1)
             v = head.v.double()
             g_others = (g + g_smooth * mass) * others - g_smooth * rows.share_rest.double().unsqueeze(1)
             g_rival = (g + g_smooth * mass) * rival_p - g_smooth * head.share(rival_p, v[rival])
-            scale, on_x, special = chunk.terms(rival, g_others, g_rival, 1.0, sums)
+            scale, on_x, special = chunk.terms(rival, g_others, g_rival, chunk.share, sums)
         if self.need_x:
             dx = torch.mm(chunk.ratio, head.weight).mul_(scale)
             if on_x is not None:
@@ -370,6 +386,11 @@ class Gradients:
         elif self.need_w and self.head.n is not None:
             self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
         return self.dx, self.dw
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Squared norms of the rows, (C, 1) fp64."""
+    return torch.linalg.vector_norm(values, dim=1, keepdim=True, dtype=torch.float64).square_()
 
 
 def _column_blocks(ratio: Tensor) -> Iterator[tuple[Tensor, slice]]:
@@ -410,7 +431,8 @@ def _chunks(head: Head, x: Tensor, target: Tensor, kept: Tensor, budget: int) ->
     size = -(-len(kept) // max(count, 1))
     tile = min(size, max(1, TILE_ELEMENTS // classes)) if x.device.type == "cpu" else size
     if count:
-        ratio, work = head.weight.new_empty(size, classes), head.weight.new_empty(2, tile, classes)
+        pitch = -(-classes // PITCH) * PITCH
+        ratio, work = head.weight.new_empty(size, pitch)[:, :classes], head.weight.new_empty(2, tile, classes)
     for start in range(0, len(kept), max(size, 1)):
         at = kept[start : start + size]
         yield at, head.chunk(x[at].to(head.weight.dtype), target[at], ratio[: len(at)], work)
@@ -434,7 +456,10 @@ def rows_forward(
     with full_fp32():
         for at, chunk in _chunks(head, x, target, (target != ignore_index).nonzero().squeeze(1), budget):
             for tile in chunk.tiles():
-                _store(out, at[tile], chunk.reduce(tile, moments)[0])
+                rest, rows = chunk.scan(tile), chunk.rows(tile, moments)
+                if moments or head.smoothing:
+                    chunk.complete(tile, rest, rows)
+                _store(out, at[tile], rows)
     return out
 
 
@@ -474,13 +499,15 @@ def rows_backward(
             mine, up = rows.select(at), g[at]
             up_smooth = None if g_smooth is None else g_smooth[at]
             sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
+            chunk.rival = mine.rival.unsqueeze(1)
             for tile in chunk.tiles():
                 ratio, floor = chunk.begin(tile), chunk.floor(tile)
                 if floor is not None:
                     torch.maximum(ratio, floor, out=ratio)
-                p = chunk.others(mine.rival[tile].unsqueeze(1), mine.nll[tile].unsqueeze(1), tile).clamp_max_(1.0)
-                smooth = None if up_smooth is None else up_smooth[tile]
-                _keep(sums, tile, chunk.coefficients(tile, p, mine.select(tile), up[tile], smooth))
+                p = chunk.others(chunk.rival[tile], mine.nll[tile].unsqueeze(1), tile).clamp_max_(1.0)
+                if up_smooth is not None:
+                    p = chunk.smoothed(tile, p, mine.select(tile), up[tile], up_smooth[tile])
+                _keep(sums, tile, chunk.coefficients(tile, p))
             out.add(chunk, at, mine, up, up_smooth, sums)
     dx, dw = out.finish()
     return dx.to(x.dtype), dw.to(w.dtype)
@@ -514,15 +541,22 @@ def reduced_forward(
     with full_fp32():
         for at, chunk in _chunks(head, x, target, (target != ignore_index).nonzero().squeeze(1), budget):
             mine = Rows.zeros(len(at), head.weight, moments, v is not None)
-            up, up_smooth = head.weight.new_zeros(len(at)), None if b is None else b[at].to(head.weight.dtype)
+            up_smooth = None if b is None else b[at].to(head.weight.dtype)
             sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
             for tile in chunk.tiles():
-                rows, p = chunk.reduce(tile, moments)
-                _store(mine, tile, rows)
-                up[tile] = a[at[tile]] * mixed_slope(rows.nll, alpha, len(w))
+                rest = chunk.scan(tile)
+                if moments or head.smoothing:
+                    rows = chunk.rows(tile, moments)
+                    p = chunk.complete(tile, rest, rows)
+                    _store(mine, tile, rows)
+                    if up_smooth is not None:
+                        slope = a[at[tile]] * mixed_slope(rows.nll, alpha, len(w))
+                        rest = chunk.smoothed(tile, p, rows, slope, up_smooth[tile])
                 if need_x or need_w:
-                    smooth = None if up_smooth is None else up_smooth[tile]
-                    _keep(sums, tile, chunk.coefficients(tile, p, rows, up[tile], smooth))
+                    _keep(sums, tile, chunk.coefficients(tile, rest))
+            if not (moments or head.smoothing):
+                mine = chunk.rows(slice(None), moments)
+            up = (a[at] * mixed_slope(mine.nll, alpha, len(w))).to(head.weight.dtype)
             _store(every, at, mine)
             loss += (a[at].double() * mixed_nll(mine.nll.double(), alpha, len(w))).sum()
             if up_smooth is not None:
