@@ -31,7 +31,7 @@ from harmonic_triton._numerics import (
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for the chunk; about 1300 tokens at GPT-2's vocabulary
 COLUMN_BLOCK = 512  # classes in one product x @ W.T on a CPU: 1.3 times the rate of the whole width at once
-PITCH = 16  # a row of the chunk starts on a cache line: 2 % of the products' time on a CPU
+LINE = 16  # entries in a cache line; a chunk's rows are an odd number of lines apart: 2 to 4 % of the products' time
 LOG2E = math.log2(math.e)  # exponentials are taken to base 2: on a CPU three times as fast
 TILE_ELEMENTS = 2**20  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
 
@@ -431,7 +431,7 @@ def _chunks(head: Head, x: Tensor, target: Tensor, kept: Tensor, budget: int) ->
     size = -(-len(kept) // max(count, 1))
     tile = min(size, max(1, TILE_ELEMENTS // classes)) if x.device.type == "cpu" else size
     if count:
-        pitch = -(-classes // PITCH) * PITCH
+        pitch = (-(-classes // LINE) | 1) * LINE
         ratio, work = head.weight.new_empty(size, pitch)[:, :classes], head.weight.new_empty(2, tile, classes)
     for start in range(0, len(kept), max(size, 1)):
         at = kept[start : start + size]
