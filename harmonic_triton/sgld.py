@@ -252,6 +252,7 @@ class Sampler:
         """
         if check_step_size:
             self._warn_if_unstable()
+        self._placed = self._weights.center.new_empty(0)
         while self._group < len(self.groups):
             chains = self.groups[self._group]
             if all(chain in self.dead for chain in chains):
@@ -270,6 +271,7 @@ class Sampler:
             self._draw += 1
             if self._draw == self.config.num_draws:
                 self._group, self._draw, self._state = self._group + 1, 0, {}
+                self._placed = self._weights.center.new_empty(0)
             yield draws
 
     def stability_bound(self) -> float:
@@ -362,7 +364,8 @@ class Sampler:
         config = self.config
         if not self._state:
             self._state = self._start(chains)
-        self._place()
+        if not len(self._placed):
+            self._place()
         thinning = config.num_steps_bw_draws
         stop = config.num_burnin_steps + (self._draw + 1) * thinning
         first = 0 if self._draw == 0 else stop - thinning
@@ -399,10 +402,12 @@ class Sampler:
         config, state, displacement = self.config, self._state, self._state["displacement"]
         losses, gradient = self._gradient(chains, step)
         noise = self._placed  # its memory: the weights are placed anew below
-        self._streams.noise(noise, [-1 if chain in self.dead else chain for chain in chains], step + 1)
-        half, gamma = config.lr / 2, config.localization
+        half, gamma, std = config.lr / 2, config.localization, math.sqrt(config.lr)
+        if config.method == "sgnht":
+            std *= math.sqrt(config.sgnht_friction)
+        self._streams.noise(noise, [-1 if chain in self.dead else chain for chain in chains], step + 1, std)
         if config.method == "sgld":
-            displacement.mul_(1 - half * gamma).add_(noise, alpha=math.sqrt(config.lr))
+            torch.add(noise, displacement, alpha=1 - half * gamma, out=displacement)
             self._add(displacement, gradient, -half * config.nbeta)
         elif config.method == "rmsprop":
             slope = torch.zeros_like(displacement)
@@ -413,11 +418,11 @@ class Sampler:
             preconditioner = state["square"].sqrt().add_(config.rmsprop_eps).reciprocal_()
             drift = slope.mul_(config.nbeta).add_(displacement, alpha=gamma)
             displacement.addcmul_(drift, preconditioner, value=-half)
-            displacement.addcmul_(noise, preconditioner.sqrt_(), value=math.sqrt(config.lr))
+            displacement.addcmul_(noise, preconditioner.sqrt_())
         else:
             momentum, thermostat = state["momentum"], state["thermostat"]
             momentum.mul_(1 - thermostat).add_(displacement, alpha=-half * gamma)
-            momentum.add_(noise, alpha=math.sqrt(config.lr * config.sgnht_friction))
+            momentum.add_(noise)
             self._add(momentum, gradient, -half * config.nbeta)
             self._weights.masked_(momentum)
             displacement.add_(momentum)
@@ -436,7 +441,9 @@ class Sampler:
     def _gradient(self, chains: list[int], step: int) -> tuple[Tensor, list[Tensor]]:
         """(k,) mean minibatch losses and their gradient, (k, ...) for each parameter."""
         config, n = self.config, len(self.train_data)
-        parts = [part.detach().requires_grad_() for part in self._weights.parts(self._placed)]
+        alone = len(chains) == 1
+        parts = self._weights.parts(self._placed[0] if alone else self._placed)
+        parts = [part.detach().requires_grad_() for part in parts]
         full = config.batch_size == n
         picked = None if full else torch.stack([self._streams.minibatch(c, step, n, config.batch_size) for c in chains])
         size = config.microbatch_size or config.batch_size
@@ -449,22 +456,25 @@ class Sampler:
             else:
                 batch, batch_dim = self.train_data.batch(picked[:, start : start + rows].reshape(-1)), 0
             with torch.enable_grad():
-                if len(chains) == 1:
-                    means = self._weights.losses([part[0] for part in parts], batch).mean().unsqueeze(0)
+                if alone:
+                    means = self._weights.losses(parts, batch).mean().unsqueeze(0)
                 else:
                     if batch_dim == 0:
                         batch = tree_map(lambda leaf: leaf.unflatten(0, (len(chains), -1)), batch)
                     means = self._weights.losses_of_group(parts, batch, batch_dim).mean(1)
                 means = means * (rows / config.batch_size)
                 new = list(torch.autograd.grad(means.sum(), parts, materialize_grads=True))
+            new = [values.unsqueeze(0) for values in new] if alone else new
             losses += means.detach()
             gradient = [a.add_(b) for a, b in zip(gradient, new, strict=True)] if gradient else new
         return losses, gradient
 
     def _bury(self, chains: list[int], step: int) -> None:
         """Find chains whose weights are no longer finite."""
-        largest = torch.linalg.vector_norm(self._state["displacement"], math.inf, dim=1)
-        for row, finite in enumerate(largest.isfinite().tolist()):
+        displacement = self._state["displacement"]
+        # NaN or infinite where an entry is; torch vectorises these two, but no norm and no isfinite().all()
+        spread = displacement.amax(1) - displacement.amin(1)
+        for row, finite in enumerate(spread.isfinite().tolist()):
             if not finite and chains[row] not in self.dead:
                 self.dead[chains[row]] = step
                 warnings.warn(
@@ -517,14 +527,17 @@ class _Weights:
         self.parameters = list(chosen)
         self.aliases = [[f"model.{name}" for name in aliases[p]] for p in self.parameters]
         self.sizes = [p.numel() for p in self.parameters]
+        elsewhere = {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        # weights of Linear lie as a group's gradients come, (in, out): sums of both go entry by entry in memory's order
+        self.flipped = [p.dim() == 2 and p not in elsewhere for p in self.parameters]
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         with torch.no_grad():
-            self.center = torch.cat([p.reshape(-1).to(wide) for p in self.parameters])
+            self.center = self.flat(self.parameters, wide)
             masks = [chosen[p] for p in self.parameters]
             self.mask = None
             if any(m is not None for m in masks):
                 full = [torch.ones_like(p) if m is None else m for p, m in zip(self.parameters, masks, strict=True)]
-                self.mask = torch.cat([m.reshape(-1).to(self.center) for m in full])
+                self.mask = self.flat(full, wide)
         self.num_sampled = len(self.center) if self.mask is None else int(self.mask.sum())
         self.fixed = {f"model.{name}": p.detach() for p, names in aliases.items() if p not in chosen for name in names}
         self.buffers = {f"model.{name}": b for name, b in model.named_buffers(remove_duplicate=False)}
@@ -539,13 +552,18 @@ class _Weights:
     def masked_(self, values: Tensor) -> Tensor:
         return values if self.mask is None else values.mul_(self.mask)
 
+    def flat(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(P,) from a tensor of each parameter's shape."""
+        turned = [value.mT if flip else value for value, flip in zip(values, self.flipped, strict=True)]
+        return torch.cat([value.reshape(-1).to(self.parameters[0].device, dtype) for value in turned])
+
     def parts(self, weights: Tensor) -> list[Tensor]:
         """Views of (..., P) weights as the parameters, (..., *shape)."""
-        lead = weights.shape[:-1]
-        return [
-            part.view((*lead, *parameter.shape))
-            for part, parameter in zip(weights.split(self.sizes, -1), self.parameters, strict=True)
-        ]
+        lead, views = weights.shape[:-1], []
+        for part, parameter, flip in zip(weights.split(self.sizes, -1), self.parameters, self.flipped, strict=True):
+            shape = parameter.shape[::-1] if flip else parameter.shape
+            views.append(part.view((*lead, *shape)).mT if flip else part.view((*lead, *shape)))
+        return views
 
     def losses(self, parts: list[Tensor], batch: Any) -> Tensor:
         """Flat losses of a batch with these values of the sampled parameters."""
@@ -641,8 +659,8 @@ class _Streams:
         }
         return torch.from_numpy(self.numpy.choice(n, size, replace=False, shuffle=False))
 
-    def noise(self, out: Tensor, chains: list[int], step: int) -> None:
-        """Fill each (P,) row of ``out`` with N(0, 1) for its chain; zeros for chain -1."""
+    def noise(self, out: Tensor, chains: list[int], step: int, std: float = 1.0) -> None:
+        """Fill each (P,) row of ``out`` with N(0, std^2) for its chain; zeros for chain -1."""
         while len(self.generators) < len(chains):
             self.generators.append(torch.Generator(out.device))
 
@@ -650,7 +668,8 @@ class _Streams:
             if chains[row] < 0:
                 out[row].zero_()
             else:
-                out[row].normal_(generator=self.generators[row].manual_seed(self._noise_seed(chains[row], step)))
+                generator = self.generators[row].manual_seed(self._noise_seed(chains[row], step))
+                out[row].normal_(0.0, std, generator=generator)
 
         threads = torch.get_num_threads()
         if out.device.type == "cpu" and threads > 1 and len(chains) > 1 and out.shape[1] > 10_000:
