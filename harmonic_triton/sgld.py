@@ -66,7 +66,7 @@ class SGLDConfig:
             temperature, if xi has the steps to find it. (1 - xi/2) is ours: without it the variance of w comes out
             lower by that factor, exactly so for a quadratic loss.
         microbatch_size: samples of one forward and backward pass; gradients are accumulated. None: batch_size.
-        eval_batch_size: samples of one pass when losses are read. None: 512.
+        eval_batch_size: samples of one pass when losses are read. None: 256.
         chain_group_size: chains that run together under ``vmap``. None: as many as 32 within a bound on the cost of a
             pass, 1 for convolutional models (slower so) and where vmap cannot run the loss; a number given either
             serves or raises.
@@ -319,7 +319,7 @@ class Sampler:
 
     @property
     def _eval_rows(self) -> int:
-        return min(self.config.eval_batch_size or 512, len(self.eval_data))
+        return min(self.config.eval_batch_size or 256, len(self.eval_data))
 
     def _read_initial_losses(self) -> Tensor:
         with self._weights.evaluating(), torch.no_grad():
