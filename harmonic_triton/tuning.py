@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harmonic_triton import _validate
+from harmonic_triton import _validate, estimators
 from harmonic_triton._data import samples
 from harmonic_triton.sgld import Mask, PerSampleLoss, Sampler, SGLDConfig, _check_seed
 
@@ -154,33 +154,15 @@ def tune(
     return TuningResult(config, table, reason)
 
 
-def autocorrelation_time(losses: Tensor) -> float:
-    """Integrated autocorrelation time, in draws, of (chains, draws, m) losses: 1 + 2 sum_t rho(t).
+def _mixing(losses: Tensor) -> tuple[float, float]:
+    """(autocorrelation time in draws, the longer of a sample's median and the mean loss's; split R-hat of the mean loss).
 
-    rho(t) is pooled over chains and samples about each sample's overall mean; the sum ends at Sokal's window (the first
-    t >= 5 tau).
+    Both are 1 where the losses never vary.
     """
-    x = losses.double() - losses.double().mean((0, 1))
-    variance = x.square().sum() / x.shape[1]
-    if variance == 0:
-        return 1.0
-    tau = 1.0
-    for lag in range(1, x.shape[1]):
-        tau += 2 * ((x[:, lag:] * x[:, :-lag]).sum() / (x.shape[1] - lag) / variance).item()
-        if lag >= 5 * tau:
-            break
-    return max(tau, 1.0)
-
-
-def split_r_hat(losses: Tensor) -> float:
-    """Split R-hat (Gelman et al., *Bayesian Data Analysis*, 11.4) of the mean loss in (chains, draws, m) losses."""
-    series = losses.double().mean(-1)
-    half = series.shape[1] // 2
-    halves = torch.cat([series[:, :half], series[:, -half:]])
-    within = halves.var(1).mean()
-    if within == 0:
-        return 1.0
-    return ((half - 1) / half + halves.mean(1).var() / within).sqrt().item()
+    mean = losses.double().mean(-1)
+    times = estimators.autocorrelation_time(mean), estimators.autocorrelation_time(losses).nanmedian()
+    longest = max(1.0, *(time.nan_to_num(1.0).item() for time in times))
+    return longest, estimators.gelman_rubin(mean).nan_to_num(1.0).item()
 
 
 class _Probe:
@@ -239,8 +221,7 @@ class _Probe:
             return Trial(localization, config.lr, math.nan, math.nan, math.nan, self.num_chains, config.num_steps)
         excess = alive.double().mean().item() - self.initial_loss
         return Trial(
-            localization, config.lr, excess, autocorrelation_time(alive), split_r_hat(alive),
-            self.num_chains - len(alive), config.num_steps,
+            localization, config.lr, excess, *_mixing(alive), self.num_chains - len(alive), config.num_steps
         )  # fmt: skip
 
 
