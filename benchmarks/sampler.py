@@ -154,8 +154,9 @@ def devinterp(case: Case) -> Callable[[int], None]:
 def profile(case: Case) -> dict[str, float]:
     """Share of our sampler's time, by part."""
     from harmonic_triton import sgld
+    from harmonic_triton._streams import Streams
 
-    parts = {"noise": (sgld._Streams, "noise"), "minibatch": (sgld._Streams, "minibatch"),
+    parts = {"noise": (Streams, "noise"), "minibatch": (Streams, "minibatch"),
              "gradient": (sgld.Sampler, "_gradient"), "step": (sgld.Sampler, "_step"),
              "losses": (sgld.Sampler, "_losses")}  # fmt: skip
     spent = dict.fromkeys(parts, 0.0)

@@ -162,3 +162,10 @@ def budget(value: Any) -> None:
     """Bytes, or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0):
         raise ValueError(f"memory_budget must be a positive number of bytes or None, got {describe(value)}")
+
+
+def seed(value: Any) -> None:
+    """A seed of SGLD chains."""
+    integer("seed", value, 0)
+    if value >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {value}")

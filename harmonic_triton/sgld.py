@@ -12,36 +12,29 @@ anew at every step. Chains can therefore be grouped, spread over processes, stop
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from harmonic_triton import _checkpoint, _validate
 from harmonic_triton._data import Samples, samples
 from harmonic_triton._progress import Progress
+from harmonic_triton._streams import Streams
+from harmonic_triton._weights import Mask, PerSampleLoss, Weights
 
 METHODS = ("sgld", "rmsprop", "sgnht")
 VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
 VMAP_CHAINS = 32
 CHECK_EVERY = 32  # steps between looks for diverged weights while no draw is taken
-
-PerSampleLoss = Callable[[nn.Module, Any], Tensor]
-Mask = str | Sequence[str] | Mapping[str, Tensor | bool] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,9 +164,9 @@ class Sampler:
     ) -> None:
         if not isinstance(config, SGLDConfig):
             raise TypeError(f"config must be an SGLDConfig, got {_validate.describe(config)}")
-        _check_seed(seed)
+        _validate.seed(seed)
         self.config, self.seed = config, seed
-        self._weights = _Weights(model, per_sample_loss, mask)
+        self._weights = Weights(model, per_sample_loss, mask)
         self.device = torch.device(device) if device is not None else self._weights.center.device
         self.train_data = samples("train_data", train_data, self.device)
         self.eval_data = samples("eval_data", eval_data, self.device)
@@ -185,7 +178,7 @@ class Sampler:
         self.chains = _own_chains(config.num_chains) if chains is None else [int(c) for c in chains]
         if len(set(self.chains)) != len(self.chains) or not all(0 <= c < config.num_chains for c in self.chains):
             raise ValueError(f"chains must be distinct and between 0 and {config.num_chains - 1}, got {self.chains}")
-        self._streams = _Streams(seed)
+        self._streams = Streams(seed)
         self.initial_losses = self._read_initial_losses()
         size, self._vmapped_eval = self._choose_group_size()
         self.groups = [self.chains[i : i + size] for i in range(0, len(self.chains), size)]
@@ -244,6 +237,7 @@ class Sampler:
         self._group, self._draw, self.dead = state["group"], state["draw"], dict(state["dead"])
         center = self._weights.center
         self._state = {name: tensor.to(center.device, copy=True) for name, tensor in state["state"].items()}
+        self._placed = center.new_empty(0)
 
     def run(self, *, check_step_size: bool = True) -> Iterator[Draws]:
         """Draws from the present state on: for each group of chains, one block for each draw.
@@ -490,261 +484,11 @@ class Sampler:
                     tensor[row].zero_()
 
 
-class _Probe(nn.Module):
-    """The loss as a module, so that functional_call reaches every use of the model's weights in it."""
-
-    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss) -> None:
-        super().__init__()
-        self.model, self.per_sample_loss = model, per_sample_loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.per_sample_loss(self.model, batch)
-
-
-class _Weights:
-    """The sampled parameters of a model as one vector, and the losses as a function of it."""
-
-    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, mask: Mask) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {_validate.describe(model)}")
-        if not callable(per_sample_loss):
-            raise TypeError(f"per_sample_loss must be callable, got {_validate.describe(per_sample_loss)}")
-        self.model = model
-        self.probe = _Probe(model, per_sample_loss)
-        aliases: dict[Tensor, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            aliases.setdefault(parameter, []).append(name)
-        chosen = _chosen(aliases, mask)
-        if not chosen:
-            raise ValueError(
-                f"no parameter is sampled with mask {mask!r}; the model's parameters that require a gradient are"
-                f" {[names[0] for p, names in aliases.items() if p.requires_grad][:20]}"
-            )
-        _validate.tensors(**{aliases[p][0]: p for p in chosen})
-        devices = {p.device for p in chosen}
-        if len(devices) > 1:
-            raise ValueError(f"the sampled parameters are on {sorted(map(str, devices))}; move them to one device")
-        self.parameters = list(chosen)
-        self.aliases = [[f"model.{name}" for name in aliases[p]] for p in self.parameters]
-        self.sizes = [p.numel() for p in self.parameters]
-        elsewhere = {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
-        # weights of Linear lie as a group's gradients come, (in, out): sums of both go entry by entry in memory's order
-        self.flipped = [p.dim() == 2 and p not in elsewhere for p in self.parameters]
-        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
-        with torch.no_grad():
-            self.center = self.flat(self.parameters, wide)
-            masks = [chosen[p] for p in self.parameters]
-            self.mask = None
-            if any(m is not None for m in masks):
-                full = [torch.ones_like(p) if m is None else m for p, m in zip(self.parameters, masks, strict=True)]
-                self.mask = self.flat(full, wide)
-        self.num_sampled = len(self.center) if self.mask is None else int(self.mask.sum())
-        self.fixed = {f"model.{name}": p.detach() for p, names in aliases.items() if p not in chosen for name in names}
-        self.buffers = {f"model.{name}": b for name, b in model.named_buffers(remove_duplicate=False)}
-        self.private: dict[str, Tensor] = {}
-        self.versions: dict[str, int] = {}
-
-    def fingerprint(self) -> str:
-        masked = "" if self.mask is None else f" masked {_checkpoint.digest({'mask': self.mask})}"
-        names = hashlib.blake2b(" ".join(names[0] for names in self.aliases).encode(), digest_size=6).hexdigest()
-        return f"{self.num_sampled} in {len(self.aliases)} tensors {names}{masked}"
-
-    def masked_(self, values: Tensor) -> Tensor:
-        return values if self.mask is None else values.mul_(self.mask)
-
-    def flat(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(P,) from a tensor of each parameter's shape."""
-        turned = [value.mT if flip else value for value, flip in zip(values, self.flipped, strict=True)]
-        return torch.cat([value.reshape(-1).to(self.parameters[0].device, dtype) for value in turned])
-
-    def parts(self, weights: Tensor) -> list[Tensor]:
-        """Views of (..., P) weights as the parameters, (..., *shape)."""
-        lead, views = weights.shape[:-1], []
-        for part, parameter, flip in zip(weights.split(self.sizes, -1), self.parameters, self.flipped, strict=True):
-            shape = parameter.shape[::-1] if flip else parameter.shape
-            views.append(part.view((*lead, *shape)).mT if flip else part.view((*lead, *shape)))
-        return views
-
-    def losses(self, parts: list[Tensor], batch: Any) -> Tensor:
-        """Flat losses of a batch with these values of the sampled parameters."""
-        swapped: dict[str, Tensor] = {**self.fixed, **self.private}
-        for part, parameter, names in zip(parts, self.parameters, self.aliases, strict=True):
-            part = part.to(parameter.dtype)
-            for name in names:
-                swapped[name] = part
-        losses = functional_call(self.probe, swapped, (batch,), tie_weights=False)
-        for name, version in self.versions.items():
-            if self.private[name]._version != version:  # the forward wrote to it: no pass may see another's traces
-                self.private[name] = self.buffers[name].clone()
-                self.versions[name] = self.private[name]._version
-        if not isinstance(losses, Tensor) or not losses.is_floating_point():
-            raise TypeError(f"per_sample_loss must return a floating tensor, got {_validate.describe(losses)}")
-        rows = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)][:1]
-        if losses.dim() == 0 or (rows and len(losses) != rows[0]):
-            raise ValueError(
-                f"per_sample_loss must return one loss for each of the {rows[0] if rows else 'b'} samples, (b,) or"
-                f" (b, ...), got {_validate.describe(losses)}; use reduction='none'"
-            )
-        return losses.reshape(-1)
-
-    def losses_of_group(self, parts: list[Tensor], batch: Any, batch_dim: int | None) -> Tensor:
-        """(k, ...) losses at k values of each parameter, on one batch or (``batch_dim=0``) one for each."""
-        with sdpa_kernel(SDPBackend.MATH):  # the attention that vmap has rules for on every device
-            return vmap(self.losses, in_dims=(0, batch_dim))(parts, batch)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """eval() mode and private buffers within; every module's own mode again after."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        copies = {id(buffer): buffer.clone() for buffer in self.buffers.values()}
-        self.private = {name: copies[id(buffer)] for name, buffer in self.buffers.items()}
-        self.versions = {name: buffer._version for name, buffer in self.private.items()}
-        try:
-            self.model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    def flops(self, batch: Any) -> tuple[int, float]:
-        """(forward operations for a batch, at least one product with each weight; convolutions' share of them)."""
-        from torch.utils.flop_counter import FlopCounterMode  # brings in all of triton
-
-        with self.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.losses(self.parts(self.center), batch)
-        counts = counter.get_flop_counts().get("Global", {})
-        total = sum(counts.values())
-        convolutions = sum(count for operator, count in counts.items() if "conv" in str(operator))
-        return max(total, 2 * len(self.center)), convolutions / max(total, 1)
-
-    def vmap_obstacle(self, data: Samples) -> str | None:
-        """Why chains cannot be vmapped; None if they can."""
-        one, each = data.batch(torch.zeros(1, dtype=torch.int64)), data.batch(torch.zeros(2, dtype=torch.int64))
-        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(one)):
-            return "a batch holds values that are not tensors"
-        each = tree_map(lambda leaf: leaf.unflatten(0, (2, 1)), each)
-        parts = [part.requires_grad_() for part in self.parts(self.center.repeat(2, 1))]
-        with self.evaluating(), warnings.catch_warnings(), torch.enable_grad():
-            warnings.filterwarnings("error", message="There is a performance drop")
-            try:
-                for batch, batch_dim in ((one, None), (each, 0)):
-                    losses = self.losses_of_group(parts, batch, batch_dim)
-                    torch.autograd.grad(losses.sum(), parts, materialize_grads=True)
-            except (RuntimeError, NotImplementedError, UserWarning) as error:
-                return str(error).splitlines()[0]
-        return None
-
-
-class _Streams:
-    """Generators that start anew for every (seed, chain, step)."""
-
-    def __init__(self, seed: int) -> None:
-        key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=16).digest()
-        self.keys = np.frombuffer(key, np.uint64)
-        self.low, self.mixer = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:8], "little")
-        self.philox = np.random.Philox()
-        self.numpy = np.random.Generator(self.philox)
-        self.generators: list[torch.Generator] = []
-        self.pool: ThreadPoolExecutor | None = None
-
-    def minibatch(self, chain: int, step: int, n: int, size: int) -> Tensor:
-        """(size,) distinct indices below n, from Philox at counter (step, chain)."""
-        self.philox.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": np.array([0, 0, step, chain], np.uint64), "key": self.keys},
-            "buffer": np.zeros(4, np.uint64),
-            "buffer_pos": 4,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-        return torch.from_numpy(self.numpy.choice(n, size, replace=False, shuffle=False))
-
-    def noise(self, out: Tensor, chains: list[int], step: int, std: float = 1.0) -> None:
-        """Fill each (P,) row of ``out`` with N(0, std^2) for its chain; zeros for chain -1."""
-        while len(self.generators) < len(chains):
-            self.generators.append(torch.Generator(out.device))
-
-        def fill(row: int) -> None:
-            if chains[row] < 0:
-                out[row].zero_()
-            else:
-                generator = self.generators[row].manual_seed(self._noise_seed(chains[row], step))
-                out[row].normal_(0.0, std, generator=generator)
-
-        threads = torch.get_num_threads()
-        if out.device.type == "cpu" and threads > 1 and len(chains) > 1 and out.shape[1] > 10_000:
-            self.pool = self.pool or ThreadPoolExecutor(threads)
-            list(self.pool.map(fill, range(len(chains))))
-        else:
-            for row in range(len(chains)):
-                fill(row)
-
-    def _noise_seed(self, chain: int, step: int) -> int:
-        """64 bits. PyTorch's CPU generator keeps the lower 32: a bijection of (chain, step), so that no two of the
-        first 4,194,304 steps of the first 1024 chains of a run share their noise; a seed keys the bijection."""
-        x = ((chain << 22) + step ^ self.low) & 0xFFFFFFFF
-        x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
-        x = (x + self.mixer) & 0xFFFFFFFF
-        x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
-        x ^= x >> 16
-        high = (chain * 0x9E3779B1 + (step >> 22) * 0x85EBCA77 ^ self.mixer) & 0x7FFFFFFF
-        return high << 32 | x
-
-
-def _check_seed(seed: Any) -> None:
-    _validate.integer("seed", seed, 0)
-    if seed >= 2**63:
-        raise ValueError(f"seed must be below 2^63, got {seed}")
-
-
 def _own_chains(num_chains: int) -> list[int]:
     """All chains, or this rank's share of them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return list(range(torch.distributed.get_rank(), num_chains, torch.distributed.get_world_size()))
     return list(range(num_chains))
-
-
-def _chosen(aliases: Mapping[Tensor, list[str]], mask: Mask) -> dict[Tensor, Tensor | None]:
-    """The parameters that move, each with the entries that do (None: all)."""
-    trainable = {p: names for p, names in aliases.items() if p.requires_grad and p.numel()}
-    if mask is None:
-        return dict.fromkeys(trainable)
-    known = {name: p for p, names in aliases.items() for name in names}
-    if isinstance(mask, Mapping):
-        chosen: dict[Tensor, Tensor | None] = {}
-        for name, entries in mask.items():
-            if name not in known:
-                raise ValueError(f"mask names {name!r}, which is no parameter of the model")
-            parameter = known[name]
-            if isinstance(entries, Tensor):
-                if entries.shape != parameter.shape or entries.dtype != torch.bool:
-                    raise ValueError(
-                        f"mask[{name!r}] must be a bool tensor of shape {tuple(parameter.shape)},"
-                        f" got {_validate.describe(entries)}"
-                    )
-                if entries.any():
-                    chosen[parameter] = entries
-            elif not isinstance(entries, bool):
-                raise TypeError(
-                    f"mask[{name!r}] must be a bool tensor, True or False, got {_validate.describe(entries)}"
-                )
-            elif entries:
-                chosen[parameter] = None
-        frozen = [aliases[p][0] for p in chosen if not p.requires_grad]
-        if frozen:
-            raise ValueError(f"mask names frozen parameters {frozen}; call requires_grad_() on them or leave them out")
-        return chosen
-    patterns = [mask] if isinstance(mask, str) else list(mask)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"mask must be a name pattern, several, or a dict, got {_validate.describe(mask)}")
-    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in known)]
-    if unmatched:
-        raise ValueError(f"mask patterns {unmatched} match no parameter; names are like {list(known)[:5]}")
-    return {
-        p: None
-        for p, names in trainable.items()
-        if any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-    }
 
 
 def stability_bound(
@@ -774,15 +518,15 @@ def stability_bound(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    _check_seed(seed)
+    _validate.seed(seed)
     _validate.integer("num_iterations", num_iterations, 1)
-    weights = _Weights(model, per_sample_loss, mask)
+    weights = Weights(model, per_sample_loss, mask)
     data = samples("train_data", train_data, weights.center.device)
     return _stability_bound(weights, data, config, seed, num_iterations)
 
 
-def _stability_bound(weights: _Weights, data: Samples, config: SGLDConfig, seed: int, iterations: int = 12) -> float:
-    streams = _Streams(seed ^ 0x5DEECE66D)
+def _stability_bound(weights: Weights, data: Samples, config: SGLDConfig, seed: int, iterations: int = 12) -> float:
+    streams = Streams(seed ^ 0x5DEECE66D)
     n, size = len(data), min(config.batch_size, len(data))
     rows = torch.arange(n) if size == n else streams.minibatch(0, 0, n, size)
     step = config.microbatch_size or size

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from harmonic_triton import _validate, estimators
 from harmonic_triton._data import samples
-from harmonic_triton.sgld import Mask, PerSampleLoss, Sampler, SGLDConfig, _check_seed
+from harmonic_triton._weights import Mask, PerSampleLoss
+from harmonic_triton.sgld import Sampler, SGLDConfig
 
 SHARE_OF_BOUND = 0.15  # lr over its bound: 0.7 of a displacement is left after a step where the bound is attained, an
 # autocorrelation time of (1 + 0.7)/(1 - 0.7) = 5.7, and the discretised variance there is 1/(1 - 0.15) of the right one
@@ -173,7 +174,7 @@ class _Probe:
         batch_size: int | None, num_chains: int, mask: Mask, device: torch.device | str | None,
     ) -> None:  # fmt: skip
         _validate.integer("num_chains", num_chains, 1)
-        _check_seed(seed)
+        _validate.seed(seed)
         self.num_chains = min(num_chains, 4)
         if device is None and isinstance(model, nn.Module):
             device = next((p.device for p in model.parameters()), None)

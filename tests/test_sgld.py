@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from harmonic_triton._streams import Streams
 from harmonic_triton.losses import classification_loss, regression_loss
-from harmonic_triton.sgld import METHODS, Sampler, SGLDConfig, _Streams, sample_losses, stability_bound
+from harmonic_triton.sgld import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
 
 N, FEATURES = 200, 8
 
@@ -252,7 +253,7 @@ def test_two_gloo_processes_draw_what_one_does(tmp_path):
 
 
 def test_minibatches_and_noise_are_counted_not_drawn_in_turn():
-    one, other = _Streams(7), _Streams(7)
+    one, other = Streams(7), Streams(7)
     one.minibatch(5, 5, 100, 10)
     first, second = torch.empty(2, 1000), torch.empty(1, 1000)
     one.noise(first, [4, 9], 3)
@@ -260,13 +261,13 @@ def test_minibatches_and_noise_are_counted_not_drawn_in_turn():
     assert torch.equal(first[1], second[0]) and not torch.equal(first[0], first[1])
     assert torch.equal(one.minibatch(2, 8, 100, 10), other.minibatch(2, 8, 100, 10))
     assert len(one.minibatch(2, 8, 100, 100).unique()) == 100
-    assert not torch.equal(one.minibatch(2, 8, 100, 10), _Streams(8).minibatch(2, 8, 100, 10))
+    assert not torch.equal(one.minibatch(2, 8, 100, 10), Streams(8).minibatch(2, 8, 100, 10))
     picked = torch.cat([one.minibatch(c, s, 10, 3) for c in range(20) for s in range(100)])
     assert (picked.bincount(minlength=10) / len(picked) - 0.1).abs().max() < 0.01  # 6000 picks: 5 sd is 0.02/sqrt(1)
 
 
 def test_no_two_steps_share_the_bits_that_seed_their_noise():
-    streams = _Streams(11)
+    streams = Streams(11)
     seeds = {streams._noise_seed(chain, step) & 0xFFFFFFFF for chain in range(50) for step in range(4000)}
     assert len(seeds) == 50 * 4000  # random 32-bit seeds would collide about 5 times
     noise = torch.empty(64, 4096)
@@ -313,7 +314,7 @@ def test_train_loss_is_the_mean_over_the_minibatches_since_the_last_draw():
     data, model = classes(), network().eval()
     config = settings(lr=1e-14, num_chains=2, num_draws=2, num_steps_bw_draws=3, num_burnin_steps=1, batch_size=10)
     sampler = Sampler(model, classification_loss, data, data, config, seed=0)
-    streams = _Streams(0)
+    streams = Streams(0)
     for block in sampler.run():
         for chain, draw, got in zip(block.chain, block.draw, block.train_loss, strict=True):
             steps = range(1 + 3 * int(draw), 4 + 3 * int(draw))
