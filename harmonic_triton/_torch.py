@@ -156,6 +156,7 @@ class Chunk:
             nearest = torch.maximum(nearest, floor)
         offset = self.log_scores(nearest.double(), torch.empty_like(nearest, dtype=torch.float64))
         offset = offset.masked_fill_(offset == -math.inf, 0.0)  # V = 1
+        offset = offset.mul_(LOG2E).to(ratio.dtype).double().div_(LOG2E)  # what exp_scores will subtract
         rest = self.others(rival, offset, tile)
         self.rival[tile], self.offset[tile], self.mass[tile] = rival, offset, rest.sum(1, keepdim=True)
         return rest

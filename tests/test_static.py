@@ -23,7 +23,7 @@ from harmonic_triton import _strategy
 configs = pytest.importorskip("harmonic_triton._triton.configs")  # needs triton
 
 ROOT = Path(__file__).parent.parent
-PARKED = 16  # bytes of stack a thread: up to four parked registers, seen in rare fp32 variants (all switches on) only
+PARKED = 8  # bytes of stack: ptxas parks one register for the whole program, one store and one load outside the loops
 REGISTERS = {"sm80": 255, "sm90": 255, "sm100": 255, "gfx942": 512}
 
 

@@ -37,7 +37,7 @@ CONFIGS = {
     ("sm100", 2): TileConfig(128, 64, 64, 8, 3),
     ("gfx942", 2): TileConfig(128, 128, 32, 8, 2),
     ("sm80", 4): TileConfig(64, 64, 32, 8, 2),
-    ("sm90", 4): TileConfig(64, 32, 32, 4, 2),
+    ("sm90", 4): TileConfig(64, 32, 16, 4, 2),
     ("sm100", 4): TileConfig(64, 64, 32, 8, 2),
     ("gfx942", 4): TileConfig(64, 64, 32, 8, 2),
     ("interpreter", 2): TileConfig(32, 64, 64, 4, 1),
