@@ -23,6 +23,9 @@ LossFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 os.environ.setdefault("PYKEOPS_VERBOSE", "0")  # it is read at import
 ANYWHERE = ("cpu", "cuda")
 LOSSES = ("harmonic", "cross_entropy")
+RECOMPUTE_BUDGET = (
+    16 * 2**20
+)  # bytes for a slice of A and its dW; the rest of what it takes are vectors, and dX in fp32
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _register_strategy(strategy: str, describe: str, memory_budget: int | None) 
 
 
 _register_strategy("chunks", "the same, always with three products and stored 16-bit log-scores", None)
-_register_strategy("recompute", "the same, always with four products and O(N + V) memory (48 MiB)", 48 * 2**20)
+_register_strategy("recompute", "the same, always with four products and O(N + V) memory", RECOMPUTE_BUDGET)
 
 
 @register(

@@ -209,9 +209,9 @@ Times are medians of interleaved repeats within this run; forward is the call, b
 an implementation that forms gradients in its forward shows them there. `products` is x @ W.T, A @ W and A.T @ x by
 torch.mm into ready, contiguous outputs, the first whole or in blocks of classes, whichever is faster: floor share = its
 time over the row's. On a CPU it can pass 1: rows of A an odd number of cache lines apart make the products faster.
-TFLOP/s counts the floor's 6NVD operations, whatever was really executed. Memory is the peak beyond inputs and gradients, each baseline in a process of its own
-(benchmarks/memory.py). Errors are relative norms against fp64 on the same rounded inputs; a baseline beyond its bound
-gets no time (benchmarks/gate.py). The error at 1e-20 is the loss's, on a few tokens that are solved to a true loss near
-that. Growth: lines fitted by least squares of relative errors; the residual is the worst point's.
-Ours fills its chunk first (harmonic_triton's memory_budget): below it memory grows, beyond it the last two show what is
-left."""
+TFLOP/s counts the floor's 6NVD operations, whatever was really executed. Memory is the peak beyond inputs and
+gradients, each baseline in a process of its own (benchmarks/memory.py). Errors are relative norms against fp64 on the
+same rounded inputs; a baseline beyond its bound gets no time (benchmarks/gate.py). The error at 1e-20 is the loss's, on
+a few tokens that are solved to a true loss near that. Growth: lines fitted by least squares of relative errors; the
+residual is the worst point's. Ours fills its chunk first (harmonic_triton's memory_budget): below it memory grows,
+beyond it the last two show what is left."""
