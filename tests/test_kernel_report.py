@@ -154,10 +154,7 @@ def test_umap_keeps_the_groups_together_unless_their_edges_are_removed():
     assert torch.equal(together, whole.embed(num_neighbors=10))
     apart = whole.embed(num_neighbors=10, exclude_same=True)
     assert estimators.knn_purity(nearest(apart), GROUPS) < 0.7
-    # Samples without a single admissible neighbour still get a place.
-    lonely = GROUPS.clone()
-    lonely[3:] = 0
-    lonely[:3] = 0
+    # samples with fewer admissible neighbours than asked for still get a place
     assert whole.embed(num_neighbors=5, exclude_same=torch.where(torch.arange(60) < 2, 1, 0)).isfinite().all()
 
 
