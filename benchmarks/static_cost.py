@@ -106,6 +106,7 @@ def launch_of(
 
     config = config or CONFIGS[arch, DTYPES[dtype]]
     fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
+    fixed["FAST_LOG"] = not arch.startswith("gfx")
     fixed |= {"stride_xd": 1, "stride_wd": 1}
     options = {"num_warps": ROW_WARPS, "num_stages": 2}
     if products:

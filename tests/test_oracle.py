@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,6 +111,26 @@ def test_triton_grid(place, dtype):
 
 # Three and more class vectors at one place: beyond the target and the rival they go through the products, and their
 # errors grow as 1/distance^2. At a tenth of their norm that is still fp32's accuracy, and everywhere it stays finite.
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("side", [-1, 0, 1])
+def test_triton_with_the_fast_logarithm_of_a_gpu(place, dtype, side, monkeypatch):
+    """The worst that lg2.approx may do, 2^-22 off on one side or on both, stays within the bounds; it is not run here."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def log2(values):
+        exact = np.log2(values)
+        if values.dtype != np.float32:
+            return exact
+        sign = side or np.where(values.view(np.int32) & 4, 1.0, -1.0)
+        error = 2.0**-22 * np.where((values > 0.5) & (values < 2), 1.0, np.abs(exact)) * sign
+        return (exact.astype(np.float64) + error).astype(np.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_log2", lambda self, arg: self.unary_op(arg, log2))
+    x, w, target, g = inputs(24, 40, 70, DTYPES[dtype], place)
+    compare(x, w, target, g, "triton", n=28.0)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("away", [0.3, 0.1, 1e-2, 1e-4, 0.0])
 def test_three_coinciding_classes(backend, away):

@@ -97,7 +97,7 @@ def gradient_kernel(
     stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, SMOOTHING: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, FAST_LOG: tl.constexpr,
 ):  # fmt: skip
     """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding.
 
@@ -127,7 +127,7 @@ def gradient_kernel(
             x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
             D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
         )  # fmt: skip
-        score = log_scores(ratio, half_n, DOT)
+        score = log_scores(ratio, half_n, DOT, FAST_LOG)
     nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
     rival = tl.load(rival_ptr + rows, mask=alive, other=-1)
     p_coef = tl.load(p_coef_ptr + rows, mask=alive, other=0.0)

@@ -66,7 +66,7 @@ def forward_kernel(
     stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, FAST_LOG: tl.constexpr,
 ):  # fmt: skip
     """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class.
 
@@ -97,7 +97,7 @@ def forward_kernel(
             D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
         )  # fmt: skip
         counted = (cols < last)[None, :] & (cols[None, :] != own_class[:, None])
-        score = tl.where(counted, log_scores(ratio, half_n, DOT), float("-inf"))
+        score = tl.where(counted, log_scores(ratio, half_n, DOT, FAST_LOG), float("-inf"))
         tile_best = tl.max(score, 1)
         if KEEP:
             kept = keep_scores(score, tile_best, half_n, DOT).to(kept_ptr.dtype.element_ty)
