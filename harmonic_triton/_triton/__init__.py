@@ -40,7 +40,7 @@ class _Call:
         self.config = config = tile_config(x.device, x.dtype, x.shape[1])
         self.tile = {
             "DOT": self.dot, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
-            "UPCAST": interpreted(), "FAST_LOG": not interpreted() and not torch.version.hip,
+            "UPCAST": interpreted(), "FAST_LOG": x.is_cuda and not interpreted() and not torch.version.hip,
             "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
         self.rows = {"BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "num_warps": ROW_WARPS}

@@ -146,13 +146,15 @@ def gradient_kernel(
         a = tl.where(counted, slope if DOT else slope / (1.0 + ratio), 0.0)
     tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST), mask=here)
     if not DOT:
-        unscale = tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
-        a *= unscale
+        if a_ptr.dtype.element_ty == tl.float16:  # nothing else is scaled
+            unscale = tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
+            a *= unscale
+            slope *= unscale
         tiles = tl.num_programs(1)
         tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
         tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
         if KEPT:  # a ratio = slope (1 - 1/(1 + ratio))
-            weighted = -(slope * unscale) * exp2_minus_1(shrink)
+            weighted = -slope * exp2_minus_1(shrink, kept_ptr.dtype.element_ty != tl.float32)
         else:
             weighted = tl.where(counted, a * ratio, 0.0)
         tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, tl.sum(weighted, 1), mask=inside)

@@ -95,11 +95,16 @@ def kept_scores(kept, best, half_n, DOT: tl.constexpr):
 
 
 @triton.jit
-def exp2_minus_1(value):
-    """2^value - 1, right in relative terms near 0."""
+def exp2_minus_1(value, BRIEF: tl.constexpr):
+    """2^value - 1, right in relative terms near 0: to 1e-7, or with BRIEF to 4e-6, more than 16 stored bits deserve."""
     t = value * LN2
-    series = t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6 + t * (1.0 / 24 + t * (1.0 / 120 + t / 720)))))
-    return tl.where(tl.abs(t) < 0.25, series, tl.exp2(value) - 1.0)
+    if BRIEF:
+        series = t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6)))
+        near = tl.abs(t) < 0.02
+    else:
+        series = t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6 + t * (1.0 / 24 + t * (1.0 / 120 + t / 720)))))
+        near = tl.abs(t) < 0.25
+    return tl.where(near, series, tl.exp2(value) - 1.0)
 
 
 @triton.jit
