@@ -391,7 +391,7 @@ class Gradients:
 
 def _squares(values: Tensor) -> Tensor:
     """Squared norms of the rows, (C, 1) fp64."""
-    return torch.linalg.vector_norm(values, dim=1, keepdim=True, dtype=torch.float64).square_()
+    return values.double().square().sum(1, keepdim=True)
 
 
 def _column_blocks(ratio: Tensor) -> Iterator[tuple[Tensor, slice]]:
