@@ -10,6 +10,7 @@ Cross-entropy is the same with ``z_j = x.w_j - x.w_c`` and ``dX = sum_j G_j w_j`
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,7 +87,7 @@ class Terms(NamedTuple):
     ]  # of target and rival: a, class (C, 1); dX has a * third, dW -a * fourth
 
 
-class Chunk:
+class Chunk(ABC):
     """Some tokens against every class. Per-token values are fp64 columns (C, 1); ``ratio`` is the only (C, V) array.
 
     A subclass fills ``ratio`` with what, once ``shift`` is added, falls as a class's score rises and is 0 at the target.
@@ -113,25 +114,25 @@ class Chunk:
         """(tokens, 1) ratios below which there is rounding noise only."""
         return None
 
+    @abstractmethod
     def log_scores(self, ratio: Tensor, out: Tensor) -> Tensor:
         """z of ratios."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exp_scores(self, ratio: Tensor, offset: Tensor, out: Tensor) -> Tensor:
         """exp(z - offset) of ratios; offset (tokens, 1)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         """z_r by direct computation (-inf where the target is the only class), and whether it cannot be told from 0/0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spread(self, p: Tensor, tile: slice) -> Tensor | None:
         """Turn G_j into the products' coefficients, in place; returns the sums that Terms needs, (tokens, 2)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor, sums: Tensor) -> Terms:
         """``g_others`` is the sum of G_j over j != c, ``upstream`` what the coefficients are still to be multiplied by."""
-        raise NotImplementedError
 
     def tiles(self) -> Iterator[slice]:
         """Slices of tokens whose entries fit in cache."""
@@ -151,12 +152,12 @@ class Chunk:
         """exp(z_j - offset) for every class but target and rival, which get 0."""
         ratio, floor = self.begin(tile), self.floor(tile)
         nearest, rival = _row_min(ratio)
-        if floor is not None and not bool((nearest >= floor).all()):
+        # seldom needed; a GPU does it rather than wait for the answer
+        if floor is not None and (floor.device.type != "cpu" or not bool((nearest >= floor).all())):
             torch.maximum(ratio, floor, out=ratio)
             nearest = torch.maximum(nearest, floor)
         offset = self.log_scores(nearest.double(), torch.empty_like(nearest, dtype=torch.float64))
         offset = offset.masked_fill_(offset == -math.inf, 0.0)  # V = 1
-        offset = offset.mul_(LOG2E).to(ratio.dtype).double().div_(LOG2E)  # what exp_scores will subtract
         rest = self.others(rival, offset, tile)
         self.rival[tile], self.offset[tile], self.mass[tile] = rival, offset, rest.sum(1, keepdim=True)
         return rest
@@ -204,6 +205,24 @@ class Chunk:
                               else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
         return p
 
+    def forward(self, moments: bool, out: Rows) -> Iterator[tuple[slice, Tensor]]:
+        """Scan tile by tile and fill ``out``, the tile's part at once where sums over the classes are wanted, else at the end.
+
+        Yields each tile with a multiple of its p_j: p_j itself with smoothing, otherwise what is to be times ``share``.
+        """
+        sums = moments or self.head.smoothing
+        for tile in self.tiles():
+            rest = self.scan(tile)
+            if sums:
+                rows = self.rows(tile, moments)
+                p = self.complete(tile, rest, rows)
+                _store(out, tile, rows)
+                if self.head.smoothing:
+                    rest, self.share[tile] = p, 1.0
+            yield tile, rest
+        if not sums:
+            _store(out, slice(None), self.rows(slice(None), moments))
+
     def coefficients(self, tile: slice, p: Tensor) -> Tensor | None:
         """ratio becomes the products' coefficients from p_j or a multiple of it, 0 at target and rival; their sums."""
         ratio = self.ratio[tile].scatter_(1, torch.cat([self.target[tile], self.rival[tile]], 1), 0.0)
@@ -215,7 +234,6 @@ class Chunk:
         """G_j, the upstream gradients in it, from p_j: with smoothing they are no multiple of each other."""
         slope = p * (g + g_smooth * rows.share_sum).unsqueeze(1)
         slope.sub_(g_smooth.unsqueeze(1) * self.head.share(p, self.head.v))
-        self.share[tile] = 1.0
         return slope.scatter_(1, self.target[tile], 0.0).scatter_(1, self.rival[tile], 0.0)
 
 
@@ -456,11 +474,10 @@ def rows_forward(
     out = Rows.zeros(len(x), head.weight, moments, v is not None)
     with full_fp32():
         for at, chunk in _chunks(head, x, target, (target != ignore_index).nonzero().squeeze(1), budget):
-            for tile in chunk.tiles():
-                rest, rows = chunk.scan(tile), chunk.rows(tile, moments)
-                if moments or head.smoothing:
-                    chunk.complete(tile, rest, rows)
-                _store(out, at[tile], rows)
+            mine = Rows.zeros(len(at), head.weight, moments, v is not None)
+            for _ in chunk.forward(moments, mine):
+                pass
+            _store(out, at, mine)
     return out
 
 
@@ -544,19 +561,13 @@ def reduced_forward(
             mine = Rows.zeros(len(at), head.weight, moments, v is not None)
             up_smooth = None if b is None else b[at].to(head.weight.dtype)
             sums = x.new_zeros(len(at), 2, dtype=head.weight.dtype)
-            for tile in chunk.tiles():
-                rest = chunk.scan(tile)
-                if moments or head.smoothing:
-                    rows = chunk.rows(tile, moments)
-                    p = chunk.complete(tile, rest, rows)
-                    _store(mine, tile, rows)
-                    if up_smooth is not None:
-                        slope = a[at[tile]] * mixed_slope(rows.nll, alpha, len(w))
-                        rest = chunk.smoothed(tile, p, rows, slope, up_smooth[tile])
+            for tile, p in chunk.forward(moments, mine):
+                if up_smooth is not None:
+                    rows = mine.select(tile)
+                    slope = a[at[tile]] * mixed_slope(rows.nll, alpha, len(w))
+                    p = chunk.smoothed(tile, p, rows, slope, up_smooth[tile])
                 if need_x or need_w:
-                    _keep(sums, tile, chunk.coefficients(tile, rest))
-            if not (moments or head.smoothing):
-                mine = chunk.rows(slice(None), moments)
+                    _keep(sums, tile, chunk.coefficients(tile, p))
             up = (a[at] * mixed_slope(mine.nll, alpha, len(w))).to(head.weight.dtype)
             _store(every, at, mine)
             loss += (a[at].double() * mixed_nll(mine.nll.double(), alpha, len(w))).sum()
