@@ -738,3 +738,29 @@ def test_numpy_is_not_touched():
     data = classes()
     draws(network(), classification_loss, data, data, settings(lr=1e-4))
     assert (before == np.random.get_state()[1]).all()
+
+
+def test_a_state_loaded_into_a_running_sampler_is_where_it_goes_on():
+    data = classes()
+    config = settings(lr=1e-4, num_chains=2, num_draws=6)
+    sampler = Sampler(network(), classification_loss, data, data, config, seed=0)
+    stream = sampler.run()
+    next(stream)
+    state = sampler.state_dict()
+    first = [next(stream).losses.clone() for _ in range(2)]
+    sampler.load_state_dict(state)
+    again = [next(stream).losses.clone() for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_weight_that_is_not_finite_ends_its_chain(value):
+    data = classes()
+    sampler = Sampler(
+        network(), classification_loss, data, data, settings(lr=1e-4, num_chains=2, chain_group_size=2), seed=0
+    )
+    next(iter(sampler.run()))
+    sampler._state["displacement"][1, 3] = value
+    with pytest.warns(UserWarning, match="chain 1 diverged by step 7"):
+        sampler._bury([0, 1], 7)
+    assert sampler.dead == {1: 7}

@@ -14,6 +14,8 @@ import harmonic_triton as ht
 from harmonic_triton import reference
 
 _triton = pytest.importorskip("harmonic_triton._triton")
+triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
+exp2_minus_1 = pytest.importorskip("harmonic_triton._triton.tile").exp2_minus_1
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -144,3 +146,18 @@ def test_the_interpreter_decides_on_upcasts(interpreted, monkeypatch):
     x, w, target = inputs()
     _triton.rows_forward(x, w, target, torch.tensor(6.0), None, 0.0, 0.0, -100, False, 0)
     assert [constants["UPCAST"] for constants in forward.constants] == [interpreted]
+
+
+@triton.jit
+def exp2_minus_1_kernel(value_ptr, out_ptr, BRIEF: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, exp2_minus_1(tl.load(value_ptr + at), BRIEF))
+
+
+@pytest.mark.parametrize(("brief", "error"), [(False, 5e-7), (True, 5e-6)])
+def test_exp2_minus_1_near_0(brief, error):
+    value = torch.cat([-torch.logspace(-6, 0.5, 512), torch.logspace(-6, 0.5, 512)]).to(DEVICE)
+    out = torch.empty_like(value)
+    exp2_minus_1_kernel[(1,)](value, out, BRIEF=brief, SIZE=len(value))
+    truth = torch.expm1(value.double() * math.log(2.0))
+    assert ((out - truth) / truth).abs().max() < error
