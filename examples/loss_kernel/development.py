@@ -18,7 +18,7 @@ from harmonic_triton.loss_kernel import loss_kernel
 from harmonic_triton.losses import classification_loss
 
 from . import figures, modular
-from .arithmetic import TASKS, Transformer, accuracy, all_pairs, split, train
+from .arithmetic import TASKS, accuracy
 from .experiment import Clock, step_size
 
 
@@ -45,24 +45,10 @@ SETTINGS = {
 
 def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
     """One training run, a kernel at each checkpoint, all on the same samples."""
-    pairs = all_pairs(settings.modulus)
-    train_index, rest = split(pairs, settings.train_fraction, settings.seed)
+    with clock("training"):
+        model, pairs, train_index, rest, kept = modular.trained(settings, settings.checkpoints)
     chosen = modular.balanced(pairs, settings.eval_samples, settings.seed)
     task, results = pairs.task[chosen], pairs.results[chosen]
-    with clock("training"):
-        torch.manual_seed(settings.seed)
-        model = Transformer(settings.modulus, settings.width)
-        kept = train(
-            model,
-            pairs.inputs[train_index],
-            pairs.results[train_index],
-            steps=settings.steps,
-            lr=settings.train_lr,
-            weight_decay=settings.weight_decay,
-            batch_size=settings.train_batch_size,
-            seed=settings.seed,
-            keep=settings.checkpoints,
-        )
     kernels, rows = [], []
     data = (pairs.inputs[train_index], pairs.results[train_index])
     for number, (step, state) in enumerate(sorted(kept.items())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,15 @@ SETTINGS = {
 }
 
 
-def trained(settings: Modular) -> tuple[Transformer, Pairs, Tensor]:
-    """The network, all pairs and the indices of those it was trained on."""
+def trained(
+    settings: Modular, keep: Collection[int] = ()
+) -> tuple[Transformer, Pairs, Tensor, Tensor, dict[int, dict[str, Tensor]]]:
+    """The network, all pairs, the indices of those it was trained on and of the rest, its weights after some steps."""
     torch.manual_seed(settings.seed)
     pairs = all_pairs(settings.modulus)
-    train_index, _ = split(pairs, settings.train_fraction, settings.seed)
+    train_index, rest = split(pairs, settings.train_fraction, settings.seed)
     model = Transformer(settings.modulus, settings.width)
-    train(
+    kept = train(
         model,
         pairs.inputs[train_index],
         pairs.results[train_index],
@@ -68,8 +71,9 @@ def trained(settings: Modular) -> tuple[Transformer, Pairs, Tensor]:
         weight_decay=settings.weight_decay,
         batch_size=settings.train_batch_size,
         seed=settings.seed,
+        keep=keep,
     )
-    return model, pairs, train_index
+    return model, pairs, train_index, rest, kept
 
 
 def balanced(pairs: Pairs, count: int, seed: int) -> Tensor:
@@ -107,7 +111,7 @@ def pair_groups(rho: Tensor, task: Tensor, results: Tensor) -> dict[str, Tensor]
 def run(settings: Modular, out: Path, clock: Clock) -> dict[str, Any]:
     """Train, sample, measure, draw."""
     with clock("training"):
-        model, pairs, train_index = trained(settings)
+        model, pairs, train_index, _, _ = trained(settings)
     inputs, results = pairs.inputs, pairs.results
     chosen = balanced(pairs, settings.eval_samples, settings.seed)
     with clock("sampling"):

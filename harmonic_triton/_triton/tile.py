@@ -58,7 +58,7 @@ def log_scores(ratio, half_n, DOT: tl.constexpr, FAST_LOG: tl.constexpr):
     """z2 of a tile of ratios.
 
     FAST_LOG takes NVIDIA's instruction for two dozen others: off by at most 2^-22, absolutely where 1 + ratio is between
-    1/2 and 2, else relatively (PTX ISA, lg2.approx.f32). That is half of what the products' rounding does to the ratio.
+    1/2 and 2, else relatively (PTX ISA, lg2.approx.f32). That is half of what ``scale_of`` takes for the products' rounding.
     """
     if DOT:
         score = ratio * -LOG2E
@@ -96,7 +96,7 @@ def kept_scores(kept, best, half_n, DOT: tl.constexpr):
 
 @triton.jit
 def exp2_minus_1(value, BRIEF: tl.constexpr):
-    """2^value - 1, right in relative terms near 0: to 1e-7, or with BRIEF to 4e-6, more than 16 stored bits deserve."""
+    """2^value - 1, right in relative terms near 0: to 5e-7, or with BRIEF to 5e-6, more than 16 stored bits deserve."""
     t = value * LN2
     if BRIEF:
         series = t * (1.0 + t * (1.0 / 2 + t * (1.0 / 6)))
