@@ -108,8 +108,12 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     derivative needs ``backend="reference"``; the fused ones raise.
 
     Accuracy: the target and its nearest rival are measured by direct differences. Every further class j adds a relative
-    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, under 1e-5 unless x lies within a hundredth of their norm of
-    three or more class vectors at once: those the fp32 backends cannot tell apart (float64 and "reference" can).
+    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, however far the target is: under 1e-5 unless x lies within a
+    hundredth of their norm of three or more class vectors at once, which the fp32 backends cannot tell apart (float64
+    and "reference" can). 16-bit operands are taken as they are and losses are as accurate as with float32. Their gradients
+    are rounded to 16 bits; the Triton backend also rounds each further class's share A_j of them, so that dX is off by about
+    2^-9 (bfloat16; float16 2^-12) of sum_j |A_j| ||w_j||, and dW_j of sum_i |A_ij| ||x_i||. With an offset common to x and W that is
+    up to ||x||/||x - w|| times the rounding of the result: 2e-2 at 12 in bfloat16, where the torch backend has 2e-3.
     """
     _validate.exponent(n)
     _validate.eps(eps)
@@ -163,7 +167,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what chang
         As :func:`linear_harmonic_loss`. The mean over no token at all is 0 (``F.cross_entropy``: NaN).
 
     Accuracy: the target's and its best rival's logits are fp64 sums. A further class j adds a relative error of about
-    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient.
+    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient. With 16-bit operands gradients as in
+    :func:`linear_harmonic_loss`, with p_j in place of A_j.
     """
     call = _Call(
         input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,

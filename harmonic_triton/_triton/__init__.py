@@ -47,23 +47,26 @@ class _Call:
         self.row_grid = (triton.cdiv(self.tokens, ROW_BLOCK),)
         self.v_sum = None if v is None else v.sum()
         new = x.new_empty
-        self.norms = None
+        self.norms, smallest, largest = None, None, None
         if not self.dot:
             self.norms = new(self.classes, dtype=torch.float32)
             forward.norms_kernel[(triton.cdiv(self.classes, ROW_BLOCK),)](
                 w, self.norms, self.classes, self.width, *w.stride(), **self.rows
             )
+            smallest, largest = torch.aminmax(self.norms)
         self.target_ref = new(self.tokens, dtype=torch.float64)  # s_c, or x.w_c
-        self.own = new(self.tokens, dtype=torch.float32)
+        self.shift, self.scale, self.x_sq = (new(self.tokens, dtype=torch.float32) for _ in range(3))
         forward.geometry_kernel[self.row_grid](
-            x, w, target, self.target_ref, self.own, self.tokens, self.width, *self.strides, DOT=self.dot, **self.rows
-        )
+            x, w, target, smallest, largest, self.target_ref, self.shift, self.scale, self.x_sq,
+            self.tokens, self.width, eps, *self.strides, DOT=self.dot, **self.rows,
+        )  # fmt: skip
 
     def select(self, at: slice) -> _Call:
         """The same call for some of the tokens."""
         part = copy.copy(self)
         part.x, part.target = self.x[at], self.target[at]
-        part.target_ref, part.own = self.target_ref[at], self.own[at]
+        part.target_ref = self.target_ref[at]
+        part.shift, part.scale, part.x_sq = self.shift[at], self.scale[at], self.x_sq[at]
         part.tokens = len(part.x)
         part.row_grid = (triton.cdiv(part.tokens, ROW_BLOCK),)
         return part
@@ -106,12 +109,13 @@ def _forward(
     best, total, mean = partial[:3]
     smooth = partial[3] if smoothing else None
     forward.forward_kernel[(triton.cdiv(call.tokens, call.config.block_n), shares)](
-        x, w, call.norms, call.target, call.target_ref, call.own, n, v, best, index, total, mean, smooth, kept, tile_best,
-        call.tokens, call.classes, call.width, call.eps, each, 0 if kept is None else kept.stride(0), *call.strides,
+        x, w, call.norms, call.target, call.shift, call.scale, call.x_sq, n, v,
+        best, index, total, mean, smooth, kept, tile_best,
+        call.tokens, call.classes, call.width, each, 0 if kept is None else kept.stride(0), *call.strides,
         MOMENTS=moments, SMOOTHING=smoothing, KEEP=kept is not None, **call.tile,
     )  # fmt: skip
     forward.finish_kernel[call.row_grid](
-        x, w, call.target, call.target_ref, call.own, n, v, call.v_sum, best, index, total, mean, smooth,
+        x, w, call.target, call.target_ref, call.scale, call.x_sq, n, v, call.v_sum, best, index, total, mean, smooth,
         out.nll, out.score_mean, out.entropy, out.smooth, out.share_score, out.share_sum, out.share_rest,
         out.rival_score, out.rival,
         call.tokens, call.width, call.eps, shares, *call.strides,
@@ -136,7 +140,7 @@ class _Factors:
     """What the backward needs to know of every token, (N,) each, and dW's terms of target and rival."""
 
     def __init__(self, tokens: int, like: Tensor) -> None:
-        self.values = like.new_empty((6, tokens), dtype=torch.float32)
+        self.values = like.new_empty((7, tokens), dtype=torch.float32)
         self.far = like.new_empty(tokens, dtype=torch.int8)
 
     def select(self, at: slice) -> _Factors:
@@ -148,7 +152,7 @@ class _Factors:
     def compute(self, call: _Call, rows: Rows, g: Tensor, g_smooth: Tensor | None) -> None:
         """Fill in, from per-token results and upstream gradients."""
         backward.coefficient_kernel[(triton.cdiv(call.tokens, 128),)](
-            call.target, call.target_ref, call.own, call.norms, call.n, call.v, call.v_sum, g, g_smooth,
+            call.target, call.target_ref, call.scale, call.x_sq, call.norms, call.n, call.v, call.v_sum, g, g_smooth,
             rows.nll, rows.rival, rows.rival_score, *self.values, self.far,
             call.tokens, call.eps, DOT=call.dot, SMOOTHING=g_smooth is not None, SCALED=call.x.dtype == torch.float16,
             BLOCK_N=128, num_warps=ROW_WARPS,
@@ -175,7 +179,7 @@ class _Factors:
 
     def finish_x(self, call: _Call, rival: Tensor, row_sums: Tensor | None, product: Tensor, dx: Tensor) -> None:
         """dX from its product, which may be the same tensor."""
-        _, _, a_target, a_rival, r_part, unscale = self.values
+        _, _, a_target, a_rival, r_part, unscale, _ = self.values
         backward.finish_x_kernel[call.row_grid + (triton.cdiv(call.width, FEATURE_BLOCK),)](
             call.x, call.w, call.target, rival, a_target, a_rival, r_part, self.far, unscale, row_sums, product, dx,
             call.tokens, call.width, *call.strides, DOT=call.dot, UPCAST=call.tile["UPCAST"], **call.rows,
@@ -190,7 +194,7 @@ def _coefficients(
 
     Returns its row sums (2, N), plain and times the ratio, and column sums (width,); None for dot products.
     """
-    p_coef, v_coef, _, _, _, unscale = factors.values
+    p_coef, v_coef, _, _, _, unscale, log_norm = factors.values
     tile = call.tile if kept is None else call.tile | kept_tile(call.config)
     width, block_n, block_v = a.shape[1], tile["BLOCK_N"], tile["BLOCK_V"]
     tiles, row_tiles = triton.cdiv(width, block_v), triton.cdiv(call.tokens, block_n)
@@ -199,9 +203,9 @@ def _coefficients(
         partial = a.new_empty((2, tiles, call.tokens), dtype=torch.float32)
         columns = a.new_empty((row_tiles, width), dtype=torch.float32)
     backward.gradient_kernel[(row_tiles, tiles)](
-        call.x, call.w, call.norms, call.target, call.target_ref, call.own, call.n, call.v, rows.nll, rows.rival,
-        p_coef, v_coef, unscale, kept, tile_best, a, partial, columns,
-        call.tokens, call.classes, call.width, call.eps, first, width, a.stride(0), *call.strides,
+        call.x, call.w, call.norms, call.target, call.shift, call.scale, call.x_sq, call.n, call.v, rows.rival,
+        p_coef, v_coef, unscale, log_norm, kept, tile_best, a, partial, columns,
+        call.tokens, call.classes, call.width, first, width, a.stride(0), *call.strides,
         SMOOTHING=smoothing, KEPT=kept is not None, **tile,
     )  # fmt: skip
     if partial is None or columns is None:
