@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     @classmethod
     def zeros(cls, count: int, like: Tensor, moments: bool, smoothing: bool) -> Rows:
         """Room for ``count`` tokens; ``moments`` and ``smoothing`` say which sums are wanted."""
-        lengths = (count, *2 * (count * moments,), *4 * (count * smoothing,), count, count)
+        lengths = (count, *2 * (count if moments else 0,), *4 * (count if smoothing else 0,), count, count)
         return cls._make([*(like.new_zeros(k) for k in lengths), like.new_zeros(count, dtype=torch.int64)])
 
     def select(self, index: Tensor | slice) -> Rows:

@@ -76,10 +76,10 @@ def labels(input: Tensor, target: Tensor, shift: bool) -> None:
 
 
 def exponent(n: Any) -> None:
-    """n is None, a positive finite number, or a 0-d floating tensor (its value is checked when it is used)."""
+    """n is None, a positive finite number, or a floating tensor of shape () or (1,), whose value its use checks."""
     if isinstance(n, Tensor):
-        if n.dim() != 0 or not n.is_floating_point():
-            raise ValueError(f"n must be a number or a 0-d floating tensor, got {describe(n)}")
+        if n.shape not in ((), (1,)) or not n.is_floating_point():
+            raise ValueError(f"n must be a number or a floating tensor of shape () or (1,), got {describe(n)}")
     elif n is not None:
         number("n", n)
         if not 0 < n < math.inf:

@@ -76,7 +76,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         linear_weight: (V, D) class vectors w, same dtype and device. Under ``torch.autocast`` both are cast first.
         target: (...) int64 classes.
         n: harmonic exponent on the *distance* (the paper's n; the authors' code raises the squared distance, so its
-            exponent is n/2). ``None`` is sqrt(D). A 0-d tensor gets a gradient.
+            exponent is n/2). ``None`` is sqrt(D). A tensor of shape () or (1,) gets a gradient.
         eps: added to every squared distance, the target's included (the authors use 1e-4).
         uniform_mix: alpha in -log((p + alpha/V)/(1 + alpha)), the authors' GPT-2 loss.
         class_weight: (V,) weight of each class, as in ``F.cross_entropy``.
@@ -244,8 +244,8 @@ class _Call:
         return loss.to(compute_dtype(self.x.dtype)), stats
 
     def _fused(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, w, classes = self.x, self.w, len(self.w)
-        dtype = compute_dtype(x.dtype)
+        x, w, n, self.class_weight = _ops.without_tangents(self.x, self.w, n, self.class_weight)
+        classes, dtype = len(w), compute_dtype(x.dtype)
         v = None
         if self.label_smoothing:
             v = (x.new_ones(classes) if self.class_weight is None else self.class_weight).to(dtype) / classes
@@ -331,6 +331,8 @@ def harmonic_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k most probable (nearest) classes of every token, without the N x V matrix and without gradient.
 
+    In a transform of ``torch.func`` or in forward mode it is ``harmonic_logits(...).topk(k)``, derivatives included.
+
     Args:
         input: (..., D); linear_weight: (V, D); k: 1 ... V; n, eps: as in :func:`linear_harmonic_loss`.
 
@@ -344,8 +346,8 @@ def harmonic_topk(
     _validate.integer("k", k)
     if not 1 <= k <= len(w):
         raise ValueError(f"k must be between 1 and V = {len(w)}, got {k}")
-    if _in_transform():  # which allows no shared scratch
-        values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).detach().topk(k)
+    if _in_transform() or _ops.forward_mode():  # which allow no shared scratch; nor is a derivative dropped there
+        values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).topk(k)
         return values, indices
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
         norms = torch.linalg.vector_norm(w, dim=1).square_()
@@ -376,7 +378,7 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     Distances of 0 share the probability equally. Invariant to the scale of the distances.
 
     Args:
-        distances: floating, >= 0 (a negative one gives NaN); n: harmonic exponent, a number or a 0-d tensor.
+        distances: floating, >= 0 (a negative one gives NaN); n: harmonic exponent, a number or a tensor of one element.
 
     Returns:
         Same shape and dtype.
@@ -388,9 +390,11 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     _validate.exponent(n)
     _check_value(n)
     if n is None:
-        raise TypeError("n must be a number or a 0-d tensor; a default needs the width D, which distances do not show")
+        raise TypeError("n must be a number or a tensor of one element; a default needs the width D, which distances do not show")
     if not distances.is_floating_point():
         raise TypeError(f"distances must be floating, got {_validate.describe(distances)}")
+    if isinstance(n, Tensor):
+        n = n.reshape(())
     at_zero = distances == 0
     scores = -n * torch.where(at_zero, 1.0, distances).log()
     collided = at_zero.any(dim, keepdim=True)
@@ -399,9 +403,9 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
 
 
 def exponent_tensor(n: float | Tensor | None, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient."""
+    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient and shape."""
     if isinstance(n, Tensor):
-        return n.to(device, dtype)
+        return n.to(device, dtype).reshape(())
     return torch.full((), math.sqrt(width) if n is None else float(n), device=device, dtype=dtype)
 
 

@@ -37,7 +37,7 @@ CALLS = [
     ((X, W, TARGET), {"n": math.inf}, ValueError, "n must be a finite"),
     ((X, W, TARGET), {"n": math.nan}, ValueError, "n must be a finite"),
     ((X, W, TARGET), {"n": torch.tensor(-1.0)}, ValueError, "n must be a finite"),
-    ((X, W, TARGET), {"n": torch.ones(2)}, ValueError, r"n must be a number or a 0-d floating tensor.*shape \(2,\)"),
+    ((X, W, TARGET), {"n": torch.ones(2)}, ValueError, r"n must be a number or a floating tensor.*shape \(2,\)"),
     ((X, W, TARGET), {"n": "28"}, TypeError, "n must be a number, got '28'"),
     ((X, W, TARGET), {"eps": -1e-4}, ValueError, "eps must be finite and between 0 and 4.2"),
     ((X, W, TARGET), {"eps": None}, TypeError, "eps must be a number"),
