@@ -140,7 +140,7 @@ def integer(name: str, value: Any, least: float = -(2**63)) -> None:
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least:g}, got {describe(value)}")
-    if value >= 2**63:
+    if not value < 2**63:
         raise ValueError(f"{name} must be below 2^63, got {describe(value)}")
 
 
