@@ -35,6 +35,7 @@ _LIBRARY.define(
     " float alpha, int ignore_index, bool need_x, bool need_w, bool need_n, bool moments, str backend, int budget)"
     f" -> (Tensor loss, Tensor dx, Tensor dw, Tensor dn, {_ROWS})"
 )
+_LIBRARY.define("positive(Tensor value, str what) -> Tensor")
 
 
 def known(target: Tensor, classes: int, ignore_index: int) -> Tensor:
@@ -66,6 +67,32 @@ def check_exponent(n: Tensor) -> None:
             raise ValueError(f"n must be a finite harmonic exponent > 0, got {n.item()}")
     else:
         torch._assert_async(good, "harmonic_triton: n must be finite and > 0")
+
+
+def _positive(value: Tensor, what: str) -> Tensor:
+    good = (value > 0) & value.isfinite()
+    if value.device.type != "cpu":
+        torch._assert_async(good.all(), f"harmonic_triton: {what}")
+    elif not bool(good.all()):
+        raise ValueError(f"{what}, got {value[~good].flatten()[0].item()}")
+    return value.clone()
+
+
+def positive(value: Tensor, what: str) -> Tensor:
+    """A copy of a constant that is positive and finite: otherwise a ValueError on the CPU, a device-side assert on a GPU.
+
+    It is an operator so that ``vmap`` and ``torch.compile`` check as well. ``what`` names it and says what it must be.
+    """
+    return torch.ops.harmonic_triton.positive(value, what)
+
+
+_LIBRARY.impl("positive", _positive, "CompositeExplicitAutograd")
+torch.library.register_fake("harmonic_triton::positive", lambda value, what: torch.empty_like(value), lib=_LIBRARY)
+torch.library.register_vmap(
+    "harmonic_triton::positive",
+    lambda info, in_dims, value, what: (positive(value, what), in_dims[0]),
+    lib=_LIBRARY,
+)
 
 
 def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:

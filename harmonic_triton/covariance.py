@@ -417,6 +417,7 @@ class StreamingCovariance:
 
     def _moments(self, within_chain: bool) -> _Moments:
         """What turns the triangle into a covariance."""
+        _validate.flag("within_chain", within_chain)
         self._needs(2)
         divisor = self.count - (len(self._counts) if within_chain else 1)
         if divisor < 1:

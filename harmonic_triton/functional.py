@@ -62,7 +62,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     return_stats: bool = False,
     process_group: object | None = None,
     backend: str = "auto",
@@ -84,9 +84,11 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         reduction: "none" (shape of target), "sum", or "mean" over the tokens not ignored (weighted by class_weight).
             The mean over no token at all is 0, with zero gradients.
         num_items: divide the sum by this instead, for gradient accumulation: over micro-batches with one total
-            ``num_items`` the gradients add up to those of the whole batch.
+            ``num_items`` the gradients add up to those of the whole batch. A number or a 0-d tensor, > 0.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``; with ``uniform_mix`` it smooths the mixed probabilities.
-        shift: next-token loss: input[..., :-1, :] against target[..., 1:], without copying input.
+        shift: True for the next-token loss, input[..., :-1, :] against target[..., 1:], without copying input; a number
+            k >= 0 for the token k further, input[..., :-k, :] against target[..., k:]. The sequence must have k tokens
+            at least; one of just k has nothing to predict.
         return_stats: return ``(loss, HarmonicStats)``, from the same pass.
         process_group: reserved for vocabulary-parallel weights; must be None.
         backend: "auto", "triton", "torch" or "reference". Only "auto" falls back.
@@ -95,8 +97,8 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         memory_budget: bytes of scratch for the chunk of the N x V matrix that is held at a time; None chooses.
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or the shape of target for "none" (last dimension one shorter
-        with ``shift``). With ``return_stats`` a pair.
+        float32 (float64 for float64 input): a scalar, or the shape of target for "none" (last dimension shorter by
+        ``shift``). With ``return_stats`` a pair.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and the mend. Targets out of
@@ -117,7 +119,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     """
     _validate.exponent(n)
     _validate.eps(eps)
-    _validate.between("uniform_mix", uniform_mix, 0.0)
+    _validate.between("uniform_mix", uniform_mix, 0.0, _validate.FP32_LIMIT)
     call = _Call(
         input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
         return_stats, process_group, backend, deterministic, memory_budget, uniform_mix=uniform_mix,
@@ -145,7 +147,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what chang
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     return_stats: bool = False,
     process_group: object | None = None,
     backend: str = "auto",
@@ -183,18 +185,20 @@ class _Call:
 
     def __init__(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int,
-        reduction: str, num_items: float | Tensor | None, label_smoothing: float, shift: bool, return_stats: bool,
+        reduction: str, num_items: float | Tensor | None, label_smoothing: float, shift: bool | int, return_stats: bool,
         process_group: object | None, backend: str, deterministic: bool | None, memory_budget: int | None,
         uniform_mix: float = 0.0,
     ) -> None:  # fmt: skip
         _validate.tensors(input=input, linear_weight=linear_weight, target=target)
         input, linear_weight = _autocast(input, linear_weight)
         _validate.features(input, linear_weight)
-        _validate.labels(input, target, shift)
+        self.shift = _validate.offset(shift)
+        _validate.labels(input, target, self.shift)
         _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
         _validate.class_weight(class_weight, linear_weight)
         _validate.integer("ignore_index", ignore_index)
-        _validate.flag("deterministic", deterministic)
+        _validate.flag("return_stats", return_stats)
+        _validate.flag("deterministic", deterministic, none=True)
         _validate.reduction(reduction, num_items)
         _validate.budget(memory_budget)
         if process_group is not None:
@@ -204,10 +208,12 @@ class _Call:
         mixed = bool(uniform_mix and label_smoothing)
         self.backend = resolve(backend, input.device, input.dtype, mixed_smoothing=mixed)
         labels = target.long()
-        if shift:
-            labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        if self.shift:
+            labels = F.pad(labels[..., self.shift :], (0, self.shift), value=ignore_index)
+        if isinstance(num_items, Tensor):
+            num_items = _ops.positive(num_items, "num_items must be finite and > 0")
         self.x, self.w, self.labels = input.reshape(-1, input.shape[-1]), linear_weight, labels.reshape(-1)
-        self.shape, self.shift = target.shape, shift
+        self.shape = target.shape
         self.class_weight, self.ignore_index, self.uniform_mix = class_weight, ignore_index, float(uniform_mix)
         self.reduction, self.num_items, self.label_smoothing = reduction, num_items, label_smoothing
         self.return_stats, self.budget = return_stats, memory_budget or 0
@@ -224,7 +230,7 @@ class _Call:
 
     def _shaped(self, values: Tensor) -> Tensor:
         values = values.reshape(self.shape)
-        return values[..., :-1] if self.shift else values
+        return values[..., : -self.shift] if self.shift else values
 
     def _reference(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         _ops.check_values(self.labels, len(self.w), self.ignore_index, n)
@@ -317,6 +323,7 @@ def harmonic_logits(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
+    _validate.flag("normalize", normalize)
     x, w, n = _checked_head(input, linear_weight, n, eps)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
         scores, nearest = _scores_from_nearest(x.to(w.dtype), w, n, eps)
@@ -369,7 +376,7 @@ def harmonic_topk(
 
 def harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     """HarMax of distances along ``dim``: d_i^-n / sum_j d_j^-n (paper, Eq. 2). See :func:`log_harmax`."""
-    return log_harmax(distances, n, dim).exp()
+    return _log_harmax(distances, n, dim).exp().to(distances.dtype)
 
 
 def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
@@ -378,25 +385,33 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     Distances of 0 share the probability equally. Invariant to the scale of the distances.
 
     Args:
-        distances: floating, >= 0 (a negative one gives NaN); n: harmonic exponent, a number or a tensor of one element.
+        distances: bfloat16, float16, float32 or float64, >= 0 (a negative one gives NaN); n: harmonic exponent, a number
+            or a tensor of shape () or (1,).
 
     Returns:
-        Same shape and dtype.
+        Same shape and dtype, rounded from float32 for 16-bit distances.
 
     Raises:
-        TypeError, ValueError: distances not a floating tensor, n not positive and finite.
+        TypeError, ValueError: an argument is wrong.
     """
+    return _log_harmax(distances, n, dim).to(distances.dtype)
+
+
+def _log_harmax(distances: Tensor, n: float | Tensor, dim: int) -> Tensor:
+    """log HarMax in the compute dtype."""
     _validate.tensors(distances=distances)
     _validate.exponent(n)
-    _check_value(n)
     if n is None:
         raise TypeError("n must be a number or a tensor of one element; a default needs the width D, which distances do not show")
-    if not distances.is_floating_point():
-        raise TypeError(f"distances must be floating, got {_validate.describe(distances)}")
-    if isinstance(n, Tensor):
-        n = n.reshape(())
-    at_zero = distances == 0
-    scores = -n * torch.where(at_zero, 1.0, distances).log()
+    if distances.dtype not in _validate.FLOAT_DTYPES:
+        raise TypeError(
+            f"distances must be bfloat16, float16, float32 or float64, got {_validate.describe(distances)}; cast them"
+        )
+    _validate.dimension(dim, distances)
+    d = distances.to(compute_dtype(distances.dtype))
+    exponent = exponent_tensor(_checked_value(n), 0, d.device, d.dtype)
+    at_zero = d == 0
+    scores = -exponent * torch.where(at_zero, 1.0, d).log()
     collided = at_zero.any(dim, keepdim=True)
     scores = torch.where(collided, torch.where(at_zero, 0.0, -math.inf), scores)
     return scores.log_softmax(dim)
@@ -405,7 +420,7 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
 def exponent_tensor(n: float | Tensor | None, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient and shape."""
     if isinstance(n, Tensor):
-        return n.to(device, dtype).reshape(())
+        return n.reshape(()).to(device, dtype)
     return torch.full((), math.sqrt(width) if n is None else float(n), device=device, dtype=dtype)
 
 
@@ -426,16 +441,18 @@ def _checked_head(
     input, linear_weight = _autocast(input, linear_weight)
     _validate.features(input, linear_weight)
     _validate.exponent(n)
-    _check_value(n)
     _validate.eps(eps)
+    n = _checked_value(n)
     w = linear_weight.to(compute_dtype(input.dtype))
     return input.reshape(-1, input.shape[-1]), w, exponent_tensor(n, input.shape[-1], w.device, w.dtype)
 
 
-def _check_value(n: float | Tensor | None) -> None:
-    """A tensor n > 0 and finite, where its value can be read: not in a traced or transformed function."""
-    if isinstance(n, Tensor) and not torch.compiler.is_compiling() and not _in_transform():
-        _ops.check_exponent(n)
+def _checked_value(n: float | Tensor | None) -> float | Tensor | None:
+    """The same n; a tensor's value is checked, also inside a traced or transformed function, and keeps its gradient."""
+    if not isinstance(n, Tensor):
+        return n
+    good = _ops.positive(n.detach(), "n must be a finite harmonic exponent > 0")
+    return torch.where(good > 0, n, math.nan)  # of which a compiler cannot drop the check
 
 
 def _in_transform() -> bool:

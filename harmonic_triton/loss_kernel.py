@@ -72,6 +72,7 @@ class LossKernel:
         queries: QueryCovariance | None = None,
         about: About = About(),  # noqa: B008  # a constant
     ) -> None:
+        _validate.flag("within_chain", within_chain)
         if within_chain and isinstance(accumulator, LossTraces):
             raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
@@ -102,6 +103,7 @@ class LossKernel:
             TypeError, ValueError: an argument is wrong, or no chain lives.
         """
         _validate.tensors(losses=losses)
+        _validate.flag("within_chain", within_chain)
         if losses.dim() not in (2, 3) or not losses.is_floating_point() or losses.numel() == 0:
             raise ValueError(f"losses must be floating, (C, T, m) or (T, m), got {_validate.describe(losses)}")
         losses = losses.detach() if losses.dim() == 3 else losses.detach()[None]
@@ -200,6 +202,7 @@ class LossKernel:
         Args:
             rows: (r,) int64 indices; columns: (c,), None for all samples.
         """
+        _validate.flag("correlation", correlation)
         if isinstance(self.accumulator, LossTraces):
             read = self.accumulator.correlation if correlation else self.accumulator.covariance
             return read(rows, slice(None) if columns is None else columns)
@@ -562,6 +565,8 @@ def loss_kernel(
             fewer than two draws are left because chains died.
     """
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
+    _validate.flag("within_chain", within_chain)
+    _validate.flag("progress", progress)
     rank, world = _collect.processes()
     if isinstance(config, SGLDConfig) and world > config.num_chains:
         raise ValueError(f"{world} processes share {config.num_chains} chains; start one a chain at most")

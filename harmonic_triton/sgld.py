@@ -244,6 +244,7 @@ class Sampler:
 
         A run from the start first warns if lr is beyond :meth:`stability_bound` (24 gradients of a minibatch).
         """
+        _validate.flag("check_step_size", check_step_size)
         if check_step_size:
             self._warn_if_unstable()
         self._placed = self._weights.center.new_empty(0)
@@ -600,6 +601,7 @@ def sample_losses(
         TypeError, ValueError: an argument is wrong, or the directory holds another run (what differs is listed).
     """
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
+    _validate.flag("progress", progress)
     sampler = Sampler(model, per_sample_loss, train_data, eval_data, config, seed=seed, device=device, mask=mask)
     bar = Progress(sampler) if progress else None
     if checkpoint_dir is None:

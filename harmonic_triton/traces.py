@@ -343,6 +343,8 @@ class LossTraces:
             centered: H K H (or H rho H) with H = I - 1/m, as the first principal component takes it.
         """
         _validate.tensors(v=v)
+        _validate.flag("correlation", correlation)
+        _validate.flag("centered", centered)
         if not v.is_floating_point() or v.dim() not in (1, 2) or len(v) != self.num_samples:
             raise ValueError(
                 f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {_validate.describe(v)}"
@@ -364,6 +366,8 @@ class LossTraces:
         Returns:
             A symmetric (m, m) LinearOperator on fp64 NumPy vectors.
         """
+        _validate.flag("correlation", correlation)
+        _validate.flag("centered", centered)
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as error:
@@ -405,6 +409,8 @@ class LossTraces:
             TypeError, ValueError: an argument is wrong, or there are fewer than two draws.
         """
         _validate.integer("k", k, 1)
+        if not callable(progress):
+            _validate.flag("progress", progress)
         chosen = range(self.num_samples)
         if rows is not None:
             if not isinstance(rows, (range, slice)):
