@@ -79,11 +79,12 @@ def cka(first: Tensor, second: Tensor) -> float:
         raise ValueError(
             f"first is {tuple(first.shape)} and second {tuple(second.shape)}; kernels of the same samples are compared"
         )
-    means = [matrix.mean(1, dtype=torch.float64) for matrix in (first, second)]
+    device = first.device
+    means = [matrix.mean(1, dtype=torch.float64).to(device) for matrix in (first, second)]
     products = torch.zeros(3, dtype=torch.float64)
     for rows in blocks(len(first)):
         a, b = (
-            matrix[rows].double() - mean[rows, None] - mean + mean.mean()
+            matrix[rows].to(device, torch.float64) - mean[rows, None] - mean + mean.mean()
             for matrix, mean in zip((first, second), means, strict=True)
         )
         products += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).cpu()
@@ -113,7 +114,7 @@ def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
     samples = 0
     totals: list[Tensor] = []
     for first, second in chunks:
-        x, y = first.double(), second.double()
+        x, y = first.double(), second.to(first.device, torch.float64)
         terms = [x @ y.T, x @ x.T, y @ y.T, x.sum(1), y.sum(1)]
         totals = [a + b for a, b in zip(totals, terms, strict=True)] if totals else terms
         samples += x.shape[1]
@@ -260,7 +261,7 @@ def knn_purity(neighbors: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: shapes differ.
     """
-    labels = sample_labels("labels", labels, len(neighbor_matrix(neighbors)))
+    labels = sample_labels("labels", labels, len(neighbor_matrix(neighbors))).to(neighbors.device)
     found = neighbors >= 0
     same = (labels[neighbors.clamp_min(0)] == labels[:, None]) & found
     return (same.sum().double() / found.sum()).item()
@@ -289,20 +290,21 @@ def taxonomic_lift(neighbors: Tensor, ancestors: Tensor, labels: Tensor | None =
     _validate.tensors(ancestors=ancestors)
     if ancestors.dim() != 2 or len(ancestors) != size or ancestors.is_floating_point():
         raise ValueError(f"ancestors must be integer, (m, depths) with m = {size}, got {_validate.describe(ancestors)}")
+    ancestors = ancestors.to(neighbors.device)
     known = ancestors >= 0
     if not known[:, 0].all() or (known[:, 1:] & ~known[:, :-1]).any():
         raise ValueError(
             "ancestors: each row must hold the ancestors from the root at depth 0 on, and -1 after the last"
         )
     if labels is not None:
-        labels = sample_labels("labels", labels, size)
+        labels = sample_labels("labels", labels, size).to(neighbors.device)
     depth, found, depths = known.sum(1) - 1, neighbors >= 0, ancestors.shape[1]
     lift = torch.full((depths, depths), math.nan, dtype=torch.float64)
     for d in range(depths):
         mine = ancestors[:, d]
         hits = (mine[neighbors.clamp_min(0)] == mine[:, None]) & found
         share = hits.sum(1).double() / found.sum(1)
-        candidates, sharing = torch.full((size,), size - 1), population(mine) - 1
+        candidates, sharing = torch.full_like(mine, size - 1), population(mine) - 1
         if labels is not None:
             candidates = candidates - (population(labels) - 1)
             sharing = sharing - (population(labels * (int(mine.max()) + 2) + mine + 1) - 1)
@@ -370,7 +372,8 @@ def bif(losses: Tensor, query: Tensor) -> Tensor:
             f" got {_validate.describe(losses)} and {_validate.describe(query)}"
         )
     a = losses.double() - losses.mean(0, dtype=torch.float64)
-    b = query.double() - query.mean(0, dtype=torch.float64)
+    b = query.to(losses.device, torch.float64)
+    b = b - b.mean(0)
     return -(a.T @ b) / (len(losses) - 1)
 
 

@@ -392,7 +392,7 @@ def configuration(kernel: LossKernel) -> str:
 
 
 def sample_labels(kernel: LossKernel, labels: Tensor | None) -> Tensor | None:
-    return kernel.labels if labels is None else estimators.sample_labels("labels", labels, kernel.num_samples)
+    return kernel.labels if labels is None else estimators.sample_labels("labels", labels, kernel.num_samples).cpu()
 
 
 def shares(kernel: LossKernel) -> str:

@@ -77,7 +77,7 @@ class LossKernel:
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
-        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples)
+        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu()
 
     @classmethod
     def from_losses(
@@ -276,7 +276,12 @@ class LossKernel:
             samples: which; names: m names, None for the numbers; k, exclude_same: as in :meth:`neighbors`.
         """
         labels = self._exclusion(exclude_same)
-        rows = torch.as_tensor(samples, dtype=torch.int64)
+        _validate.integer("k", k, 1)
+        rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
+            raise ValueError(
+                f"samples must lie between 0 and m - 1 = {self.num_samples - 1}, got {int(rows.min())} ... {int(rows.max())}"
+            )
         rho = self.block(rows).clone()
         rho[torch.arange(len(rows)), rows] = -math.inf
         if labels is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harmonic_triton import _neighbors, _validate
 from harmonic_triton._dispatch import resolve
-from harmonic_triton._numerics import full_fp32
+from harmonic_triton._numerics import exact_products
 from harmonic_triton._trace_store import FileStore, MemoryStore, State, read_header
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ class LossTraces:
         def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
             return (chunk[:, at].to(self.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
 
-        with full_fp32():
+        with exact_products(self.device):
             for chunk in self._stored().split(1024):  # as many as an fp32 product sums without harm
                 left = standardised(chunk, row_at)
                 total += left.t() @ (left if columns is None else standardised(chunk, column_at))
