@@ -79,7 +79,7 @@ def unpack_index(key: Tensor) -> Tensor:
 
 def empty_keys(rows: int, width: int, device: torch.device) -> Tensor:
     """(rows, width) keys of score -infinity, no two of a row the same."""
-    score = torch.full((width,), -math.inf, device=device)
+    score = torch.full((width,), -math.inf, dtype=torch.float32, device=device)
     return pack(score, torch.arange(width, device=device)).repeat(rows, 1)
 
 

@@ -98,7 +98,7 @@ class StreamingCovariance:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
         self.num_samples, self.dtype, self.buffer_size, self.precision = int(num_samples), dtype, buffer_size, precision
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, device=device).device  # with its index
         self.backend = _resolve(backend, self.device, dtype)
         self._gap = _gap(self.backend, self.device)
         if reference is not None:

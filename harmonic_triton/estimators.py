@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton import _validate
+from harmonic_triton._numerics import exact_products
 
 BLOCK = 2**24  # elements of an m x m matrix worked on at a time
 
@@ -155,7 +156,8 @@ def principal_components(
     def product(vector: Tensor) -> Tensor:
         if callable(correlation):
             return correlation(vector)
-        return (matrix @ vector.to(matrix.device, matrix.dtype)).double().cpu()
+        with exact_products(matrix.device):
+            return (matrix @ vector.to(matrix.device, matrix.dtype)).double().cpu()
 
     _validate.integer("count", count, 1)
     if count >= size:
@@ -444,12 +446,15 @@ def split_half_cka(draws: Tensor) -> float:
     Args:
         draws: (C, T, m) losses. The halves are the even and the odd chains; of one chain, its first and second half.
 
+    Returns:
+        The alignment; NaN where a half is one draw, or never varies.
+
     Raises:
-        TypeError, ValueError: not (C, T, m).
+        TypeError, ValueError: not (C, T, m) with two draws or more.
     """
     _validate.tensors(draws=draws)
-    if draws.dim() != 3 or draws.shape[0] < 1 or draws.shape[1] < 2:
-        raise ValueError(f"draws must be (chains, draws, m), got {_validate.describe(draws)}")
+    if draws.dim() != 3 or draws.shape[0] * draws.shape[1] < 2:
+        raise ValueError(f"draws must be (chains, draws, m) with two draws or more, got {_validate.describe(draws)}")
     half = draws.shape[1] // 2
     parts = (draws[::2], draws[1::2]) if len(draws) > 1 else (draws[:, :half], draws[:, half:])
     return cka_of_factors(*(standardised(part.flatten(0, 1)) for part in parts))
@@ -479,7 +484,7 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
     size, device = len(indices), indices.device
     itself = torch.arange(size, device=device)[:, None]  # umap-learn counts a sample as its own first neighbour
     graph = torch.cat([itself, indices], 1).cpu().numpy()
-    lengths = torch.cat([torch.zeros(size, 1, device=device), distances.clamp_max(2.0)], 1).float().cpu().numpy()
+    lengths = torch.cat([torch.zeros(size, 1, dtype=torch.float32, device=device), distances.clamp_max(2.0)], 1).float().cpu().numpy()
     spread = (start / start.std(0)).clamp(-3, 3).float().cpu().numpy()  # a few outliers would flatten the rest
     with warnings.catch_warnings():
         warnings.filterwarnings(

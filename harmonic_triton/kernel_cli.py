@@ -413,7 +413,8 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
     out, k = options.out, min(options.neighbors, kernel.num_samples - 1)
     kernel.save(out / "kernel.safetensors")
     indices, distances = (t.cpu() for t in kernel.neighbors(k, exclude_same=task.labels))
-    rows = torch.linspace(0, kernel.num_samples - 1, min(options.table, kernel.num_samples)).round().long().tolist()
+    listed = min(options.table, kernel.num_samples)
+    rows = torch.linspace(0, kernel.num_samples - 1, listed, dtype=torch.float64).round().long().tolist()
     table = write_neighbors(out / "neighbors.tsv", indices, distances, task.names, rows)
     groups = None
     if task.groups is not None:
