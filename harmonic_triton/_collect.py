@@ -198,7 +198,7 @@ def collect(
             bar.close()
 
 
-def gather(collector: Collector, rank: int, world: int, directory: Path | None) -> None:
+def gather(collector: Collector, rank: int, world: int, directory: Path | None, dtype: torch.dtype) -> None:
     """Every rank's chains in each rank's collector."""
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (collector.record, collector.queries))
@@ -213,7 +213,7 @@ def gather(collector: Collector, rank: int, world: int, directory: Path | None) 
     mine, path = collector.accumulator, directory and directory / f"traces-of-all-{rank}"
     if path is not None:
         shutil.rmtree(path, ignore_errors=True)  # of an earlier end of this run
-    union = LossTraces(mine.num_samples, path=path, device=mine.device, backend=mine.backend)
+    union = LossTraces(mine.num_samples, path=path, dtype=dtype, device=mine.device, backend=mine.backend)
     counts = torch.zeros(collector.record.num_chains, dtype=torch.int64, device=mine.device)
     for chain, count in mine.chain_counts.items():
         counts[chain] = count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +94,20 @@ def full_fp32() -> Iterator[None]:
             _precision_users -= 1
             if _precision_users == 0:
                 _restore_precision()
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products of tensors on ``device`` in their own dtype, whatever autocast surrounds the call."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor the precision setting reaches the products of fp32 tensors on ``device``."""
+    with no_autocast(device), full_fp32():
+        yield
 
 
 def _highest_precision() -> Callable[[], None]:

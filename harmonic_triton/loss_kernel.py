@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from harmonic_triton import _collect, _kernel_files, _validate, estimators, kernel_record
 from harmonic_triton._collect import Collector, QueryCovariance
+from harmonic_triton._numerics import exact_products
 from harmonic_triton.covariance import StreamingCovariance
 from harmonic_triton.estimators import PrincipalComponents, sample_labels
 from harmonic_triton.kernel_record import ChainRecord, Diagnostics
@@ -78,7 +79,7 @@ class LossKernel:
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
-        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples)
+        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu()
 
     @classmethod
     def from_losses(
@@ -91,13 +92,14 @@ class LossKernel:
         labels: Tensor | None = None,
         about: About = About(),  # noqa: B008
         backend: str = "auto",
+        trace_dtype: torch.dtype = torch.bfloat16,
     ) -> LossKernel:
         """A kernel from losses that were drawn elsewhere.
 
         Args:
             losses: (C, T, m), or (T, m) of one chain. Chains that end non-finite are left out whole.
             initial_losses: (m,) losses at w*; without them there is no LLC and no excess loss.
-            keep, within_chain, labels, backend: as in :func:`loss_kernel`.
+            keep, within_chain, labels, backend, trace_dtype: as in :func:`loss_kernel`.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or no chain lives.
@@ -109,10 +111,10 @@ class LossKernel:
         losses = losses.detach() if losses.dim() == 3 else losses.detach()[None]
         chains, draws, samples = losses.shape
         if initial_losses is None:
-            initial_losses = torch.full((samples,), math.nan)
+            initial_losses = torch.full((samples,), math.nan, dtype=torch.float32)
         elif initial_losses.shape != (samples,):
             raise ValueError(f"initial_losses must be ({samples},), got {_validate.describe(initial_losses)}")
-        collector = Collector(chains, draws, initial_losses, samples, keep, losses.device, backend, None)
+        collector = Collector(chains, draws, initial_losses, samples, keep, losses.device, backend, None, trace_dtype)
         for chain in range(chains):
             number = torch.full((draws,), chain)
             collector.update(Draws(losses[chain], number, torch.arange(draws), losses.new_full((draws,), math.nan)))
@@ -218,7 +220,8 @@ class LossKernel:
             return self.accumulator.matvec(vector.double(), correlation=True)
         scale = self._inverse_deviation
         scaled = vector.to(scale.device, torch.float64) * scale
-        return (self.covariance @ scaled.to(self.covariance.dtype)).double() * scale
+        with exact_products(scale.device):
+            return (self.covariance @ scaled.to(self.covariance.dtype)).double() * scale
 
     def distance(self, kind: str = "euclidean") -> Tensor:
         """(m, m) fp32 distances: sqrt(2(1 - ρ)), or 1 - ρ for ``kind="linear"`` (paper, section 3)."""
@@ -279,7 +282,12 @@ class LossKernel:
             samples: which; names: m names, None for the numbers; k, exclude_same: as in :meth:`neighbors`.
         """
         labels = self._exclusion(exclude_same)
-        rows = torch.as_tensor(samples, dtype=torch.int64)
+        _validate.integer("k", k, 1)
+        rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
+            raise ValueError(
+                f"samples must lie between 0 and m - 1 = {self.num_samples - 1}, got {int(rows.min())} ... {int(rows.max())}"
+            )
         rho = self.block(rows).clone()
         rho[torch.arange(len(rows)), rows] = -math.inf
         if labels is not None:
@@ -398,7 +406,8 @@ class LossKernel:
         """(m, dimensions) fp32 coordinates: UMAP of the nearest-neighbour graph (paper, section 3), or kernel PCA.
 
         Args:
-            method: "umap" (umap-learn on :meth:`neighbors`, started from the principal components) or "pca".
+            method: "umap" (umap-learn on :meth:`neighbors`, started from the principal components) or "pca"; fewer than
+                four samples are laid out by "pca".
             num_neighbors, min_dist: of UMAP; exclude_same: as in :meth:`neighbors`; seed: the same picture every time.
 
         Raises:
@@ -406,8 +415,12 @@ class LossKernel:
         """
         if method not in ("umap", "pca"):
             raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
-        start = self.principal_components(dimensions).coordinates
-        if method == "pca":
+        _validate.integer("dimensions", dimensions, 1)
+        start = torch.zeros(self.num_samples, dimensions, dtype=torch.float64)
+        present = min(dimensions, self.num_samples - 1)  # HρH has rank m - 1 at most
+        if present:
+            start[:, :present] = self.principal_components(present).coordinates
+        if method == "pca" or self.num_samples < 4:
             return start.float()
         graph = self.neighbors(min(num_neighbors, self.num_samples - 1), exclude_same)
         return estimators.umap_layout(*graph, start, min_dist, seed)
@@ -538,6 +551,7 @@ def loss_kernel(
     keep: str = "auto",
     within_chain: bool = False,
     backend: str = "auto",
+    trace_dtype: torch.dtype = torch.bfloat16,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
@@ -548,10 +562,12 @@ def loss_kernel(
         model, per_sample_loss, train_data, eval_data, config, seed, device, mask: as for ``sgld.Sampler``.
         query_data: further samples, of the form of eval_data, for :meth:`LossKernel.bif`; they are not in the kernel.
         labels: (m,) integers of the evaluation samples, for diagnostics and pictures.
-        keep: "covariance", the (m, m) sums in float32; "traces", all draws in bfloat16, 2 T m bytes (memory-mapped in
+        keep: "covariance", the (m, m) sums in float32; "traces", all draws in ``trace_dtype`` (memory-mapped in
             ``checkpoint_dir`` if there is one); "auto": the first for m up to the number of draws, or 4096.
         within_chain: the within-chain estimate; needs ``keep="covariance"``, where :meth:`LossKernel.estimate` switches.
         backend: of the accumulator, "auto", "triton" or "torch".
+        trace_dtype: torch.bfloat16, 2 T m bytes, or torch.float32, twice as much, where single correlations matter: see
+            :class:`LossTraces` for what rounding moves.
         checkpoint_dir: keep the state of chains and sums here, in one file written atomically. The same call later goes
             on, and ends with bitwise the numbers of an uninterrupted run (CPU).
         checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
@@ -567,6 +583,11 @@ def loss_kernel(
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
     _validate.flag("within_chain", within_chain)
     _validate.flag("progress", progress)
+    if isinstance(config, SGLDConfig) and config.num_draws * (1 if within_chain else config.num_chains) < 2:
+        raise ValueError(
+            f"num_chains={config.num_chains} and num_draws={config.num_draws} give one draw"
+            f"{' a chain' if within_chain else ''}; a covariance needs two, so take num_draws=2 or more"
+        )
     rank, world = _collect.processes()
     if isinstance(config, SGLDConfig) and world > config.num_chains:
         raise ValueError(f"{world} processes share {config.num_chains} chains; start one a chain at most")
@@ -581,7 +602,7 @@ def loss_kernel(
     if kept == "traces" and within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
-    dtype = torch.bfloat16 if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
+    dtype = trace_dtype if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
     collector = Collector(
         config.num_chains,
         config.num_draws,
@@ -605,7 +626,7 @@ def loss_kernel(
         sampler, collector, directory, {"keep": kept, "processes": str(world)}, checkpoint_seconds, progress
     )
     if world > 1:
-        _collect.gather(collector, rank, world, directory)
+        _collect.gather(collector, rank, world, directory, trace_dtype)
     collector.check()
     return LossKernel(
         collector.accumulator,

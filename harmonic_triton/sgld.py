@@ -128,7 +128,7 @@ class Sampler:
     after an exception or an iterator left behind. Gradients and losses are both taken in ``eval()`` mode, for the probe
     is a density of one fixed function L_n(w): dropout is off, batch-norm uses its running statistics and leaves them
     alone. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
-    each pass.
+    each pass. An autocast around the call reaches the model's passes, as in training, and nothing else.
 
     A chain whose weights are no longer finite is dead: one warning, NaN draws from then on, no further work for it. The
     others go on bitwise as if nothing had happened (in a vmapped group its row is parked at w*, to keep their shapes).
@@ -364,7 +364,7 @@ class Sampler:
         thinning = config.num_steps_bw_draws
         stop = config.num_burnin_steps + (self._draw + 1) * thinning
         first = 0 if self._draw == 0 else stop - thinning
-        total = torch.zeros(len(chains), device=self._weights.center.device)
+        total = torch.zeros(len(chains), dtype=torch.float32, device=self._weights.center.device)
         for step in range(first, stop):
             losses = self._step(chains, step)
             if step >= stop - thinning:
@@ -442,7 +442,7 @@ class Sampler:
         full = config.batch_size == n
         picked = None if full else torch.stack([self._streams.minibatch(c, step, n, config.batch_size) for c in chains])
         size = config.microbatch_size or config.batch_size
-        losses = torch.zeros(len(chains), device=self._placed.device)
+        losses = torch.zeros(len(chains), dtype=torch.float32, device=self._placed.device)
         gradient: list[Tensor] = []
         for start in range(0, config.batch_size, size):
             rows = min(size, config.batch_size - start)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harmonic_triton import _neighbors, _validate
 from harmonic_triton._dispatch import resolve
-from harmonic_triton._numerics import full_fp32
+from harmonic_triton._numerics import exact_products
 from harmonic_triton._trace_store import FileStore, MemoryStore, State, read_header
 
 if TYPE_CHECKING:
@@ -44,12 +44,14 @@ class Neighbors(NamedTuple):
 class LossTraces:
     """Draws of m per-sample losses, less a constant reference, in memory or memory-mapped.
 
-    The reference is the mean of the first batch of draws, in fp64. Stored are the shifted losses in ``dtype``: bfloat16
-    moves a correlation by at most a few 1e-4, far below Monte-Carlo noise, float32 by 5e-6. ``mean`` and ``variance``
-    come from fp64 sums of the losses before rounding, so they hold even where the traces have drifted too far from the
-    reference to be stored well (which is warned of); everything else comes from the stored values and is consistent in
-    itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1. A spread below
-    1e-35/sqrt(T) counts as none, and rho is 0.
+    The reference is the mean of the first batch of draws, in fp64. Stored are the shifted losses in ``dtype``. bfloat16
+    moves correlations by about 2.4e-3/sqrt(T) in the root mean square, below Monte-Carlo noise; single ones by a few 1e-4
+    for bell-shaped losses, by 1e-3 to 3e-3 where a few draws hold most of a sample's variance (log-normal losses), and
+    by 2^-7 at most. float32 moves none by more than 5e-6: take it where single correlations matter. ``mean`` and
+    ``variance`` come from fp64 sums of the losses before rounding, so they hold even where the traces have drifted too
+    far from the reference to be stored well (which is warned of); everything else comes from the stored values and is
+    consistent in itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1. A
+    spread below 1e-35/sqrt(T) counts as none, and rho is 0.
 
     Example::
 
@@ -300,9 +302,8 @@ class LossTraces:
         """Variance of every sample's loss, (m,) fp64, divisor T - 1, from the losses before rounding."""
         self._need(2)
         total, squares = self._state.sums
-        about_mean = squares - total.square() / self.count
-        about_mean[about_mean <= squares * self.count * 2.0**-52] = 0.0  # a constant that is not its own mean exactly
-        return about_mean / (self.count - 1)
+        # exactly 0 for a constant: it lies a few last places of its fp64 mean off, and fp64 holds the squares of such
+        return (squares - total.square() / self.count) / (self.count - 1)
 
     def covariance(self, rows: Samples, columns: Samples | None = None) -> Tensor:
         """A block of K, (rows, columns) fp32, divisor T - 1.
@@ -328,7 +329,7 @@ class LossTraces:
         def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
             return (chunk[:, at].to(self.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
 
-        with full_fp32():
+        with exact_products(self.device):
             for chunk in self._stored().split(1024):  # as many as an fp32 product sums without harm
                 left = standardised(chunk, row_at)
                 total += left.t() @ (left if columns is None else standardised(chunk, column_at))
