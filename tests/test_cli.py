@@ -28,6 +28,7 @@ def test_doctor_gives_the_reason(capsys, monkeypatch):
         assert "triton    does not serve: tensors are on 'cpu'" in capsys.readouterr().out
 
 
+@pytest.mark.triton
 def test_verify_passes_and_prints_bounds(capsys):
     assert main([*TINY, "--dtype", "fp32", "--dtype", "bf16"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -96,6 +96,7 @@ def test_correlations_of_autocorrelated_losses(spread, dtype):
     check_against_numpy(ar1(spread=spread, samples=41 if dtype == torch.float32 else 130, dtype=dtype), "torch")
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("spread", "dtype"), [(0.05, torch.float32), (0.0005, torch.float32), (0.0005, torch.float64)])
 def test_correlations_of_autocorrelated_losses_on_triton(spread, dtype):
     check_against_numpy(ar1(draws=1500, spread=spread, samples=41, dtype=dtype), "triton")
@@ -117,6 +118,7 @@ def test_every_entry_is_where_it_belongs(samples, library):
     assert error(got, wanted) <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("samples", [1, 127, 129, 300])
 def test_every_entry_is_where_it_belongs_in_tiles(samples):
     chains = ar1(draws=60, samples=samples, spread=0.5)
@@ -125,6 +127,7 @@ def test_every_entry_is_where_it_belongs_in_tiles(samples):
     assert error(got, wanted) <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("precision", "limit"), [("split", 5e-7), ("fast", 1e-5), ("ieee", 5e-7)])
 def test_precisions_of_the_triton_products(precision, limit):
     """One update against fp64, relative to |x_i| |x_j|: 24, 16 and 24 bits, and fp32 sums of 64 to 6 * 64 terms."""
@@ -289,6 +292,7 @@ def test_constant_losses_correlate_with_nothing(dtype, accumulate_in):
     assert not result.covariance.diagonal()[~varies].any()
 
 
+@pytest.mark.triton
 def test_constant_losses_on_triton():
     chains = ar1(draws=90)
     chains[..., 5] = 0.1
@@ -403,6 +407,7 @@ def test_merging_what_does_not_fit():
         one.merge(one.state_dict())
 
 
+@pytest.mark.triton
 def test_merging_across_backends():
     chains = ar1(draws=300)
     for here, there in itertools.permutations(["torch", "triton"]):
@@ -489,6 +494,7 @@ def test_a_resumed_accumulator_goes_on_bitwise(cut, dtype, backend, tmp_path):
     assert same(torch.load(tmp_path / "state.pt"), state)  # what was loaded is left as it was
 
 
+@pytest.mark.triton
 def test_a_state_moves_between_backends():
     chains = ar1(draws=300)
     for here, there in itertools.permutations(["torch", "triton"]):

@@ -96,6 +96,7 @@ def test_torch_drawn(shape, dtype, place, scale, n, seed, options):
     compare(*tensors, "torch", **options)
 
 
+@pytest.mark.triton
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PLACES), st.sampled_from([1e-4, 0.02, 1.0, 1e4]),
        exponents, st.integers(0, 10**6), option_sets)  # fmt: skip
@@ -114,6 +115,7 @@ def test_torch_grid(place, dtype, n):
     compare(*inputs(70, 67, 211, DTYPES[dtype], place), "torch", n=n)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_triton_grid(place, dtype):
@@ -122,6 +124,7 @@ def test_triton_grid(place, dtype):
 
 # Three and more class vectors at one place: beyond the target and the rival they go through the products, and their
 # errors grow as 1/distance^2. At a tenth of their norm that is still fp32's accuracy, and everywhere it stays finite.
+@pytest.mark.triton
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("side", [-1, 0, 1])
@@ -193,6 +196,7 @@ def test_cross_entropy_torch_drawn(shape, dtype, peak, seed, options):
     compare(*logits_inputs(*shape, DTYPES[dtype], peak, seed), "torch", **chosen)
 
 
+@pytest.mark.triton
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets)
 def test_cross_entropy_triton_drawn(shape, dtype, peak, seed, options):

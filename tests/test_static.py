@@ -144,6 +144,7 @@ def test_tuned_configuration_is_what_a_call_takes(tiles):
     assert configs.tile_config(cpu, torch.float32, 768) == configs.CONFIGS["interpreter", 4]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("strategy", ["chunks", "recompute"])
 def test_tuned_configuration_computes_the_same(tiles, strategy):
     """Other tiles, other order of sums: fp32's accuracy."""
@@ -205,6 +206,7 @@ KINDS = {dtype: name for name, dtype in DTYPES.items()}
 KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", int: "i32", float: "fp32"}
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("harmonic", [True, False])

@@ -21,6 +21,7 @@ from harmonic_triton._numerics import Rows, mixed_nll
 
 _triton = pytest.importorskip("harmonic_triton._triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.triton
 SHAPE = (37, 67, 70)  # more tokens than a tile of 32, two tiles of classes, multiples of nothing
 BUDGET = 32 * 70 * 5  # chunks of one tile of rows
 
@@ -123,11 +124,12 @@ def test_both_strategies_agree(function, options):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_chunk_size_changes_sums_alone(dtype):
-    """One chunk of 37 tokens, or two; dX of a token never sees the others."""
+    """One chunk of 37 tokens, or two. The products are of other shapes, for which a library may sum in another order:
+    70 fp32 terms of up to 1/0.3 of their sum, whose rounding may then turn the other way."""
     whole, cut = (call(DTYPES[dtype], memory_budget=budget) for budget in (2**30, BUDGET))
-    assert torch.equal(whole[1], cut[1])
-    for got, want in zip(whole[2:], cut[2:], strict=True):
-        assert (got - want).norm() <= 2 * torch.finfo(DTYPES[dtype]).eps * want.norm()
+    allowed = 2 * torch.finfo(DTYPES[dtype]).eps + 70**0.5 / 0.3 * torch.finfo(torch.float32).eps
+    for got, want in zip(whole[1:], cut[1:], strict=True):
+        assert (got - want).norm() <= allowed * want.norm()
 
 
 @pytest.mark.parametrize("wanted", ["x", "w", "n"])
