@@ -78,9 +78,9 @@ _restore_precision: Callable[[], None]
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products in fp32 whatever the global setting: TF32 puts s_c off by 26 % near a class vector.
+    """Products accumulate and stay in fp32 whatever the global settings: TF32 puts s_c off by 26 % near a class vector.
 
-    The setting is the process's: the first of several threads changes it and the last one puts it back.
+    The settings are the process's: the first of several threads changes them and the last one puts them back.
     """
     global _precision_users, _restore_precision
     with _precision_lock:
@@ -114,10 +114,13 @@ def _highest_precision() -> Callable[[], None]:
     """Set full precision through the interface that the user's setting came by (torch refuses a mix); returns the undo."""
     backends: Any = torch.backends
     products = (getattr(backends.cuda, "matmul", None), getattr(backends.mkldnn, "matmul", None))
+    halves = backends.cuda.matmul.allow_fp16_accumulation  # with it a product of fp16 in fp32 is refused
+    backends.cuda.matmul.allow_fp16_accumulation = False
     places: list[Any] = [place for place in products if hasattr(place, "fp32_precision")]
     before = [place.fp32_precision for place in places]
 
     def restore(legacy: str | None) -> None:
+        backends.cuda.matmul.allow_fp16_accumulation = halves
         if legacy is not None:
             torch.set_float32_matmul_precision(legacy)
         for place, value in zip(places, before, strict=True):

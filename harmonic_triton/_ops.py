@@ -98,14 +98,14 @@ torch.library.register_vmap(
 def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
     """Without autograd, and without autocast, which would round the operands of every product inside.
 
-    Vectors arrive dense and on a boundary of 16 bytes, whatever their strides were: a kernel reads them one entry after
-    the other, and is compiled for the alignment that it has seen.
+    Vectors arrive dense and, as numbers do, on a boundary of 16 bytes, whatever their strides were: a kernel reads one
+    entry after the other, and is compiled once more for every other alignment.
     """
 
     @functools.wraps(run)
     def body(x: Tensor, *args: Any) -> Any:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return run(x, *(_dense(arg) if isinstance(arg, Tensor) and arg.dim() == 1 else arg for arg in args))
+            return run(x, *(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args))
 
     return body
 

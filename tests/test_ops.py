@@ -916,6 +916,7 @@ def test_compiled_where_no_gradient_is_wanted(how, reduction):
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
         "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
         "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_fp16_accumulation = True",
     ],
 )
 def test_the_users_matmul_precision_is_left_alone(setting):
@@ -923,7 +924,8 @@ def test_the_users_matmul_precision_is_left_alone(setting):
 import torch, threading, harmonic_triton as ht
 from harmonic_triton._numerics import full_fp32
 def state():
-    out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision,
+           torch.backends.cuda.matmul.allow_fp16_accumulation]
     try:
         return [*out, torch.get_float32_matmul_precision()]
     except RuntimeError:
@@ -936,7 +938,7 @@ ht.linear_harmonic_loss(x, w, t, reduction="none").sum().backward()
 ht.harmonic_logits(x, w)
 assert torch.equal(ht.linear_harmonic_loss(x, w, t), plain)
 with full_fp32():
-    assert state()[1] in ("ieee", "none"), state()
+    assert state()[1] in ("ieee", "none") and state()[2] is False, state()
 assert state() == before, (state(), before)
 barrier = threading.Barrier(3)
 def work():

@@ -27,17 +27,20 @@ from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS,
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
 GRID_LIMIT = 65535  # programs along the second axis of a grid
+ALIGNED = 16  # entries: rows that start on multiples are copied asynchronously and keep the products' kernels in registers
 
 
 class _Call:
     """The operands of one call and what every kernel is told about them."""
 
     def __init__(self, x: Tensor, w: Tensor, target: Tensor, n: Tensor | None, v: Tensor | None, eps: float) -> None:
-        self.x, self.w, self.target, self.n, self.v, self.eps = x, w, target, n, v, eps
-        self.dot = n is None
         (self.tokens, self.width), self.classes = x.shape, len(w)
+        self.x, self.w = x, w = _aligned(x), _aligned(w)
+        self.target, self.n, self.v, self.eps = target, n, v, eps
+        self.dot = n is None
+        self.features = x.shape[1]  # with the padding, which adds nothing
         self.strides = (*x.stride(), *w.stride())
-        self.config = config = tile_config(x.device, x.dtype, x.shape[1])
+        self.config = config = tile_config(x.device, x.dtype, self.width)
         self.tile = {
             "DOT": self.dot, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
             "UPCAST": interpreted(), "FAST_LOG": x.is_cuda and not interpreted() and not torch.version.hip,
@@ -51,14 +54,14 @@ class _Call:
         if not self.dot:
             self.norms = new(self.classes, dtype=torch.float32)
             forward.norms_kernel[(triton.cdiv(self.classes, ROW_BLOCK),)](
-                w, self.norms, self.classes, self.width, *w.stride(), **self.rows
+                w, self.norms, self.classes, self.features, *w.stride(), **self.rows
             )
             smallest, largest = torch.aminmax(self.norms)
         self.target_ref = new(self.tokens, dtype=torch.float64)  # s_c, or x.w_c
         self.shift, self.scale, self.x_sq = (new(self.tokens, dtype=torch.float32) for _ in range(3))
         forward.geometry_kernel[self.row_grid](
             x, w, target, smallest, largest, self.target_ref, self.shift, self.scale, self.x_sq,
-            self.tokens, self.width, eps, *self.strides, DOT=self.dot, **self.rows,
+            self.tokens, self.features, eps, *self.strides, DOT=self.dot, **self.rows,
         )  # fmt: skip
 
     def select(self, at: slice) -> _Call:
@@ -70,6 +73,25 @@ class _Call:
         part.tokens = len(part.x)
         part.row_grid = (triton.cdiv(part.tokens, ROW_BLOCK),)
         return part
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """(M, D) itself, or a copy padded with zero features where its rows are not ALIGNED.
+
+    A transposed operand stays as it is, however far apart its features are: its rows are next to each other.
+    """
+    rows, width = operand.shape
+    by_rows = operand.stride(1) == 1 and operand.stride(0) % ALIGNED == 0
+    if (by_rows or operand.stride(0) == 1) and width % ALIGNED == 0 and operand.data_ptr() % 16 == 0:
+        return operand
+    padded = operand.new_zeros(rows, triton.cdiv(width, ALIGNED) * ALIGNED)
+    padded[:, :width] = operand
+    return padded
+
+
+def _vectors(like: Tensor, count: int, length: int) -> Tensor:
+    """Room for fp32 vectors (count, length), each of which starts on a boundary of 16 bytes."""
+    return like.new_empty((count, triton.cdiv(length, 4) * 4), dtype=torch.float32)[:, :length]
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -104,21 +126,21 @@ def _forward(
     x, w, n, v = call.x, call.w, call.n, call.v
     smoothing = v is not None
     shares, each = _splits(call)
-    partial = x.new_empty((3 + smoothing, shares, call.tokens), dtype=torch.float32)
+    partial = _vectors(x, 3 + smoothing, shares * call.tokens)
     index = x.new_empty((shares, call.tokens), dtype=torch.int32)
     best, total, mean = partial[:3]
     smooth = partial[3] if smoothing else None
     forward.forward_kernel[(triton.cdiv(call.tokens, call.config.block_n), shares)](
         x, w, call.norms, call.target, call.shift, call.scale, call.x_sq, n, v,
         best, index, total, mean, smooth, kept, tile_best,
-        call.tokens, call.classes, call.width, each, 0 if kept is None else kept.stride(0), *call.strides,
+        call.tokens, call.classes, call.features, each, 0 if kept is None else kept.stride(0), *call.strides,
         MOMENTS=moments, SMOOTHING=smoothing, KEEP=kept is not None, **call.tile,
     )  # fmt: skip
     forward.finish_kernel[call.row_grid](
         x, w, call.target, call.target_ref, call.scale, call.x_sq, n, v, call.v_sum, best, index, total, mean, smooth,
         out.nll, out.score_mean, out.entropy, out.smooth, out.share_score, out.share_sum, out.share_rest,
         out.rival_score, out.rival,
-        call.tokens, call.width, call.eps, shares, *call.strides,
+        call.tokens, call.features, call.eps, shares, *call.strides,
         DOT=call.dot, MOMENTS=moments, SMOOTHING=smoothing, **call.rows,
     )  # fmt: skip
     out.target_ref.copy_(call.target_ref)
@@ -126,21 +148,20 @@ def _forward(
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     """out = a @ b, or out += a @ b, in fp32: 16-bit operands accumulate and stay in fp32, fp32 ones never use TF32."""
-    if a.dtype != torch.float32 and a.is_cuda:
-        if add:
+    with full_fp32():
+        if a.dtype == torch.float32 or not a.is_cuda:
+            out.addmm_(a.float(), b.float(), beta=float(add))
+        elif add:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
-        return
-    with full_fp32():
-        out.addmm_(a.float(), b.float(), beta=float(add))
 
 
 class _Factors:
     """What the backward needs to know of every token, (N,) each, and dW's terms of target and rival."""
 
     def __init__(self, tokens: int, like: Tensor) -> None:
-        self.values = like.new_empty((7, tokens), dtype=torch.float32)
+        self.values = _vectors(like, 7, tokens)
         self.far = like.new_empty(tokens, dtype=torch.int8)
 
     def select(self, at: slice) -> _Factors:
@@ -205,7 +226,7 @@ def _coefficients(
     backward.gradient_kernel[(row_tiles, tiles)](
         call.x, call.w, call.norms, call.target, call.shift, call.scale, call.x_sq, call.n, call.v, rows.rival,
         p_coef, v_coef, unscale, log_norm, kept, tile_best, a, partial, columns,
-        call.tokens, call.classes, call.width, first, width, a.stride(0), *call.strides,
+        call.tokens, call.classes, call.features, first, width, a.stride(0), *call.strides,
         SMOOTHING=smoothing, KEPT=kept is not None, **tile,
     )  # fmt: skip
     if partial is None or columns is None:
@@ -304,7 +325,7 @@ def reduced_forward(
                     mine.finish_x(call, rows.rival, row_sums, dx[at], dx[at])
                 if need_w:
                     columns = here if columns is None or here is None else columns.add_(here)
-                    operand, unproduct = mine.operand(call.x, used[at])
+                    operand, unproduct = mine.operand(x[at], used[at])
                     if scaled:  # every chunk by its own power of two
                         part = torch.empty_like(dw)
                         _product(coefficients.t(), operand, part, add=False)
