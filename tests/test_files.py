@@ -79,7 +79,7 @@ def interrupted_at(call: int):
 
 def interrupt_after_first_group(directory: Path) -> None:
     """Its draws have reached the traces by then, and there is no checkpoint."""
-    for call in range(60, 2000, 20):
+    for call in range(50, 90, 10):
         with pytest.raises(Interrupted):
             kernel(directory, loss=interrupted_at(call))
         if (directory / "traces-0").exists() and LossTraces.open(directory / "traces-0").count:
@@ -356,8 +356,8 @@ def test_no_flipped_bit_goes_unnoticed(stored, name):
 
 def test_damage_is_noticed_before_a_run_goes_on(tmp_path):
     """Not hours later, when the draws are read."""
-    with pytest.raises(Interrupted):
-        kernel(tmp_path, loss=interrupted_at(110), seconds=0.0)
+    with pytest.raises(Interrupted):  # in the second of two groups
+        kernel(tmp_path, loss=interrupted_at(80), seconds=0.0)
     path = tmp_path / "traces-0" / "draws.bin"
     data = bytearray(path.read_bytes())
     data[5] ^= 1
@@ -479,7 +479,8 @@ def test_traces_of_the_first_format_are_read_with_a_warning(tmp_path):
         traces.update(part)
         want.update(part)
     again = LossTraces.open(tmp_path / "traces")
-    assert torch.equal(again.draws(), want.draws()) and torch.equal(again.variance(), want.variance())
+    assert torch.equal(again.draws(), want.draws())
+    torch.testing.assert_close(again.variance(), want.variance(), rtol=1e-12, atol=0.0)  # sums in another order
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["draws.bin", "lock", "state.pt"]
     first_format(tmp_path / "short", losses)
     os.truncate(tmp_path / "short" / "draws.bin", 50)
@@ -513,7 +514,7 @@ KILLED = textwrap.dedent("""
     from pathlib import Path
     import test_files
     from harmonic_triton import _files
-    kind, folder, points = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    folder, points, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
     class Counted:  # of a module or a file: what changes the disk; at the given one the process is gone
         def __init__(self, inner): self.__dict__["inner"] = inner
@@ -537,26 +538,42 @@ KILLED = textwrap.dedent("""
     NAMES = ("open", "write", "fsync", "replace", "rename", "ftruncate", "unlink")
     COUNT = [0, 0]
 
-    def run(point, directory):
+    def warm():  # what a run imports on its way, once instead of in each child
+        if os.fork() == 0:
+            for kind in kinds:
+                test_files.tiny(kind, None)
+            (folder / "imported").write_text(" ".join(sys.modules))
+            os._exit(0)
+        os.wait()
+        for name in (folder / "imported").read_text().split():
+            try:
+                __import__(name)
+            except ImportError:
+                pass
+
+    def run(kind, point):
+        directory = folder / f"{kind}-{point}"
         child = os.fork()
         if child == 0:
             COUNT[1] = point
-            if point:
-                _files.os = Counted(os)
-                _files.open = lambda *arguments, **options: Counted(builtins.open(*arguments, **options))
-            result = test_files.tiny(kind, directory)
-            torch.save(result, f"{directory}.pt")
+            _files.os = Counted(os)
+            _files.open = lambda *arguments, **options: Counted(builtins.open(*arguments, **options))
+            torch.save(test_files.tiny(kind, directory), f"{directory}.pt")
             Path(f"{directory}.count").write_text(str(COUNT[0]))
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    assert run(10**9, folder / "whole") == 0
-    last = int((folder / "whole.count").read_text())
-    chosen = range(1, last + 1) if points == "all" else range(1, last + 1, max(1, last // int(points)))
-    for point in chosen:
-        assert run(point, folder / str(point)) == 9, point
-        assert run(0, folder / str(point)) == 0, point
-    print(last, *chosen)
+    warm()
+    killed = []
+    for kind in kinds:
+        assert run(kind, 0) == 0
+        last = int((folder / f"{kind}-0.count").read_text())
+        for point in range(1, last + 1) if points == "all" else range(1, last + 1, max(1, last // int(points))):
+            assert run(kind, point) == 9, point
+            killed.append((kind, point, last))
+    for kind, point, last in killed:  # no fork from here on
+        torch.save(test_files.tiny(kind, folder / f"{kind}-{point}"), folder / f"{kind}-{point}.pt")
+        print(kind, point, last)
 """)
 
 
@@ -572,35 +589,34 @@ def tiny(kind: str, directory: Path) -> dict[str, torch.Tensor]:
     return {"correlation": found.correlation, "mean": found.mean, "variance": found.variance, "mean_loss": found.record.mean_loss}
 
 
-def kill_at(kind: str, points: str, folder: Path) -> int:
-    """Kill tiny runs, let each go on to its end, compare; how many."""
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, kind, folder, points], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    whole = torch.load(folder / "whole.pt")
-    chosen = run.stdout.split()[1:]
-    for point in chosen:
-        found = torch.load(folder / f"{point}.pt")
-        assert all(torch.equal(found[name], whole[name]) for name in whole), point
-        left = [path for path in (folder / point).rglob(".*.tmp")]
-        assert not left or int(point) > 0.8 * int(run.stdout.split()[0]), (point, left)  # the last save's, with none after it
-    return len(chosen)
-
-
 KINDS = ("draws", "covariance", "traces")
 
 
+def kill_at(points: str, folder: Path) -> int:
+    """Kill tiny runs, let each go on to its end, compare; how many."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, folder, points, *KINDS], capture_output=True,
+                         text=True, env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+                         check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    killed = [line.split() for line in run.stdout.splitlines()]
+    for kind, point, last in killed:
+        whole, found = torch.load(folder / f"{kind}-0.pt"), torch.load(folder / f"{kind}-{point}.pt")
+        assert all(torch.equal(found[name], whole[name]) for name in whole), (kind, point)
+        left = list((folder / f"{kind}-{point}").rglob(".*.tmp"))
+        assert not left or int(point) > 0.8 * int(last), (kind, point, left)  # of the last save, which none has followed
+    assert {kind for kind, _, _ in killed} == set(KINDS)
+    return len(killed)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_a_few_writes(kind, tmp_path):
-    assert kill_at(kind, "20", tmp_path) >= 20
+def test_killed_at_a_few_writes(tmp_path):
+    assert kill_at("8", tmp_path) >= 24
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_every_write(kind, tmp_path):
-    assert kill_at(kind, "all", tmp_path) >= 60
+def test_killed_at_every_write(tmp_path):
+    assert kill_at("all", tmp_path) >= 500
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
