@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harmonic_triton import _collect, _kernel_files, _validate, estimators, kernel_record
+from harmonic_triton import _collect, _files, _kernel_files, _validate, estimators, kernel_record
 from harmonic_triton._collect import Collector, QueryCovariance
 from harmonic_triton._numerics import exact_products
 from harmonic_triton.covariance import StreamingCovariance
@@ -443,7 +443,10 @@ class LossKernel:
     # --- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Everything into one safetensors file, atomically; :meth:`load` gives the same kernel back.
+        """Everything into one safetensors file; :meth:`load` gives the same kernel back.
+
+        At every moment ``path`` is the old file or the new one, whole and on the disk. It has a checksum, by which
+        :meth:`load` notices any damage.
 
         Raises:
             ImportError: without the ``analysis`` extra.
@@ -464,10 +467,11 @@ class LossKernel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LossKernel:
-        """The kernel that :meth:`save` wrote.
+        """The kernel that :meth:`save` wrote. One saved before there were checksums is read with a warning.
 
         Raises:
-            ValueError: the file holds something else. ImportError: without the ``analysis`` extra.
+            ValueError: the file holds something else, or is not as it was written (one flipped bit is enough).
+            ImportError: without the ``analysis`` extra.
         """
         state = _kernel_files.load(Path(path))
         return cls(
@@ -499,25 +503,22 @@ class LossKernel:
         import numpy as np
 
         path = Path(path)
-        with open(path, "wb") as file:
+        with _files.replacing(path) as file:
             np.savez(file, about=np.array(json.dumps(self.about._asdict())), **self.arrays())  # type: ignore[arg-type]
         return path
 
     def to_zarr(self, path: str | os.PathLike[str]) -> Path:
         """:meth:`arrays` as a Zarr group, with the configuration in its attributes.
 
+        It is written beside ``path`` and renamed. In place of an earlier group of this method, not of anything else.
+
         Raises:
+            FileExistsError: ``path`` is there and holds what this method did not write; it is left alone.
             ImportError: zarr is not installed.
         """
-        try:
-            import zarr
-        except ImportError as error:
-            raise ImportError("to_zarr needs zarr: pip install zarr") from error
-        group = zarr.open_group(os.fspath(path), mode="w")
-        for name, values in self.arrays().items():
-            group.create_array(name, data=values)
-        group.attrs["about"] = json.dumps(self.about._asdict())
-        return Path(path)
+        path = Path(path)
+        _kernel_files.save_zarr(path, self.arrays(), json.dumps(self.about._asdict()))
+        return path
 
     def __repr__(self) -> str:
         kind = "traces" if isinstance(self.accumulator, LossTraces) else "covariance"
@@ -568,8 +569,12 @@ def loss_kernel(
         backend: of the accumulator, "auto", "triton" or "torch".
         trace_dtype: torch.bfloat16, 2 T m bytes, or torch.float32, twice as much, where single correlations matter: see
             :class:`LossTraces` for what rounding moves.
-        checkpoint_dir: keep the state of chains and sums here, in one file written atomically. The same call later goes
-            on, and ends with bitwise the numbers of an uninterrupted run (CPU).
+        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), and the traces
+            (``traces-0``). A run that was killed at any moment, or interrupted, goes on from its last checkpoint when the
+            same call is made again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one
+            returns at once. The directory belongs to one run: another model, data, setting or seed is refused, and so is
+            a second process while the first is at it (a lock, which dies with its process). Every file has a checksum;
+            damage raises, with the file's name and what to do.
         checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
         progress: show draws per second, time left and the chains' health.
 
@@ -577,8 +582,9 @@ def loss_kernel(
         The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed), or
-            fewer than two draws are left because chains died.
+        TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed) or is
+            damaged, or fewer than two draws are left because chains died.
+        RuntimeError: another process or thread is at the run in ``checkpoint_dir``.
     """
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
     _validate.flag("within_chain", within_chain)
@@ -603,17 +609,6 @@ def loss_kernel(
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     dtype = trace_dtype if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
-    collector = Collector(
-        config.num_chains,
-        config.num_draws,
-        sampler.initial_losses[:samples],
-        sampler.num_samples,
-        kept,
-        sampler.device,
-        backend,
-        directory / f"traces-{rank}" if directory and kept == "traces" else None,
-        dtype,
-    )
     about = About(
         nbeta=config.nbeta,
         step_size=config.lr,
@@ -622,11 +617,29 @@ def loss_kernel(
         config=dataclasses.asdict(config),
         fingerprint=sampler.fingerprint,
     )
-    _collect.collect(
-        sampler, collector, directory, {"keep": kept, "processes": str(world)}, checkpoint_seconds, progress
-    )
-    if world > 1:
-        _collect.gather(collector, rank, world, directory, trace_dtype)
+    kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if kept == "traces" else kept
+    stored = _collect.Stored(directory, {**sampler.fingerprint, "keep": kind, "processes": str(world)})
+    collector = None
+    try:
+        collector = Collector(
+            config.num_chains,
+            config.num_draws,
+            sampler.initial_losses[:samples],
+            sampler.num_samples,
+            kept,
+            sampler.device,
+            backend,
+            directory / f"traces-{rank}" if directory and kept == "traces" else None,
+            dtype,
+            stored.run,
+        )
+        _collect.collect(sampler, collector, stored, checkpoint_seconds, progress)
+        if world > 1:
+            _collect.gather(collector, rank, world, directory, trace_dtype, stored.run)
+    finally:  # also where a notebook keeps the frames of a call that was interrupted
+        if collector is not None:
+            collector.close()
+        stored.close()
     collector.check()
     return LossKernel(
         collector.accumulator,

@@ -524,7 +524,7 @@ def test_killed_at_any_moment(tmp_path):
         if process.exitcode == 0:
             break
         assert kills < 300
-        if (tmp_path / "killed" / "header.json").exists():
+        if (tmp_path / "killed" / "state.pt").exists():
             counts = LossTraces.open(tmp_path / "killed").count
     assert kills >= 3 and counts > 0
     assert same(LossTraces.open(tmp_path / "killed"), LossTraces.open(tmp_path / "whole"))
