@@ -79,18 +79,19 @@ def _positive(value: Tensor, what: str) -> Tensor:
 
 
 def positive(value: Tensor, what: str) -> Tensor:
-    """A copy of a constant that is positive and finite: otherwise a ValueError on the CPU, a device-side assert on a GPU.
+    """The value, if it is positive and finite: otherwise a ValueError on the CPU, a device-side assert on a GPU.
 
     It is an operator so that ``vmap`` and ``torch.compile`` check as well. ``what`` names it and says what it must be.
     """
-    return torch.ops.harmonic_triton.positive(value, what)
+    checked = torch.ops.harmonic_triton.positive(value.detach(), what)
+    return torch.where(checked > 0, value, 0)  # the value with its derivatives; no compiler can drop the check
 
 
 _LIBRARY.impl("positive", _positive, "CompositeExplicitAutograd")
 torch.library.register_fake("harmonic_triton::positive", lambda value, what: torch.empty_like(value), lib=_LIBRARY)
 torch.library.register_vmap(
     "harmonic_triton::positive",
-    lambda info, in_dims, value, what: (positive(value, what), in_dims[0]),
+    lambda info, in_dims, value, what: (torch.ops.harmonic_triton.positive(value, what), in_dims[0]),
     lib=_LIBRARY,
 )
 

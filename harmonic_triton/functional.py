@@ -344,7 +344,8 @@ def harmonic_topk(
         input: (..., D); linear_weight: (V, D); k: 1 ... V; n, eps: as in :func:`linear_harmonic_loss`.
 
     Returns:
-        log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64.
+        log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64. Classes that
+        are equally probable come in any order.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -365,7 +366,7 @@ def harmonic_topk(
             at, chunk = slice(start, start + step), x[start : start + step].to(w.dtype)
             scores = torch.addmm(norms, chunk, w.t(), alpha=-2, out=scratch[: len(chunk)])
             nearest, s = _nearest(scores, chunk, w, norms, eps)
-            scores.sub_(scores.gather(1, nearest)).div_(s).clamp_min_(0.0).log1p_().mul_(-0.5 * n)
+            scores.sub_(scores.gather(1, nearest)).div_(s).log1p_().mul_(-0.5 * n)
             top, indices[at] = scores.scatter_(1, nearest, 0.0).topk(k)
             others = scores.scatter_(1, nearest, torch.finfo(w.dtype).min)
             rival = others.amax(1, keepdim=True)
@@ -448,11 +449,8 @@ def _checked_head(
 
 
 def _checked_value(n: float | Tensor | None) -> float | Tensor | None:
-    """The same n; a tensor's value is checked, also inside a traced or transformed function, and keeps its gradient."""
-    if not isinstance(n, Tensor):
-        return n
-    good = _ops.positive(n.detach(), "n must be a finite harmonic exponent > 0")
-    return torch.where(good > 0, n, math.nan)  # of which a compiler cannot drop the check
+    """The same n; a tensor's value is checked, also inside a traced or transformed function."""
+    return _ops.positive(n, "n must be a finite harmonic exponent > 0") if isinstance(n, Tensor) else n
 
 
 def _in_transform() -> bool:
@@ -466,7 +464,10 @@ def _full_products() -> AbstractContextManager[None]:
 
 
 def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The nearest classes (N, 1) by u_j = ||w_j||^2 - 2 x.w_j, and their s_j >= floor (N, 1) by direct differences."""
+    """The nearest classes (N, 1) by u_j = ||w_j||^2 - 2 x.w_j, and their s_j >= floor (N, 1) by direct differences.
+
+    No other u_j is less: u_j - u_nearest needs no floor.
+    """
     nearest = u.detach().argmin(1, keepdim=True)
     close = nearest.squeeze(1)
     floor = (IDENTICAL * (x.square().sum(1) + norms[close]) + SMALLEST_SQ).detach()
@@ -479,5 +480,5 @@ def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[T
     with _full_products():
         u = torch.addmm(norms, x, w.t(), alpha=-2)
     nearest, s = _nearest(u, x, w, norms, eps)
-    scores = -0.5 * n * torch.log1p(((u - u.gather(1, nearest)) / s).clamp_min(0.0))
+    scores = -0.5 * n * torch.log1p((u - u.gather(1, nearest)) / s)
     return scores.scatter(1, nearest, 0.0), nearest

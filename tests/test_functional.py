@@ -291,6 +291,8 @@ def test_the_value_of_a_tensor_num_items_is_checked_wherever_it_is_used(backend,
         torch.testing.assert_close(torch.vmap(loss)(counts.new_tensor([7.0, 3.5])), torch.stack([loss(7), loss(3.5)]))
         with pytest.raises(ValueError, match=text):
             torch.vmap(loss)(counts)
+        _, slope = torch.func.jvp(loss, (good,), (torch.tensor(1.0),))
+        torch.testing.assert_close(slope, -loss(7).detach() / 7)
 
 
 @pytest.mark.parametrize("shape", [(), (13,), (1, 13), (13, 1, 1)])

@@ -123,7 +123,7 @@ def test_the_changed_model_trains_as_cross_entropy_does():
 
 
 def test_it_has_a_table_a_plot_and_no_placeholder():
-    assert "@@" not in README
+    assert "@@" not in README.replace(DIFF, "")
     assert re.search(r"^\|-", README, re.MULTILINE)
     assert re.search(r"^!\[.+\]\(.+\.png\)", README, re.MULTILINE)
 

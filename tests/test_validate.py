@@ -96,7 +96,7 @@ CALLS = [
     ((X, W, TARGET.to_sparse()), {}, TypeError, "target must be dense"),
     ((NESTED, W, TARGET), {}, TypeError, "input is a nested tensor; pad it"),
     ((X, W, NESTED), {}, TypeError, "target is a nested tensor; pad it"),
-    ((X, torch.quantize_per_tensor(W, 0.1, 0, torch.qint8), TARGET), {}, TypeError, "linear_weight must not be quantized.*dequantize"),
+    ((X, torch.quantize_per_tensor(W, 0.1, 0, torch.qint8), TARGET), {}, TypeError, "linear_weight must not be quantized.*deq"),
     ((X.numpy(), W, TARGET), {}, TypeError, r"input must be a torch.Tensor, got ndarray of shape \(6, 12\), float32$"),
     ((X, W, TARGET), {"n": np.ones((3, 4))}, TypeError, r"n must be a number, got ndarray of shape \(3, 4\), float64$"),
     ((X, W, TARGET), {"reduction": np.array(["sum", "mean"])}, ValueError, r"reduction must be.*got ndarray of shape \(2,\)"),
@@ -175,19 +175,19 @@ def test_other_functions_refuse_too():
 
 
 FLAGS = {  # every other flag of the package, by what it does nothing with
-    "within_chain": (lambda value: KERNEL(within_chain=value), lambda value: KERNEL().estimate(value),
-                     lambda value: ACCUMULATOR().compute(value), lambda value: ACCUMULATOR().correlation(value),
-                     lambda value: ACCUMULATOR().variance(value),
+    "within_chain": (lambda value: kernel(within_chain=value), lambda value: kernel().estimate(value),
+                     lambda value: accumulator().compute(value), lambda value: accumulator().correlation(value),
+                     lambda value: accumulator().variance(value),
                      lambda value: ht.loss_kernel(*RUN, seed=0, within_chain=value)),
-    "correlation": (lambda value: KERNEL().block(torch.arange(2), correlation=value),
+    "correlation": (lambda value: kernel().block(torch.arange(2), correlation=value),
                     lambda value: ht.loss_covariance(LOSSES[0], correlation=value),
-                    lambda value: TRACES().matvec(torch.ones(5), correlation=value),
-                    lambda value: TRACES().linear_operator(correlation=value)),
-    "centered": (lambda value: TRACES().matvec(torch.ones(5), centered=value),
-                 lambda value: TRACES().linear_operator(centered=value)),
+                    lambda value: traces().matvec(torch.ones(5), correlation=value),
+                    lambda value: traces().linear_operator(correlation=value)),
+    "centered": (lambda value: traces().matvec(torch.ones(5), centered=value),
+                 lambda value: traces().linear_operator(centered=value)),
     "progress": (lambda value: ht.loss_kernel(*RUN, seed=0, progress=value),
                  lambda value: ht.sample_losses(*RUN, seed=0, progress=value),
-                 lambda value: TRACES().neighbors(2, progress=value)),
+                 lambda value: traces().neighbors(2, progress=value)),
     "verbose": (lambda value: ht.tune(*RUN[:3], seed=0, max_trials=1, num_draws=2, verbose=value),),
     "check_step_size": (lambda value: next(Sampler(*RUN, seed=0).run(check_step_size=value)),),
     "learnable_n": (lambda value: ht.HarmonicHead(3, 4, learnable_n=value),),
@@ -200,20 +200,21 @@ RUN = (
 )  # fmt: skip
 
 
-def KERNEL(**options):
+def kernel(**options):
     return ht.LossKernel.from_losses(LOSSES, **options)
 
 
-def ACCUMULATOR():
-    accumulator = ht.StreamingCovariance(5)
-    accumulator.update(LOSSES[0])
-    return accumulator
+def filled(sums):
+    sums.update(LOSSES[0])
+    return sums
 
 
-def TRACES():
-    traces = ht.LossTraces(5)
-    traces.update(LOSSES[0])
-    return traces
+def accumulator():
+    return filled(ht.StreamingCovariance(5))
+
+
+def traces():
+    return filled(ht.LossTraces(5))
 
 
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in FLAGS.items() for call in calls])
