@@ -33,8 +33,8 @@ class OnGPU(TorchFunctionMode):
     """Moves to the GPU what the files of this folder create without saying where; the package's own tensors are its own."""
 
     CREATE = frozenset({
-        torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.from_numpy, torch.full, torch.linspace, torch.logspace,
-        torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
+        torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
+        torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
     })  # fmt: skip
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
