@@ -277,8 +277,9 @@ def run_all(planned: Sequence[Step], folder: Path, facts: dict[str, Any], budget
             records[at] = run_step(step, folder, budget - (time.perf_counter() - started))
             for made in (*folder.glob("*.md"), *folder.glob("*.png")):  # python -m benchmarks report makes them again
                 made.unlink()
-            said = "\n".join(f"    {line}" for line in records[at].get("tail", ()))
-            print(f"[{time.perf_counter() - started:6.1f} s] {step.name}: {records[at]['status']}\n{said}", flush=True)
+            said = records[at].get("tail", [])[-1 if records[at]["status"] == "ok" else -TAIL_LINES :]
+            print(f"[{time.perf_counter() - started:6.1f} s] {step.name}: {records[at]['status']}", flush=True)
+            print("".join(f"    {line}\n" for line in said), end="", flush=True)
     except (Stopped, KeyboardInterrupt):
         running = next((record for record in records if record["status"] == "running"), None)
         if running is not None:

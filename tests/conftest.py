@@ -57,6 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.config.getoption("--pretend-gpu"):
+        import pretend_gpu
+
+        if reason := pretend_gpu.CANNOT.get(getattr(item, "originalname", item.name)):
+            item.add_marker(pytest.mark.skip(reason))
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if any(isinstance(value, str) and value == "triton" for value in parameters.values()):
         item.add_marker("triton")
