@@ -33,8 +33,8 @@ class OnGPU(TorchFunctionMode):
     """Moves to the GPU what the files of this folder create without saying where; the package's own tensors are its own."""
 
     CREATE = frozenset({
-        torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.from_numpy, torch.full, torch.linspace, torch.logspace,
-        torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
+        torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.ones,
+        torch.rand, torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros,
     })  # fmt: skip
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -57,6 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.config.getoption("--pretend-gpu"):
+        import pretend_gpu
+
+        if reason := pretend_gpu.CANNOT.get(getattr(item, "originalname", item.name)):
+            item.add_marker(pytest.mark.skip(reason))
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if any(isinstance(value, str) and value == "triton" for value in parameters.values()):
         item.add_marker("triton")

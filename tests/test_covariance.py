@@ -51,7 +51,7 @@ def ar1(draws=3000, samples=41, spread=0.05, mean=2.0, seed=0, dtype=torch.float
     for t in range(1, length):
         z[t] = phi * z[t - 1] + math.sqrt(1 - phi**2) * z[t]
     x = z @ (0.5 * generator.standard_normal((factors, samples))) + generator.standard_normal((length, CHAINS, samples))
-    return torch.from_numpy((mean + spread / math.sqrt(3) * x).transpose(1, 0, 2)).to(dtype).contiguous()
+    return torch.as_tensor((mean + spread / math.sqrt(3) * x).transpose(1, 0, 2)).to(dtype).contiguous()
 
 
 def accumulate(chains, backend="torch", **options):
@@ -67,7 +67,7 @@ def truth(chains, correlation=True):
 
 
 def error(got, wanted):
-    return (got.double().cpu() - wanted).abs().max().item()
+    return (got.double().cpu() - wanted.cpu()).abs().max().item()
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ def test_fp32_gradients_of_concentrated_losses(correlation, backend):
     (got,) = torch.autograd.grad(
         loss_covariance(losses, correlation=correlation, backend=backend), losses, upstream.to(DEVICE)
     )
-    x, upstream = losses.detach().cpu().double().requires_grad_(), upstream.double()
+    x, upstream = losses.detach().cpu().double().requires_grad_(), upstream.cpu().double()
     (wanted,) = torch.autograd.grad((torch.corrcoef if correlation else torch.cov)(x.T), x, upstream)
     assert (got.cpu().double() - wanted).norm() <= 1e-5 * wanted.norm()
     if not correlation:

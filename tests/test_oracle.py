@@ -130,6 +130,8 @@ def test_triton_grid(place, dtype):
 @pytest.mark.parametrize("side", [-1, 0, 1])
 def test_triton_with_the_fast_logarithm_of_a_gpu(place, dtype, side, monkeypatch):
     """The worst that lg2.approx may do, 2^-22 off on one side or on both, stays within the bounds; it is not run here."""
+    if torch.cuda.is_available():
+        pytest.skip("emulated in the interpreter; the kernels are compiled here, with the instruction itself")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 
     def log2(values):

@@ -50,7 +50,7 @@ def small(draws: int = 40, samples: int = 150, seed: int = 0) -> torch.Tensor:
 
 
 def filled(losses: torch.Tensor, batch: int = 16, **options) -> LossTraces:
-    traces = LossTraces(losses.shape[1], **options)
+    traces = LossTraces(losses.shape[1], **{"device": losses.device, **options})
     for start in range(0, len(losses), batch):
         traces.update(losses[start : start + batch])
     return traces
@@ -94,7 +94,7 @@ def test_correlation_of_autocorrelated_losses(spread):
 
 def stored_covariance(traces: LossTraces, correlation: bool) -> np.ndarray:
     """Dense, in fp64, from the stored values; 0 where a variance is 0."""
-    covariance = np.cov(traces.draws().double().numpy().T)
+    covariance = np.cov(traces.draws().double().cpu().numpy().T)
     if not correlation:
         return covariance
     scale = np.sqrt(covariance.diagonal())
@@ -175,7 +175,8 @@ def brute_force(traces: LossTraces, k: int, labels: torch.Tensor | None = None) 
     squares = np.round(2 * (1 - rho), 12)
     np.fill_diagonal(squares, np.inf)
     if labels is not None:
-        squares[labels[:, None].numpy() == labels.numpy()] = np.inf
+        labels = labels.cpu().numpy()
+        squares[labels[:, None] == labels] = np.inf
     width = max(k, len(rho))
     squares = np.pad(squares, ((0, 0), (0, width - len(rho))), constant_values=np.inf)
     indices = np.argsort(squares, 1, kind="stable")[:, :k]
@@ -188,8 +189,8 @@ def check_neighbors(traces: LossTraces, k: int, labels: torch.Tensor | None = No
     indices, distances = traces.neighbors(k, labels, **options)
     want_indices, want_distances = brute_force(traces, k, labels)
     assert indices.dtype == torch.int64 and distances.dtype == torch.float32
-    np.testing.assert_array_equal(indices.numpy(), want_indices)
-    np.testing.assert_allclose(distances.numpy(), want_distances, rtol=2e-7, atol=2e-6)
+    np.testing.assert_array_equal(indices.cpu().numpy(), want_indices)
+    np.testing.assert_allclose(distances.cpu().numpy(), want_distances, rtol=2e-7, atol=2e-6)
 
 
 def test_keys_order_as_scores_do_and_equal_scores_by_index():

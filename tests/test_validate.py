@@ -1,6 +1,8 @@
 """Bad input gets a typed error before any work; the message names the argument, what it was and the mend."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,11 +122,26 @@ def test_linear_harmonic_loss_refuses(tensors, options, error, text, monkeypatch
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_a_target_out_of_range_never_reads_out_of_bounds(backend, reduction):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("a device-side assert ends a process's use of the GPU: the next test")
     for bad in (9, -1, 2**40, -101):
         target = TARGET.clone()
         target[2] = bad
         with pytest.raises(ValueError, match=f"target holds {bad}"):
             ht.linear_harmonic_loss(X.clone().requires_grad_(), W, target, reduction=reduction, backend=backend)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_target_out_of_range_stops_a_process_on_a_gpu(reduction):
+    program = f"""if True:
+        import torch, harmonic_triton as ht
+        x, w = (torch.randn(k, 12, device="cuda", requires_grad=True) for k in (6, 9))
+        target = torch.tensor([0, 3, 9, 8, 1, 2], device="cuda")
+        print(ht.linear_harmonic_loss(x, w, target, reduction={reduction!r}, backend="triton").sum().item())"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode != 0 and not run.stdout
+    assert "assert" in run.stderr
 
 
 def test_a_dtensor_among_tensors_is_named():
