@@ -181,6 +181,12 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+NO_TANGENT = (
+    "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual tensors);"
+    ' use jacrev or grad, or backend="reference" (dense, fp64), which has one'
+)
+
+
 class _NoTangent(torch.autograd.Function):
     """Passes its tensor through; a tangent that it carries is an error instead of being dropped."""
 
@@ -202,16 +208,15 @@ class _NoTangent(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(
-            "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual"
-            ' tensors); use jacrev or grad, or backend="reference" (dense, fp64), which has one'
-        )
+        raise NotImplementedError(NO_TANGENT)
 
 
 def without_tangents(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The same tensors; in forward mode an error for one with a tangent, which the operators would not see."""
     if not forward_mode():
         return tensors
+    if torch.compiler.is_compiling():  # dynamo would drop the check; without fullgraph it goes back to eager from here
+        raise NotImplementedError(NO_TANGENT)
     return tuple(None if tensor is None else _NoTangent.apply(tensor) for tensor in tensors)
 
 

@@ -64,6 +64,14 @@ def relative(out: Tensor, ref: Tensor) -> float:
     return torch.where(error == 0, 0.0, error / norm).max().item()
 
 
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 def weights(classes: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.linspace(0.5, 2.0, classes, dtype=dtype)
 
@@ -356,6 +364,27 @@ def test_forward_mode_of_a_fused_loss_raises(backend, by, how):
                 tangents(loss, given[by], how)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("how", ["jvp of compiled", "compiled jvp", "dual", "dual after a plain call"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_mode_of_a_compiled_loss_raises(reduction, how, fullgraph):
+    """Dynamo, which knows no forward mode of a Function, drops no tangent either."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+
+    def loss(x):
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction).sum()
+
+    compiled = torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")
+    match = "no derivative in forward mode" + "|functorch" * (fullgraph and how == "jvp of compiled")
+    if how == "dual after a plain call":
+        compiled(x)
+    if how == "compiled jvp":
+        compiled = torch.compile(lambda x: tangents(loss, x, "jvp"), fullgraph=fullgraph, backend="aot_eager")
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported), match=match):
+        compiled(x) if how == "compiled jvp" else tangents(compiled, x, how.split()[0])
+
+
 @pytest.mark.parametrize("how", ["jvp", "dual", "linearize"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_mode_beside_a_fused_loss(backend, how):
@@ -399,6 +428,28 @@ def test_forward_mode_where_there_is_one(what, by):
     gradient = grad(by_logits if what.startswith("topk") else function)(value)
     slope = tangents(function, value, "dual" if what == "topk_dual" else "jvp")
     torch.testing.assert_close(slope, (gradient * (direction if value.dim() else 0.5)).sum(), rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("correlation", [False, True])
+@pytest.mark.parametrize("how", ["jvp", "dual", "linearize", "jacfwd", "hessian", "compiled jvp"])
+def test_forward_mode_of_loss_covariance(how, correlation):
+    """The derivative that goes backward gives, in fp64."""
+    losses = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses[:, 2] = 3.0
+    weight = torch.linspace(0.2, 1.4, 25, dtype=torch.float64).view(5, 5)
+
+    def function(losses):
+        return (ht.loss_covariance(losses, correlation=correlation) * weight).square().sum()
+
+    if how == "compiled jvp":
+        slope = torch.compile(lambda losses: tangents(function, losses, "jvp"), backend="aot_eager")(losses)
+    else:
+        slope = tangents(function, losses, how)
+    one = torch.linspace(0.5, 1.5, 35, dtype=torch.float64).view(7, 5)
+    wanted = {"jacfwd": jacrev(function), "hessian": jacrev(jacrev(function))}.get(how, grad(function))(losses)
+    torch.testing.assert_close(slope, wanted if how in ("jacfwd", "hessian") else (wanted * one).sum(),
+                               rtol=1e-9, atol=1e-10)  # fmt: skip
 
 
 # --- what else PyTorch puts on top
@@ -659,14 +710,6 @@ def test_activation_checkpointing(backend, reduction, reentrant):
 
 
 # --- torch.compile
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled_equals_eager(function: Any, compiled: Any, leaves: list[Tensor], tolerance: float = 0.0) -> None:
