@@ -88,7 +88,7 @@ def _dense(vector: Tensor) -> Tensor:
     return vector.clone() if vector.data_ptr() % 16 else vector
 
 
-def _inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Targets that can index, and which were bad: a device whose assert does nothing (ROCm's) goes on with them."""
     bad = ~known(target, classes, ignore_index)
     return target.masked_fill(bad, 0), bad
@@ -97,7 +97,7 @@ def _inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Te
 @_plainly
 def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
     check_values(target, len(w), ignore_index, n)
-    target, bad = _inside(target, len(w), ignore_index)
+    target, bad = inside(target, len(w), ignore_index)
     rows = backend_module(backend).rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, budget)
     rows.nll.masked_fill_(bad, math.nan)
     return tuple(rows)
@@ -106,7 +106,7 @@ def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend
 @_plainly
 def _rows_backward(x, w, target, n, v, g, g_smooth, *rest):  # type: ignore[no-untyped-def]
     *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget = rest
-    target, _ = _inside(target, len(w), ignore_index)
+    target, _ = inside(target, len(w), ignore_index)
     run = backend_module(backend).rows_backward
     return run(x, w, target, n, v, g, g_smooth, Rows(*rows), eps, alpha, ignore_index, need_x, need_w, budget)
 
@@ -116,7 +116,7 @@ def _reduced_forward(  # type: ignore[no-untyped-def]
     x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, backend, budget
 ):
     check_values(target, len(w), ignore_index, n)
-    target, bad = _inside(target, len(w), ignore_index)
+    target, bad = inside(target, len(w), ignore_index)
     run = backend_module(backend).reduced_forward
     loss, *gradients, rows = run(
         x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, budget

@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
+from harmonic_triton import _ops
 from harmonic_triton._numerics import Rows
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -617,11 +618,25 @@ def test_vmap_of_grad_over_the_second_dimension(reduction, backend):
             assert relative(mine[:, k], wanted) < 1e-6
 
 
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_bad_target_shows_in_its_loss(backend, function, monkeypatch):
+    """On a device whose assert does nothing, as ROCm's: NaN for that token and for the sum, and nothing else changes."""
+    monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
+    x, w, target, _ = inputs(dtype=torch.float32)
+    wanted = function(x, w, target, reduction="none", backend=backend)
+    for bad in (10**12, -(10**12), 9, -1):
+        wrong = target.clone()
+        wrong[1] = bad
+        losses = function(x, w, wrong, reduction="none", backend=backend)
+        assert losses.isnan().tolist() == [k == 1 for k in range(len(target))]
+        assert torch.equal(losses[2:], wanted[2:])
+        assert function(x, w, wrong, backend=backend).isnan()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_target_reads_nothing_outside(backend, monkeypatch):
-    """On a device whose assert does nothing, as ROCm's: that token's loss is NaN, the others' are what they were."""
-    from harmonic_triton import _ops
-
+    """The operators themselves, the gradients too."""
     monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
     for bad in (10**12, -(10**12), 9, -1):
         for name in ("rows_forward", "reduced_forward", "rows_backward"):
