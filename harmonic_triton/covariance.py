@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harmonic_triton import _validate
-from harmonic_triton._ops import forward_mode
 from harmonic_triton._dispatch import resolve
+from harmonic_triton._ops import forward_mode
 from harmonic_triton._triangle import PACKED, Triangle, fastest_gap, padded
 
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
