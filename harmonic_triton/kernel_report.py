@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harmonic_triton import _validate, estimators
 from harmonic_triton.estimators import needs
+from harmonic_triton.kernel_record import R_HAT, TAU
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,8 +190,8 @@ def chains_figure(kernel: LossKernel) -> Figure:
     if traces.get_legend_handles_labels()[0]:
         traces.legend(frameon=False, fontsize=8)
     for axis, values, limit, title in (
-        (times, diagnostics.autocorrelation_time, 6.0, "autocorrelation time (draws)"),
-        (hats, diagnostics.r_hat, 1.01, "split R̂"),
+        (times, diagnostics.autocorrelation_time, TAU, "autocorrelation time (draws)"),
+        (hats, diagnostics.r_hat, R_HAT, "split R̂"),
     ):
         values = values[values.isfinite()]
         if len(values):
