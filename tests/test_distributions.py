@@ -227,3 +227,23 @@ def test_a_bad_tensor_exponent_is_refused_under_vmap_and_compile(name):
     for run in (compiled, lambda n: torch.vmap(function)(n.view(1)), lambda n: torch.func.vjp(function, n)):
         with pytest.raises(ValueError, match="n must be a finite harmonic exponent > 0, got -2"):
             run(torch.tensor(-2.0))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 300.0])
+def test_the_floor_of_the_nearest_distance(size):
+    """On a class vector, and on two at once: 2^-46 (||x||^2 + ||w||^2) + 1e-36 stands for a squared distance of 0."""
+    x, w = (value.double() for value in make())
+    w[1] = 4.0 + size  # far from x; its own norm does not enter
+    x, w[0] = size * w[:1] / w[0].norm(), size * w[0] / w[0].norm()
+    floor = 2.0**-46 * (x.square().sum() + w[0].square().sum()) + 1e-36
+    wanted = -1.5 * torch.log1p((x - w).square().sum(1) / floor)[None]
+    x, w = x.float(), w.float()
+    log_p, (top, indices) = ht.harmonic_logits(x, w, n=3.0), ht.harmonic_topk(x, w, 33, n=3.0)
+    for got, exact in ((log_p, wanted), (top, wanted.gather(1, indices))):
+        torch.testing.assert_close(got[exact < -1].double(), exact[exact < -1], rtol=1e-5, atol=0)
+        assert (got[exact > -1] > -1e-6).all()
+    w[7] = w[0]
+    log_p, (top, indices) = ht.harmonic_logits(x, w, n=3.0), ht.harmonic_topk(x, w, 2, n=3.0)
+    for both in (log_p[:, [0, 7]], top):
+        torch.testing.assert_close(both, torch.full((1, 2), -math.log(2.0)), rtol=1e-5, atol=0)
+    assert indices.sort().values.tolist() == [[0, 7]]
