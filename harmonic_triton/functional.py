@@ -285,7 +285,7 @@ class _Call:
             known = self.labels.clamp(0, len(self.class_weight) - 1)
             token = kept * self.class_weight.to(dtype)[known]
         divisor: float | Tensor = 1.0
-        if self.reduction != "none" and self.num_items is not None:
+        if self.num_items is not None:
             items = self.num_items
             divisor = items.to(kept.device, dtype) if isinstance(items, Tensor) else items
         elif self.reduction == "mean":
