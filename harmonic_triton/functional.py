@@ -287,7 +287,7 @@ class _Call:
             known = self.labels.clamp(0, len(self.class_weight) - 1)
             token = kept * self.class_weight.to(dtype)[known]
         divisor: float | Tensor = 1.0
-        if self.reduction != "none" and self.num_items is not None:
+        if self.num_items is not None:
             items = self.num_items
             divisor = items.to(kept.device, dtype) if isinstance(items, Tensor) else items
         elif self.reduction == "mean":
@@ -359,7 +359,7 @@ def harmonic_topk(
     if _in_transform() or _ops.forward_mode():  # which allow no shared scratch; nor is a derivative dropped there
         values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).topk(k)
         return values, indices
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
+    with torch.no_grad(), _full_products():  # autocast leaves products with out= alone
         norms = torch.linalg.vector_norm(w, dim=1).square_()
         values, indices = w.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=w.device)
         step = max(1, min(len(x), TOPK_CHUNK // (len(w) * w.element_size())))
@@ -369,7 +369,7 @@ def harmonic_topk(
             scores = torch.addmm(norms, chunk, w.t(), alpha=-2, out=scratch[: len(chunk)])
             nearest, s = _nearest(scores, chunk, w, norms, eps)
             scores.sub_(scores.gather(1, nearest)).div_(s).log1p_().mul_(-0.5 * n)
-            top, indices[at] = scores.scatter_(1, nearest, 0.0).topk(k)
+            top, indices[at] = scores.topk(k)
             others = scores.scatter_(1, nearest, torch.finfo(w.dtype).min)
             rival = others.amax(1, keepdim=True)
             total = others.sub_(rival).exp_().sum(1, keepdim=True).log_() + rival
@@ -470,7 +470,7 @@ def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tupl
 
     No other u_j is less: u_j - u_nearest needs no floor.
     """
-    nearest = u.detach().argmin(1, keepdim=True)
+    nearest = u.argmin(1, keepdim=True)
     close = nearest.squeeze(1)
     floor = (IDENTICAL * (x.square().sum(1) + norms[close]) + SMALLEST_SQ).detach()
     return nearest, torch.maximum((x - w[close]).square().sum(1) + eps, floor).unsqueeze(1)
@@ -483,4 +483,4 @@ def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[T
         u = torch.addmm(norms, x, w.t(), alpha=-2)
     nearest, s = _nearest(u, x, w, norms, eps)
     scores = -0.5 * n * torch.log1p((u - u.gather(1, nearest)) / s)
-    return scores.scatter(1, nearest, 0.0), nearest
+    return scores.scatter(1, nearest, 0.0), nearest  # the 0 as a constant: no gradient of its rounding

@@ -227,3 +227,72 @@ def test_a_bad_tensor_exponent_is_refused_under_vmap_and_compile(name):
     for run in (compiled, lambda n: torch.vmap(function)(n.view(1)), lambda n: torch.func.vjp(function, n)):
         with pytest.raises(ValueError, match="n must be a finite harmonic exponent > 0, got -2"):
             run(torch.tensor(-2.0))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 300.0])
+def test_the_floor_of_the_nearest_distance(size):
+    """On a class vector, and on two at once: 2^-46 (||x||^2 + ||w||^2) + 1e-36 stands for a squared distance of 0."""
+    x, w = (value.double() for value in make())
+    w[1] = 4.0 + size  # far from x; its own norm does not enter
+    x, w[0] = size * w[:1] / w[0].norm(), size * w[0] / w[0].norm()
+    floor = 2.0**-46 * (x.square().sum() + w[0].square().sum()) + 1e-36
+    wanted = -1.5 * torch.log1p((x - w).square().sum(1) / floor)[None]
+    x, w = x.float(), w.float()
+    log_p, (top, indices) = ht.harmonic_logits(x, w, n=3.0), ht.harmonic_topk(x, w, 33, n=3.0)
+    for got, exact in ((log_p, wanted), (top, wanted.gather(1, indices))):
+        torch.testing.assert_close(got[exact < -1].double(), exact[exact < -1], rtol=1e-5, atol=0)
+        assert (got[exact > -1] > -1e-6).all()
+    w[7] = w[0]
+    log_p, (top, indices) = ht.harmonic_logits(x, w, n=3.0), ht.harmonic_topk(x, w, 2, n=3.0)
+    for both in (log_p[:, [0, 7]], top):
+        torch.testing.assert_close(both, torch.full((1, 2), -math.log(2.0)), rtol=1e-5, atol=0)
+    assert indices.sort().values.tolist() == [[0, 7]]
+
+
+@pytest.mark.parametrize("classes", [150, 1000])
+def test_unsure_predictions_among_many_classes(classes):
+    """The sum over the others is many times the nearest's share: softplus is not yet its argument."""
+    x, w = make(5, 16, classes)
+    x = 4.0 * x
+    wanted = exact_log_p(x, w, 0.5)
+    log_p, (top, indices) = ht.harmonic_logits(x, w, n=0.5), ht.harmonic_topk(x, w, 3, n=0.5)
+    torch.testing.assert_close(log_p.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(top.double(), wanted.gather(1, indices), rtol=1e-6, atol=0)
+
+
+def test_gradients_of_sure_predictions_keep_their_digits():
+    """log p of the nearest class is -sum_j (s_c/s_j)^(n/2) to first order, of 1e-12 here, and its gradient as small."""
+    x, w = make()
+    target = torch.arange(len(x))
+    x, up = w[target] + 1e-2 * x, torch.linspace(0.3, 2.0, len(x))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [value.to(dtype).requires_grad_() for value in (x, w)]
+        log_p = ht.harmonic_logits(*leaves, n=6.0)[target, target]
+        found.append((log_p.detach(), *torch.autograd.grad(log_p, leaves, up.to(dtype))))
+    assert found[1][0].abs().max() < 1e-9
+    for got, wanted in zip(*found, strict=True):  # n/2 times fp32's eps times kappa < 10 of the others
+        assert ((got.double() - wanted).norm() <= 2e-5 * wanted.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["harmonic_logits", "harmonic_topk"])
+def test_products_are_in_full_fp32_whatever_the_setting(name, monkeypatch):
+    x, w = make()
+    found, addmm = [], torch.addmm
+    monkeypatch.setattr(
+        torch, "addmm", lambda *a, **k: found.append(torch.get_float32_matmul_precision()) or addmm(*a, **k)
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ht.harmonic_logits(x, w) if name == "harmonic_logits" else ht.harmonic_topk(x, w, 3)
+        assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_distance_of_zero_gives_no_gradient():
+    d = torch.tensor([[0.0, 1.0, 2.0], [0.5, 1.0, 2.0]], requires_grad=True)
+    up = torch.tensor([[0.3, 0.7, 1.1], [0.2, 0.5, 0.9]])
+    (grad,) = torch.autograd.grad(ht.harmax(d, 2.0), d, up)
+    assert torch.equal(grad[0], torch.zeros(3)) and (grad[1] != 0).all()

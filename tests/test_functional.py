@@ -128,6 +128,20 @@ def test_ignore_index_may_be_a_class(backend):
     assert torch.equal(got[1][target == 5], torch.zeros_like(got[1][target == 5]))
 
 
+@pytest.mark.parametrize("ignored", [CLASSES, 255, -7])
+def test_ignored_tokens_have_no_class_weight(backend, ignored):
+    """Whatever number marks them; a target that is no class and no mark is refused all the same."""
+    x, w, target, g = make()
+    target[::3] = ignored
+    options = {"class_weight": torch.linspace(0.5, 2.0, CLASSES), "ignore_index": ignored, "upstream": 0.7}
+    got = gradients(x, w, target, backend=backend, **options)
+    kept = target != ignored
+    wanted = gradients(x[kept], w, target[kept], backend=backend, **options)
+    all_close((got[0], got[1][kept], got[2]), wanted, 1e-6)
+    with pytest.raises(ValueError, match=f"target holds {ignored}, outside"):
+        gradients(x, w, target, backend=backend, **{**options, "ignore_index": -100})
+
+
 def test_mean_is_the_sum_over_the_count_of_kept_tokens(backend):
     x, w, target, _ = make()
     target[1::4] = -100
