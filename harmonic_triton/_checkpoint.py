@@ -1,66 +1,72 @@
-"""Checkpoints that a kill at any moment leaves whole, and fingerprints that tell whose they are."""
+"""Checkpoints that a kill at any moment leaves whole and damage makes loud, and fingerprints that tell whose they are."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harmonic_triton import _files
+
+SEALED = b"\nharmonic_triton, CRC-32 of this file with zeros for it: "  # and the checksum, at the end of a file
 WHOLE = 2**20  # entries of a tensor that are hashed one by one; a larger one is sampled and summed
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], state: Mapping[str, Any], kind: str = "state") -> None:
     """Write ``state`` (tensors, numbers, strings and containers of them) so that ``path`` is the old file or the new one.
 
-    The bytes go to a file beside it, reach the disk (fsync), and take its name in one rename.
+    The bytes go to a file beside it, with a checksum at its end, reach the disk (fsync), and take its name in one rename.
+
+    Args:
+        kind: what it is the state of; :func:`load` asks for the same.
 
     Raises:
         OSError: the directory cannot be written; the old file is untouched.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with _files.replacing(path) as file:
+        torch.save({"kind": kind, "state": dict(state)}, file)
+        file.write(SEALED + b"0" * _files.SEAL)
+        _files.seal(file, file.tell() - _files.SEAL)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable (POSIX; elsewhere the rename alone has to do)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], kind: str = "state", mend: str = "remove it to start over") -> dict[str, Any]:
     """What :func:`save` wrote, on the CPU; no code in the file is run.
+
+    Args:
+        mend: what to do where this fails, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint.
+        ValueError: it is no checkpoint of this kind, or not as it was written.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{os.fspath(path)} is no checkpoint of this package ({error}); remove it") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{os.fspath(path)} holds a {type(state).__name__}, not the state of a run; remove it")
-    return state
+    name = os.fspath(path)
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _files.SEAL - len(SEALED)))
+        if file.read(len(SEALED)) != SEALED:
+            file.seek(0)
+            what = (
+                "has no checksum at its end: it was cut off or damaged, or is of another program or of a version that"
+                " kept none (which alone can go on from it)"
+                if file.read(2) == b"PK"
+                else "is no checkpoint of this package"
+            )
+            raise ValueError(f"{name} {what}; {mend}")
+        if not _files.check_seal(file, size - _files.SEAL):
+            raise ValueError(f"{name} is damaged: its checksum does not match; {mend}")
+        file.seek(0)
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read ({error}); {mend}") from error
+    if not isinstance(found, dict) or found.get("kind") != kind:
+        other = found.get("kind") if isinstance(found, dict) else None
+        raise ValueError(f"{name} holds {other or 'something else'}, not {kind}; {mend}")
+    return found["state"]
 
 
 def check_fingerprint(saved: Mapping[str, str], present: Mapping[str, str]) -> None:

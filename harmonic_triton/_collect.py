@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.data import ConcatDataset, IterableDataset
 
 from harmonic_triton import _checkpoint
+from harmonic_triton._files import Claim
 from harmonic_triton._progress import Progress
 from harmonic_triton.covariance import LARGEST, StreamingCovariance
 from harmonic_triton.kernel_record import ChainRecord
 from harmonic_triton.sgld import Draws, Sampler
 from harmonic_triton.traces import LossTraces
 
+KIND = "the checkpoint of a loss kernel"
 DENSE = 4096  # samples up to which m x m is held whatever the number of draws
 
 
@@ -84,6 +87,7 @@ class Collector:
         backend: str,
         path: Path | None,
         dtype: torch.dtype = torch.bfloat16,
+        run: str | None = None,
     ) -> None:
         self.num_samples = len(initial_losses)
         self.record = ChainRecord(num_chains, num_draws, initial_losses)
@@ -93,7 +97,9 @@ class Collector:
         if chosen(keep, self.num_samples, num_chains * num_draws) == "covariance":
             self.accumulator = StreamingCovariance(self.num_samples, device=device, backend=backend)
         else:
-            self.accumulator = LossTraces(self.num_samples, path=path, dtype=dtype, device=device, backend=backend)
+            self.accumulator = LossTraces(
+                self.num_samples, path=path, dtype=dtype, device=device, backend=backend, run=run
+            )
         self.pending: dict[int, list[Tensor]] = {}
 
     def update(self, draws: Draws) -> None:
@@ -117,6 +123,16 @@ class Collector:
         self.accumulator.update(losses[:, : self.num_samples], chain=chain)
         if self.queries is not None:
             self.queries.update(chain, losses[:, : self.num_samples], losses[:, self.num_samples :])
+
+    def begin(self) -> None:
+        """Drop draws that lie in the directory of traces and that no checkpoint vouches for."""
+        if isinstance(self.accumulator, LossTraces) and self.accumulator.count:
+            self.accumulator.reset()
+
+    def close(self) -> None:
+        """Let others write to the directory of traces."""
+        if isinstance(self.accumulator, LossTraces):
+            self.accumulator.close()
 
     def check(self) -> None:
         """There is a kernel: two draws or more.
@@ -159,30 +175,57 @@ def chosen(keep: str, num_samples: int, num_draws: int) -> str:
     return "covariance" if num_samples <= max(num_draws, DENSE) else "traces"
 
 
-def collect(
-    sampler: Sampler,
-    collector: Collector,
-    directory: Path | None,
-    settings: dict[str, str],
-    seconds: float,
-    progress: bool,
-) -> None:
+class Stored:
+    """The checkpoint of one process's share of a run, ``directory/kernel-RANK.pt``, and the right to write it.
+
+    Args:
+        directory: None keeps nothing.
+        fingerprint: what the run's numbers depend on.
+
+    Attributes:
+        run: a hash of the fingerprint, the traces' ``run``; state: the last checkpoint, None without one.
+
+    Raises:
+        ValueError: the checkpoint is of another run, which is told in what, or damaged. InUseError: another process or
+            thread is at this run.
+    """
+
+    def __init__(self, directory: Path | None, fingerprint: dict[str, str]) -> None:
+        self.fingerprint = fingerprint
+        self.run = hashlib.blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=12).hexdigest()
+        self.path = None if directory is None else directory / f"kernel-{processes()[0]}.pt"
+        self.state: dict[str, Any] | None = None
+        self._claim = None if self.path is None else Claim(self.path.with_suffix(".lock"))
+        if self.path is not None and self.path.exists():
+            try:
+                self.state = _checkpoint.load(
+                    self.path, KIND, "remove it to start this run over, or take a new directory"
+                )
+                _checkpoint.check_fingerprint(self.state["fingerprint"], fingerprint)
+            except BaseException:
+                self.close()
+                raise
+
+    def save(self, sampler: Sampler, collector: Collector) -> None:
+        """Write the present state, in place of the former."""
+        if self.path is not None:
+            parts = {"sampler": sampler.state_dict(), "collector": collector.state_dict()}
+            _checkpoint.save(self.path, {"fingerprint": self.fingerprint, **parts}, KIND)
+
+    def close(self) -> None:
+        """Let others go on with the run."""
+        if self._claim is not None:
+            self._claim.release()
+
+
+def collect(sampler: Sampler, collector: Collector, stored: Stored, seconds: float, progress: bool) -> None:
     """Run the sampler to its end into the collector, from the last checkpoint on."""
-    path = None if directory is None else directory / f"kernel-{processes()[0]}.pt"
-    fingerprint = {**sampler.fingerprint, **settings}
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            state = _checkpoint.load(path)
-            _checkpoint.check_fingerprint(state["fingerprint"], fingerprint)
-            sampler.load_state_dict(state["sampler"])
-            collector.load_state_dict(state["collector"])
-
-    def save() -> None:
-        if path is not None:
-            state = {"fingerprint": fingerprint, "sampler": sampler.state_dict(), "collector": collector.state_dict()}
-            _checkpoint.save(path, state)
-
+    if stored.state is None:
+        collector.begin()
+    else:
+        sampler.load_state_dict(stored.state["sampler"])
+        collector.load_state_dict(stored.state["collector"])
+        stored.state = None
     bar = Progress(sampler) if progress else None
     saved = time.monotonic()
     try:
@@ -191,14 +234,16 @@ def collect(
             if bar is not None:
                 bar.update(draws.losses)
             if time.monotonic() - saved >= seconds or not sampler.remaining:
-                save()
+                stored.save(sampler, collector)
                 saved = time.monotonic()
     finally:
         if bar is not None:
             bar.close()
 
 
-def gather(collector: Collector, rank: int, world: int, directory: Path | None) -> None:
+def gather(
+    collector: Collector, rank: int, world: int, directory: Path | None, dtype: torch.dtype, run: str
+) -> None:
     """Every rank's chains in each rank's collector."""
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (collector.record, collector.queries))
@@ -211,9 +256,9 @@ def gather(collector: Collector, rank: int, world: int, directory: Path | None) 
         collector.accumulator.all_reduce()
         return
     mine, path = collector.accumulator, directory and directory / f"traces-of-all-{rank}"
-    if path is not None:
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier end of this run
-    union = LossTraces(mine.num_samples, path=path, device=mine.device, backend=mine.backend)
+    union = LossTraces(mine.num_samples, path=path, dtype=dtype, device=mine.device, backend=mine.backend, run=run)
+    if union.count:  # of an earlier end of this run
+        union.reset()
     counts = torch.zeros(collector.record.num_chains, dtype=torch.int64, device=mine.device)
     for chain, count in mine.chain_counts.items():
         counts[chain] = count
@@ -226,6 +271,7 @@ def gather(collector: Collector, rank: int, world: int, directory: Path | None) 
             losses.copy_(mine.draws(mine.chains == chain)).add_(mine.reference)
         torch.distributed.broadcast(losses, src=chain % world)
         union.update(losses, chain=chain)
+    mine.close()
     collector.accumulator = union
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("triton", "torch", "reference")
+_INSTALLED = importlib.util.find_spec("triton") is not None  # known before a function is traced, which cannot ask
 _MODULES = {"torch": "harmonic_triton._torch", "triton": "harmonic_triton._triton"}
 
 
@@ -23,6 +24,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _capability(device: torch.device) -> int:
+    """Ten times the compute capability of an NVIDIA GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As torch.compiler.assume_constant_result sets it, without importing dynamo: tracing has no answer from a device.
+
+
 def unsupported_reasons(
     backend: str, device: torch.device, dtype: torch.dtype = torch.float32, *, mixed_smoothing: bool = False
 ) -> list[str]:
@@ -30,15 +41,15 @@ def unsupported_reasons(
     if backend != "triton":
         return []
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         reasons.append("triton is not installed (pip install triton, on Linux)")
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         reasons.append(
             f"tensors are on {device.type!r}; Triton kernels need a GPU (or TRITON_INTERPRET=1 set before the first"
             " call, for checks on small shapes)"
         )
-    elif device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    elif device.type == "cuda" and torch.version.cuda and _capability(device) < 80:
+        major, minor = divmod(_capability(device), 10)
         reasons.append(f"compute capability {major}.{minor} is below 8.0")
     if dtype == torch.float64:
         reasons.append("float64 is computed by the torch backend only")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonic_triton._numerics import full_fp32
+from harmonic_triton._numerics import exact_products
 
 SPARE = 4  # candidates beyond k
 PANEL = {"cpu": 1024, "cuda": 8192}  # samples along a side of a tile of the PyTorch search
@@ -79,7 +79,7 @@ def unpack_index(key: Tensor) -> Tensor:
 
 def empty_keys(rows: int, width: int, device: torch.device) -> Tensor:
     """(rows, width) keys of score -infinity, no two of a row the same."""
-    score = torch.full((width,), -math.inf, device=device)
+    score = torch.full((width,), -math.inf, dtype=torch.float32, device=device)
     return pack(score, torch.arange(width, device=device)).repeat(rows, 1)
 
 
@@ -92,7 +92,7 @@ def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[i
     work += [(i, j) for i in own for j in own if i.start <= j.start]
     work += [(i, j) for i in own for j in above]
     held, left = range(0), torch.empty(0)
-    with full_fp32():
+    with exact_products(problem.device):
         for done, (i, j) in enumerate(work, 1):
             if i != held:
                 held, left = i, _standardised(problem, i)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     @classmethod
     def zeros(cls, count: int, like: Tensor, moments: bool, smoothing: bool) -> Rows:
         """Room for ``count`` tokens; ``moments`` and ``smoothing`` say which sums are wanted."""
-        lengths = (count, *2 * (count * moments,), *4 * (count * smoothing,), count, count)
+        lengths = (count, *2 * (count if moments else 0,), *4 * (count if smoothing else 0,), count, count)
         return cls._make([*(like.new_zeros(k) for k in lengths), like.new_zeros(count, dtype=torch.int64)])
 
     def select(self, index: Tensor | slice) -> Rows:
@@ -78,9 +78,9 @@ _restore_precision: Callable[[], None]
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products in fp32 whatever the global setting: TF32 puts s_c off by 26 % near a class vector.
+    """Products accumulate and stay in fp32 whatever the global settings: TF32 puts s_c off by 26 % near a class vector.
 
-    The setting is the process's: the first of several threads changes it and the last one puts it back.
+    The settings are the process's: the first of several threads changes them and the last one puts them back.
     """
     global _precision_users, _restore_precision
     with _precision_lock:
@@ -96,14 +96,31 @@ def full_fp32() -> Iterator[None]:
                 _restore_precision()
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products of tensors on ``device`` in their own dtype, whatever autocast surrounds the call."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor the precision setting reaches the products of fp32 tensors on ``device``."""
+    with no_autocast(device), full_fp32():
+        yield
+
+
 def _highest_precision() -> Callable[[], None]:
     """Set full precision through the interface that the user's setting came by (torch refuses a mix); returns the undo."""
     backends: Any = torch.backends
     products = (getattr(backends.cuda, "matmul", None), getattr(backends.mkldnn, "matmul", None))
+    halves = backends.cuda.matmul.allow_fp16_accumulation  # with it a product of fp16 in fp32 is refused
+    backends.cuda.matmul.allow_fp16_accumulation = False
     places: list[Any] = [place for place in products if hasattr(place, "fp32_precision")]
     before = [place.fp32_precision for place in places]
 
     def restore(legacy: str | None) -> None:
+        backends.cuda.matmul.allow_fp16_accumulation = halves
         if legacy is not None:
             torch.set_float32_matmul_precision(legacy)
         for place, value in zip(places, before, strict=True):

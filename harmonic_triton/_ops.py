@@ -6,6 +6,7 @@ Imports torch only; a backend is imported when an operator runs on it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +35,17 @@ _LIBRARY.define(
     " float alpha, int ignore_index, bool need_x, bool need_w, bool need_n, bool moments, str backend, int budget)"
     f" -> (Tensor loss, Tensor dx, Tensor dw, Tensor dn, {_ROWS})"
 )
+_LIBRARY.define("positive(Tensor value, str what) -> Tensor")
+
+
+def known(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Which targets are classes or to be ignored."""
+    return ((target >= 0) & (target < classes)) | (target == ignore_index)
 
 
 def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor | None) -> None:
     """The checks that need values: at once on the CPU, by a device-side assert on a GPU."""
-    ok = ((target >= 0) & (target < classes)) | (target == ignore_index)
+    ok = known(target, classes, ignore_index)
     if target.device.type == "cpu":
         if not bool(ok.all()):
             worst = target[~ok][0].item()
@@ -62,27 +69,72 @@ def check_exponent(n: Tensor) -> None:
         torch._assert_async(good, "harmonic_triton: n must be finite and > 0")
 
 
+def _positive(value: Tensor, what: str) -> Tensor:
+    good = (value > 0) & value.isfinite()
+    if value.device.type != "cpu":
+        torch._assert_async(good.all(), f"harmonic_triton: {what}")
+    elif not bool(good.all()):
+        raise ValueError(f"{what}, got {value[~good].flatten()[0].item()}")
+    return value.clone()
+
+
+def positive(value: Tensor, what: str) -> Tensor:
+    """The value, if it is positive and finite: otherwise a ValueError on the CPU, a device-side assert on a GPU.
+
+    It is an operator so that ``vmap`` and ``torch.compile`` check as well. ``what`` names it and says what it must be.
+    """
+    checked = torch.ops.harmonic_triton.positive(value.detach(), what)
+    return torch.where(checked > 0, value, 0)  # the value with its derivatives; no compiler can drop the check
+
+
+_LIBRARY.impl("positive", _positive, "CompositeExplicitAutograd")
+torch.library.register_fake("harmonic_triton::positive", lambda value, what: torch.empty_like(value), lib=_LIBRARY)
+torch.library.register_vmap(
+    "harmonic_triton::positive",
+    lambda info, in_dims, value, what: (torch.ops.harmonic_triton.positive(value, what), in_dims[0]),
+    lib=_LIBRARY,
+)
+
+
 def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autograd, and without autocast, which would round the operands of every product inside."""
+    """Without autograd, and without autocast, which would round the operands of every product inside.
+
+    Vectors arrive dense and, as numbers do, on a boundary of 16 bytes, whatever their strides were: a kernel reads one
+    entry after the other, and is compiled once more for every other alignment.
+    """
 
     @functools.wraps(run)
     def body(x: Tensor, *args: Any) -> Any:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return run(x, *args)
+            return run(x, *(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args))
 
     return body
+
+
+def _dense(vector: Tensor) -> Tensor:
+    vector = vector.contiguous()
+    return vector.clone() if vector.data_ptr() % 16 else vector
+
+
+def _inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Targets that can index, and which were bad: a device whose assert does nothing (ROCm's) goes on with them."""
+    bad = ~known(target, classes, ignore_index)
+    return target.masked_fill(bad, 0), bad
 
 
 @_plainly
 def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
     check_values(target, len(w), ignore_index, n)
+    target, bad = _inside(target, len(w), ignore_index)
     rows = backend_module(backend).rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, budget)
+    rows.nll.masked_fill_(bad, math.nan)
     return tuple(rows)
 
 
 @_plainly
 def _rows_backward(x, w, target, n, v, g, g_smooth, *rest):  # type: ignore[no-untyped-def]
     *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget = rest
+    target, _ = _inside(target, len(w), ignore_index)
     run = backend_module(backend).rows_backward
     return run(x, w, target, n, v, g, g_smooth, Rows(*rows), eps, alpha, ignore_index, need_x, need_w, budget)
 
@@ -92,9 +144,13 @@ def _reduced_forward(  # type: ignore[no-untyped-def]
     x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, backend, budget
 ):
     check_values(target, len(w), ignore_index, n)
+    target, bad = _inside(target, len(w), ignore_index)
     run = backend_module(backend).reduced_forward
-    *out, rows = run(x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, budget)
-    return *out, *rows
+    loss, *gradients, rows = run(
+        x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, budget
+    )
+    rows.nll.masked_fill_(bad, math.nan)
+    return loss.masked_fill_(bad.any(), math.nan), *gradients, *rows
 
 
 def _rows_forward_fake(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
@@ -148,13 +204,52 @@ def requires_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad
 
 
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents: inside ``torch.func.jvp`` and the like, or ``forward_ad.dual_level``."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+class _NoTangent(torch.autograd.Function):
+    """Passes its tensor through; a tangent that it carries is an error instead of being dropped."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:  # type: ignore[override]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], tensor: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return _NoTangent.apply(tensor), in_dims[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError(
+            "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual"
+            ' tensors); use jacrev or grad, or backend="reference" (dense, fp64), which has one'
+        )
+
+
+def without_tangents(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same tensors; in forward mode an error for one with a tangent, which the operators would not see."""
+    if not forward_mode():
+        return tensors
+    return tuple(None if tensor is None else _NoTangent.apply(tensor) for tensor in tensors)
+
+
 class _FirstOrderOnly(torch.autograd.Function):
     """Passes gradients through; differentiating them again is an error instead of a silent zero."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dx: Tensor, dw: Tensor, dn: Tensor, x: Tensor, w: Tensor, n: Tensor, *upstream: Tensor):  # type: ignore[no-untyped-def]
+    def forward(dx, dw, dn, x, w, n, g, g_smooth):  # type: ignore[no-untyped-def]  # no *args: dynamo counts parameters
         return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn)
 
     @staticmethod
@@ -203,8 +298,7 @@ class RowsFunction(torch.autograd.Function):
                 x, w, target, n, v, g, g_smooth, *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget
             )
         dn = exponent_gradient(rows, n, g, g_smooth).to(n.dtype) if need_n else rows.nll.new_zeros(())
-        upstream = (g,) if g_smooth is None else (g, g_smooth)
-        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, *upstream)
+        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g, g_smooth)
         return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 8
 
 
@@ -233,6 +327,6 @@ class ReducedFunction(torch.autograd.Function):
             raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
         dx, dw, dn = (d * g for d in saved)
         dx, dw = dx.to(x.dtype), dw.to(w.dtype)
-        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g)
+        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g, None)
         need_x, need_w, need_n = ctx.needs_input_grad[:3]
         return dx if need_x else None, dw if need_w else None, dn if need_n else None, *(None,) * 13

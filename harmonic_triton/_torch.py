@@ -1,8 +1,9 @@
 """The PyTorch backend: chunks of tokens inside a memory budget, leave-one-out numerics, never N x V whole.
 
-With ``s_j = ||x - w_j||^2 + eps`` and ``c`` the target: ``r_j = s_j/s_c - 1``, the log-score relative to the target
-``z_j = -(n/2) log1p(r_j)``, and ``nll = softplus(logsumexp_{j != c} z_j)``. Two classes of every row are measured
-directly, in fp64, and kept out of the matrix products: the target and the *rival*, its nearest competitor.
+With ``s_j = ||x - w_j||^2 + eps``, ``c`` the target and ``s_ref`` a squared distance, s_c unless other classes must be much
+nearer: ``r_j = s_j/s_ref - 1``, log-scores ``-(n/2) log1p(r_j)``, relative to the target's (then ``z_j``) once ``base`` is
+added, and ``nll = softplus(logsumexp_{j != c} z_j)``. Two classes of every row are measured directly, in fp64, and kept
+out of the matrix products: the target and the *rival*, its nearest competitor.
 With ``G_j = d loss / d z_j`` and ``A_j = -n G_j / s_j``: ``dX = sum_j A_j (x - w_j)``, ``dW_j = -A_j (x - w_j)``.
 Cross-entropy is the same with ``z_j = x.w_j - x.w_c`` and ``dX = sum_j G_j w_j``, ``dW_j = G_j x``.
 """
@@ -33,6 +34,7 @@ from harmonic_triton._numerics import (
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for the chunk; about 1300 tokens at GPT-2's vocabulary
 COLUMN_BLOCK = 512  # classes in one product x @ W.T on a CPU: 1.3 times the rate of the whole width at once
 LINE = 16  # entries in a cache line; a chunk's rows are an odd number of lines apart: 2 to 4 % of the products' time
+LARGE_SCORE = 2.0**20  # up to here fp32 rounds a log-score by a sixteenth at most
 LOG2E = math.log2(math.e)  # exponentials are taken to base 2: on a CPU three times as fast
 TILE_ELEMENTS = 2**20  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
 
@@ -45,16 +47,18 @@ class Head:
     n: Tensor | None  # () harmonic exponent; None: the scores are dot products
     eps: float
     norms: Tensor  # (V,) ||w_j||^2, empty with dot products
+    norm_range: tuple[Tensor, Tensor]  # () each: the smallest and the largest of them
     v: Tensor  # (V,) smoothing weights, empty where there are none
     alpha: float  # of the uniform mix, for the smoothing term
 
     @classmethod
     def of(cls, w: Tensor, n: Tensor | None, v: Tensor | None, eps: float, alpha: float) -> Head:
         weight = w.to(compute_dtype(w.dtype))
-        norms = weight.new_empty(0)
+        norms, norm_range = weight.new_empty(0), (weight.new_zeros(()), weight.new_zeros(()))
         if n is not None:
             n, norms = n.to(weight.dtype), torch.linalg.vector_norm(weight, dim=1).square_()
-        return cls(weight, n, eps, norms, weight.new_empty(0) if v is None else v.to(weight.dtype), alpha)
+            norm_range = torch.aminmax(norms)
+        return cls(weight, n, eps, norms, norm_range, weight.new_empty(0) if v is None else v.to(weight.dtype), alpha)
 
     @property
     def mix(self) -> float:
@@ -90,12 +94,14 @@ class Terms(NamedTuple):
 class Chunk(ABC):
     """Some tokens against every class. Per-token values are fp64 columns (C, 1); ``ratio`` is the only (C, V) array.
 
-    A subclass fills ``ratio`` with what, once ``shift`` is added, falls as a class's score rises and is 0 at the target.
+    A subclass fills ``ratio`` with what, once ``shift`` is added, falls as a class's score rises. Log-scores of ratios are
+    relative to a reference of the token's own; ``base`` makes them relative to the target's, the z_j of ``Rows``.
     ``scan`` goes over it tile by tile; ``rows`` turns what it found into results, for one tile or for all at once.
     """
 
     rival: Tensor  # (C, 1) the best class beside the target
-    offset: Tensor  # (C, 1) its log-score by the products
+    offset: Tensor  # (C, 1) its log-score by the products, relative to the reference
+    base: Tensor  # (C, 1) what a log-score relative to the reference lacks to be relative to the target's
     mass: Tensor  # (C, 1) sum of exp(z_j - offset) over every class but target and rival
     nll: Tensor  # (C, 1)
     rival_score: Tensor  # (C, 1) its log-score, measured directly
@@ -116,11 +122,11 @@ class Chunk(ABC):
 
     @abstractmethod
     def log_scores(self, ratio: Tensor, out: Tensor) -> Tensor:
-        """z of ratios."""
+        """Log-scores of ratios, relative to the reference."""
 
     @abstractmethod
     def exp_scores(self, ratio: Tensor, offset: Tensor, out: Tensor) -> Tensor:
-        """exp(z - offset) of ratios; offset (tokens, 1)."""
+        """exp(log-score - offset) of ratios, at most 1 where ``offset`` (tokens, 1) is the best of them."""
 
     @abstractmethod
     def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
@@ -146,13 +152,17 @@ class Chunk(ABC):
     def others(self, rival: Tensor, offset: Tensor, tile: slice) -> Tensor:
         """exp(z_j - offset) for every class but the target and the rival, which get 0."""
         ratio = self.ratio[tile].scatter_(1, rival, math.inf)
-        return self.exp_scores(ratio, offset, self.work[0, : len(ratio)])
+        rest = self.exp_scores(ratio, offset, self.work[0, : len(ratio)])
+        # the difference of two log-scores beyond this may round to more than an exponential holds; seldom needed, too
+        if rest.device.type != "cpu" or not bool((offset.abs() < LARGE_SCORE).all()):
+            rest.clamp_max_(1.0)
+        return rest
 
     def scan(self, tile: slice) -> Tensor:
         """exp(z_j - offset) for every class but target and rival, which get 0."""
         ratio, floor = self.begin(tile), self.floor(tile)
         nearest, rival = _row_min(ratio)
-        # seldom needed; a GPU does it rather than wait for the answer
+        # seldom needed; a GPU clamps rather than wait for the answer
         if floor is not None and (floor.device.type != "cpu" or not bool((nearest >= floor).all())):
             torch.maximum(ratio, floor, out=ratio)
             nearest = torch.maximum(nearest, floor)
@@ -166,6 +176,7 @@ class Chunk(ABC):
         """Per-token results of what was scanned; ``complete`` adds the sums over the classes."""
         rival, offset, on_target = self.rival[tile], self.offset[tile], self.on_target[tile]
         rival_score, identical = self.measure_rival(rival, tile)
+        offset = offset + self.base[tile]
         total = torch.logaddexp(rival_score, offset + self.mass[tile].log())
         # nobody else has a share where x is on its target, or a class at the same place has half
         rival_score = rival_score.masked_fill(on_target, -math.inf)
@@ -184,25 +195,29 @@ class Chunk(ABC):
         """The sums that ``rows`` has room for; returns p_j of every class but target and rival."""
         head, target, rival = self.head, self.target[tile], self.rival[tile]
         p = rest * self.share[tile].to(rest.dtype)
-        nll, rival_score = self.nll[tile], self.rival_score[tile]
-        score = self.log_scores(self.ratio[tile], self.work[1, : len(p)])
-        score.scatter_(1, target, 0.0).scatter_(1, rival, rival_score.to(p.dtype).nan_to_num(neginf=0.0))
+        nll, rival_score, base = self.nll[tile], self.rival_score[tile], self.base[tile]
+        no_rival = rival_score == -math.inf
+        score = self.log_scores(self.ratio[tile], self.work[1, : len(p)])  # relative to the reference: it keeps its digits
+        score.scatter_(1, rival, (rival_score - base).masked_fill(no_rival, 0.0).to(p.dtype))
+        score.scatter_(1, target, -base.to(p.dtype))
+        own_nll, base = nll - base, base.squeeze(1)  # -log p_j is own_nll less the score of j
         every = p.scatter(1, rival, (rival_score - nll).exp().to(p.dtype))
         every.scatter_(1, target, (-nll).exp().to(p.dtype))
         if len(rows.entropy):
             on_target = self.on_target[tile]
-            rows.score_mean.copy_((every * score).sum(1).masked_fill_(on_target.squeeze(1), 0.0))
-            apart = (nll - rival_score).masked_fill(rival_score == -math.inf, 0.0)
+            rows.score_mean.copy_(((every * score).sum(1) + base).masked_fill_(on_target.squeeze(1), 0.0))
+            apart = (nll - rival_score).masked_fill(no_rival, 0.0)
             entropy = (-nll).exp() * nll + (-apart).exp() * apart
-            entropy += (p * (nll.to(p.dtype) - score)).sum(1, keepdim=True)
+            entropy += (p * (own_nll.to(p.dtype) - score)).sum(1, keepdim=True)
             rows.entropy.copy_(torch.where(on_target, nll, entropy.clamp_min_(0.0)).squeeze(1))
         if head.smoothing:
             share = head.share(every, head.v)
-            rows.share_score.copy_((share * score).sum(1))
-            rows.share_sum.copy_(share.sum(1))
+            share_sum, share_score = share.sum(1), (share * score).sum(1)
+            rows.share_score.copy_(share_score + share_sum * base)
+            rows.share_sum.copy_(share_sum)
             rows.share_rest.copy_(share.scatter(1, target, 0.0).sum(1))
             rows.smooth.copy_(-torch.log((every + head.mix) / (1 + head.alpha)) @ head.v if head.mix
-                              else rows.share_sum * rows.nll - rows.share_score)  # fmt: skip
+                              else share_sum * own_nll.squeeze(1) - share_score)  # fmt: skip
         return p
 
     def forward(self, moments: bool, out: Rows) -> Iterator[tuple[slice, Tensor]]:
@@ -238,7 +253,7 @@ class Chunk(ABC):
 
 
 class HarmonicChunk(Chunk):
-    """Ratio r_j = s_j/s_c - 1, z_j = -(n/2) log1p(r_j); the products take s_c G_j/s_j."""
+    """Ratio r_j = s_j/s_ref - 1, log-scores -(n/2) log1p(r_j); the products take s_ref G_j/s_j."""
 
     def __init__(self, head: Head, x: Tensor, target: Tensor, ratio: Tensor, work: Tensor, n: Tensor) -> None:
         super().__init__(head, x, target, ratio, work)
@@ -247,15 +262,24 @@ class HarmonicChunk(Chunk):
         self.x_sq = _squares(x)
         self.target_diff, self.target_ref = self.direct(self.target, slice(None))
         self.on_target = self.target_ref + head.eps == 0
-        self.scale = (self.target_ref + head.eps).clamp_min(100 * info.tiny)  # s_c, able to divide
-        self.scale = torch.maximum(self.scale, info.eps**2 * 1e-6 * self.x_sq)
-        # r_j = (u_j - u_c)/s_c with u_j = ||w_j||^2 - 2 x.w_j; ||x||^2 has dropped out
+        least, least_share = 100 * info.tiny, info.eps**2 * 1e-6
+        self.target_sq = (self.target_ref + head.eps).clamp_min(least)  # s_c, able to divide
+        self.target_sq = torch.maximum(self.target_sq, least_share * self.x_sq)
+        # r_j = (u_j - u_ref)/s_ref with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out. Relative to a target much
+        # farther than other classes their distances would lose digits: some class is within twice ``near``.
+        smallest, largest = (norm.double() for norm in head.norm_range)
+        near = self.x_sq + smallest + head.eps
+        self.scale = torch.where(self.target_sq > 4 * near, near, self.target_sq)
+        self.scale = torch.maximum(self.scale, least_share * largest).clamp_min(least)  # ratios stay inside fp32
+        self.by_target = self.scale == self.target_sq
+        offset = torch.where(self.by_target, self.target_ref, self.scale - head.eps) - self.x_sq
+        self.base = 0.5 * n.double() * torch.log(self.target_sq / self.scale)
         inverse = self.scale.reciprocal()
         left = x * (-2 * inverse).to(x.dtype)
         for part, columns in _column_blocks(ratio):
             torch.mm(left, head.weight[columns].t(), out=part)
         self.inverse = inverse.to(x.dtype)
-        self.shift = ((self.x_sq - self.target_ref) * inverse).to(x.dtype)  # -u_c/s_c
+        self.shift = (-offset * inverse).to(x.dtype)
         # below this the expansion is rounding noise
         floor = 4 * info.eps * torch.maximum(self.x_sq, self.scale)
         self.ratio_floor = ((floor - self.scale) * inverse).to(x.dtype)
@@ -290,7 +314,7 @@ class HarmonicChunk(Chunk):
 
     def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         _, s, floor = self.rival_distance(rival, tile)
-        score = -0.5 * self.n.double() * torch.log(s / self.scale[tile])
+        score = -0.5 * self.n.double() * torch.log(s / self.target_sq[tile])
         return score.masked_fill(rival == self.target[tile], -math.inf), s <= floor
 
     def spread(self, p: Tensor, tile: slice) -> Tensor:
@@ -299,14 +323,14 @@ class HarmonicChunk(Chunk):
         return torch.stack([p.sum(1), torch.mul(p, ratio, out=work).sum(1)], 1)
 
     def terms(self, rival: Tensor, g_others: Tensor, g_rival: Tensor, upstream: Tensor, sums: Tensor) -> Terms:
-        n, head, x, s_c, target = self.n.double(), self.head, self.x, self.scale, self.target
+        n, head, x, s_c, target = self.n.double(), self.head, self.x, self.target_sq, self.target
         rival_diff, s_r, floor = self.rival_distance(rival, slice(None))
         skip_rival = self.on_target | (s_r <= floor) | (rival == target)
-        factor = (n / s_c * upstream).masked_fill(self.on_target, 0.0)
+        factor = (n / self.scale * upstream).masked_fill(self.on_target, 0.0)
         a_target = (n * g_others / s_c).masked_fill(self.on_target, 0.0)
         a_rival = (-n * g_rival / s_r).masked_fill(skip_rival, 0.0)
         # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.
-        far = (s_c > head.norms[target].double()) & (s_r > head.norms[rival].double())
+        far = (s_c > head.norms[target].double()) & (s_r > head.norms[rival].double()) & self.by_target
         r_form = (n * g_rival * (s_r - s_c) / (s_r * s_c)).masked_fill(skip_rival, 0.0) + factor * sums[:, 1:]
         on_x = torch.where(far, r_form, -factor * sums[:, :1]).to(x.dtype)
         special = [
@@ -324,6 +348,7 @@ class DotChunk(Chunk):
         own = self.direct(self.target, slice(None))
         self.target_ref = own.masked_fill(own.isinf(), math.nan)  # as log-softmax has it
         self.on_target = torch.zeros_like(self.target_ref, dtype=torch.bool)
+        self.base = torch.zeros_like(self.target_ref)
         self.shift = self.target_ref.to(x.dtype)
         left = -x
         for part, columns in _column_blocks(ratio):
@@ -343,7 +368,8 @@ class DotChunk(Chunk):
 
     def measure_rival(self, rival: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         score = self.direct(rival, tile) - self.target_ref[tile]
-        return score.masked_fill(rival == self.target[tile], -math.inf), self.on_target[tile]
+        no_rival = 0 * self.target_ref[tile] - math.inf  # NaN if the target's logit is
+        return torch.where(rival == self.target[tile], no_rival, score), self.on_target[tile]
 
     def spread(self, p: Tensor, tile: slice) -> None:
         return None
@@ -522,7 +548,8 @@ def rows_backward(
                 ratio, floor = chunk.begin(tile), chunk.floor(tile)
                 if floor is not None:
                     torch.maximum(ratio, floor, out=ratio)
-                p = chunk.others(chunk.rival[tile], mine.nll[tile].unsqueeze(1), tile).clamp_max_(1.0)
+                nll = mine.nll[tile].double().unsqueeze(1) - chunk.base[tile]
+                p = chunk.others(chunk.rival[tile], nll, tile).clamp_max_(1.0)
                 if up_smooth is not None:
                     p = chunk.smoothed(tile, p, mine.select(tile), up[tile], up_smooth[tile])
                 _keep(sums, tile, chunk.coefficients(tile, p))

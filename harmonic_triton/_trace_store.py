@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FORMAT = 1
+from harmonic_triton import _checkpoint
+from harmonic_triton._files import PIECE, SEAL, Blocks, Claim, InUseError
+
+KIND = "the state of loss traces, format 2"
+MEND = "restore it from a copy, or remove the directory, and a checkpoint that counts on it, to draw again"
 
 
 @dataclass(frozen=True)
@@ -52,121 +58,174 @@ class MemoryStore:
     def commit(self, state: State) -> None:
         """Memory does not outlive the process: nothing to do."""
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class FileStore:
-    """Draws in a directory: what counts is what ``header.json`` says, whatever else a killed process has left.
+    """Draws in a directory: what counts is what ``state.pt`` says, whatever else a killed process has left.
 
-    ``draws.bin`` holds (count, m) values and perhaps more, ``state-0.npz`` and ``state-1.npz`` in turn the sums and chains;
-    the header names the valid one. It is written last, beside the old one, and takes its place in one step.
+    ``draws.bin`` holds (count, m) values and perhaps more; ``state.pt``, sealed and replaced at every commit, the sums,
+    the chains, whose run it is and the checksums of the draws; ``lock`` is its writer's.
     """
 
-    def __init__(self, path: Path, num_samples: int, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(self, path: Path, num_samples: int, dtype: torch.dtype, capacity: int, run: str | None) -> None:
         self.path, self.num_samples, self.dtype, self.capacity = path, num_samples, dtype, capacity
-        self.header = read_header(path)
-        self.file: IO[bytes] | None = None
-        if self.header is not None:
-            self._check_header(self.header)
+        self.blocks = Blocks(path / "draws.bin", num_samples * dtype.itemsize, MEND)
+        self.found = read_state(path)
+        self.run = run
+        self._claim: Claim | None = None
+        if self.found is not None:
+            self._check(self.found)
+            self.run = self.found["run"]
+            self.blocks.load_state_dict(self.found["blocks"])
+            self.blocks.check_size()
+        self._stamp = _stamp(path)
 
-    def _check_header(self, header: dict) -> None:
+    def _check(self, found: dict[str, Any]) -> None:
         for name, here in (("num_samples", self.num_samples), ("dtype", str(self.dtype))):
-            if header[name] != here:
+            if found[name] != here:
                 raise ValueError(
-                    f"path={str(self.path)!r} holds traces of {name} {header[name]}, asked for {here};"
+                    f"path={str(self.path)!r} holds traces of {name} {found[name]}, asked for {here};"
                     " name another path, or open it with LossTraces.open(path)"
                 )
-        size, wanted = (self.path / "draws.bin").stat().st_size, header["count"] * self._row_bytes
-        if size < wanted:
-            raise ValueError(f"{self.path / 'draws.bin'} is damaged: {size} bytes, its header counts {wanted}")
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.num_samples * self.dtype.itemsize
+        if self.run is not None and found["run"] != self.run:
+            raise ValueError(
+                f"path={str(self.path)!r} holds the draws of another run ({found['run'] or 'without a name'}, this is"
+                f" {self.run}), and those of two are not to be mixed: take another directory, or remove this one if its"
+                " draws are not needed"
+            )
 
     def state(self, device: torch.device) -> State | None:
         """What the directory held when it was opened, sums on ``device``; None for a new one."""
-        if self.header is None:
+        if self.found is None:
             return None
-        with np.load(self.path / self.header["state"]) as arrays:
-            reference, sums, chains = (torch.from_numpy(arrays[name]) for name in ("reference", "sums", "chains"))
-        dead = {int(chain): number for chain, number in self.header["dead"].items()}
+        reference = self.found["reference"]
         return State(
-            self.header["count"], reference.to(device) if len(reference) else None, sums.to(device), chains, dead
+            self.found["count"],
+            None if reference is None else reference.to(device),
+            self.found["sums"].to(device),
+            self.found["chains"],
+            dict(self.found["dead"]),
         )
 
     def write(self, start: int, draws: Tensor) -> None:
-        """Put draws (k, m) at rows start ... start + k; they count from the next commit on."""
-        file = self._opened()
-        file.seek(start * self._row_bytes)
-        file.write(draws.contiguous().cpu().view(torch.uint8).numpy().data)
-        _sync(file)
+        """Put draws (k, m) at rows start ... start + k, behind all that count; they count from the next commit on."""
+        self._claimed()
+        self.blocks.cut(start)  # of an update that could not be committed
+        self.blocks.append(draws)
+        self.blocks.sync()
 
     def read(self, count: int) -> Tensor:
-        """The first draws, (count, m), memory-mapped."""
-        name, size = str(self.path / "draws.bin"), count * self.num_samples
+        """The first draws, (count, m), memory-mapped, once they have been compared with their checksums."""
+        name, size = str(self.blocks.path), count * self.num_samples
         if size == 0:
             return torch.empty(count, self.num_samples, dtype=self.dtype)
+        self.blocks.verify()
         return torch.from_file(name, shared=False, size=size, dtype=self.dtype).view(count, self.num_samples)
 
     def commit(self, state: State) -> None:
         """Make ``state`` what counts; a process killed in here leaves the previous one."""
-        self._opened()
-        slot = 1 if self.header is not None and self.header["state"] == "state-0.npz" else 0
-        name = f"state-{slot}.npz"
-        reference = np.empty(0) if state.reference is None else state.reference.cpu().numpy()
-        with open(self.path / name, "wb") as file:
-            np.savez(file, reference=reference, sums=state.sums.cpu().numpy(), chains=state.chains.numpy())
-            _sync(file)
-        header = {
-            "format": FORMAT, "num_samples": self.num_samples, "dtype": str(self.dtype), "count": state.count,
-            "dead": {str(chain): number for chain, number in state.dead.items()}, "state": name,
-        }  # fmt: skip
-        with open(self.path / "header.json.new", "w") as text:
-            json.dump(header, text)
-            _sync(text)
-        os.replace(self.path / "header.json.new", self.path / "header.json")
-        self.header = header
+        self._claimed()
+        self.blocks.cut(state.count)
+        found = {
+            "num_samples": self.num_samples,
+            "dtype": str(self.dtype),
+            "run": self.run,
+            "blocks": self.blocks.state_dict(),
+            "count": state.count,
+            "reference": None if state.reference is None else state.reference.cpu(),
+            "sums": state.sums.cpu(),
+            "chains": state.chains,
+            "dead": dict(state.dead),
+        }
+        _checkpoint.save(self.path / "state.pt", found, KIND)
+        for old in ("header.json", "header.json.new", "state-0.npz", "state-1.npz"):  # of format 1, read when opened
+            (self.path / old).unlink(missing_ok=True)
+        self._stamp = _stamp(self.path)
 
-    def _opened(self) -> IO[bytes]:
-        """draws.bin, open for writing by this object alone."""
-        if self.file is None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = os.fdopen(os.open(self.path / "draws.bin", os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-            _lock(file, self.path)
-            if read_header(self.path) != self.header:
-                raise RuntimeError(f"path={str(self.path)!r}: another process has added draws since; open it again")
-            if self.capacity and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self.capacity * self._row_bytes)
-            self.file = file
-        return self.file
+    def _claimed(self) -> None:
+        """The right to write, and draws.bin with the room that was asked for."""
+        if self._claim is not None and self._claim.held:
+            return
+        claim = Claim(self.path / "lock")
+        if _stamp(self.path) != self._stamp:
+            claim.release()
+            raise InUseError(f"path={str(self.path)!r}: another writer has added draws since; open it again")
+        if self.capacity and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.blocks.opened().fileno(), 0, self.capacity * self.blocks.row_bytes)
+        self._claim = claim
+
+    def close(self) -> None:
+        """Let others write, until the next draw."""
+        self.blocks.close()
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
 
-def read_header(path: Path) -> dict | None:
-    """The header of a directory of traces; None where there is none yet."""
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What a directory of traces says of itself; None where there are none yet.
+
+    Raises:
+        ValueError: it is damaged, or of another format.
+    """
     try:
-        header = json.loads((path / "header.json").read_text())
+        return _checkpoint.load(path / "state.pt", KIND, MEND)
+    except FileNotFoundError:
+        return _read_format_1(path)
+
+
+def _stamp(path: Path) -> bytes | None:
+    """The checksum of the state that is committed; None without one."""
+    try:
+        with open(path / "state.pt", "rb") as file:
+            file.seek(-SEAL, os.SEEK_END)
+            return file.read()
     except FileNotFoundError:
         return None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path / 'header.json'} has format {header.get('format')!r}; this version reads {FORMAT}")
-    return header
 
 
-def _sync(file: IO) -> None:
-    """On the disk before anything that follows."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """One writer at a time; the lock ends with its process. Systems without fcntl go without."""
+def _read_format_1(path: Path) -> dict[str, Any] | None:
+    """The state of traces from before there were checksums, with those of the draws as they are found."""
+    if not (path / "header.json").exists():
+        return None
     try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RuntimeError(
-            f"path={str(path)!r} is being written by another process (or another LossTraces of this one);"
-            " give every writer a path of its own"
-        ) from None
+        header = json.loads((path / "header.json").read_text())
+        with np.load(path / header["state"]) as arrays:
+            reference, sums, chains = (torch.from_numpy(arrays[name]) for name in ("reference", "sums", "chains"))
+        count, samples = header["count"], header["num_samples"]
+        row_bytes = samples * getattr(torch, header["dtype"].removeprefix("torch.")).itemsize
+        dead = {int(chain): number for chain, number in header["dead"].items()}
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or holds no traces ({type(error).__name__}: {error}); {MEND}") from error
+    if header.get("format") != 1 or len(chains) != count or sums.shape != (2, samples):
+        raise ValueError(
+            f"{path} is damaged: format {header.get('format')!r}, {count} draws in its header, {len(chains)} in its state;"
+            f" {MEND}"
+        )
+    warnings.warn(
+        f"{path} was written before draws had checksums: whether they are as they were cannot be told. The next draw that"
+        " is added gives them checksums",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    checksum, left = 0, count * row_bytes
+    if left:
+        with open(path / "draws.bin", "rb") as file:
+            while left and (piece := file.read(min(left, PIECE))):
+                checksum, left = zlib.crc32(piece, checksum), left - len(piece)
+    return {
+        "num_samples": samples,
+        "dtype": header["dtype"],
+        "run": None,
+        "blocks": {
+            "ends": torch.tensor([count] if count else [], dtype=torch.int64),
+            "checksums": torch.tensor([checksum] if count else [], dtype=torch.int64),
+        },
+        "count": count,
+        "reference": reference if len(reference) else None,
+        "sums": sums,
+        "chains": chains,
+        "dead": dead,
+    }

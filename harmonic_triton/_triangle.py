@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harmonic_triton._numerics import full_fp32
+from harmonic_triton._numerics import exact_products
 
 PACKED = 1  # gap of LAPACK's format
 ALIGNED = 16  # gap for products of panels: rows of 64-byte lines, a third faster than packed ones
@@ -98,7 +98,7 @@ class Triangle:
         if update is not None and self.gap == PACKED and self.data.device.type == "cpu":
             update(self, rows)
             return
-        with full_fp32():
+        with exact_products(rows.device):
             for panel in self.panels():
                 n, w = panel.view.shape
                 left, right = rows[:, panel.row : panel.row + n].T, rows[:, panel.col : panel.col + w]
@@ -119,7 +119,7 @@ class Triangle:
 
         With ``inverse_sd`` (m,) every entry is also multiplied by that of its row and of its column and kept in [-1, 1].
         """
-        with full_fp32():
+        with exact_products(out.device):
             for panel in self.panels():
                 n, w = panel.view.shape
                 rows, cols = slice(panel.row, panel.row + n), slice(panel.col, panel.col + w)

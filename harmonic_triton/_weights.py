@@ -53,6 +53,13 @@ class Weights:
                 f" {[names[0] for p, names in aliases.items() if p.requires_grad][:20]}"
             )
         _validate.tensors(**{aliases[p][0]: p for p in chosen})
+        for p in chosen:
+            if p.dtype not in _validate.FLOAT_DTYPES:
+                raise TypeError(
+                    f"parameter {aliases[p][0]!r} must be bfloat16, float16, float32 or float64 to be sampled, got"
+                    f" {_validate.describe(p)}; leave it out with mask=, or hold a complex one as its"
+                    " torch.view_as_real and call torch.view_as_complex in forward"
+                )
         devices = {p.device for p in chosen}
         if len(devices) > 1:
             raise ValueError(f"the sampled parameters are on {sorted(map(str, devices))}; move them to one device")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from harmonic_triton import _validate
 from harmonic_triton._dispatch import resolve
+from harmonic_triton._numerics import no_autocast
 from harmonic_triton._triangle import PACKED, Triangle, fastest_gap, padded
 
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
@@ -97,12 +98,12 @@ class StreamingCovariance:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
         self.num_samples, self.dtype, self.buffer_size, self.precision = int(num_samples), dtype, buffer_size, precision
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, device=device).device  # with its index
         self.backend = _resolve(backend, self.device, dtype)
         self._gap = _gap(self.backend, self.device)
         if reference is not None:
             self._check_vector(reference)
-            reference = reference.detach().to(dtype)
+            reference = reference.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         self._given_reference = reference
         self.reset()
 
@@ -337,7 +338,7 @@ class StreamingCovariance:
             raise ValueError(f"state is of another accumulator: {', '.join(differing)}; make one like it")
         self.reset()
         if state["reference"] is not None:
-            self._reference = state["reference"].to(self.device)
+            self._reference = state["reference"].to(self.device, copy=True)
         if state["second_moment"] is not None:
             packed = Triangle(self.num_samples, gap=PACKED, dtype=self.dtype, device=self.device)
             packed.data.copy_(state["second_moment"])
@@ -417,6 +418,7 @@ class StreamingCovariance:
 
     def _moments(self, within_chain: bool) -> _Moments:
         """What turns the triangle into a covariance."""
+        _validate.flag("within_chain", within_chain)
         self._needs(2)
         divisor = self.count - (len(self._counts) if within_chain else 1)
         if divisor < 1:
@@ -604,7 +606,8 @@ class _LossCovariance(torch.autograd.Function):
         (losses,) = ctx.saved_tensors
         centred = losses - losses.mean(0)
         centred = centred - centred.mean(0)  # what rounding left of a mean much larger than the spread
-        return centred @ (upstream + upstream.T) / (len(losses) - 1), None
+        with no_autocast(losses.device):
+            return centred @ (upstream + upstream.T) / (len(losses) - 1), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], losses: Tensor, backend: str) -> tuple[Tensor, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton import _validate
+from harmonic_triton._numerics import exact_products
 
 BLOCK = 2**24  # elements of an m x m matrix worked on at a time
 
@@ -79,11 +80,12 @@ def cka(first: Tensor, second: Tensor) -> float:
         raise ValueError(
             f"first is {tuple(first.shape)} and second {tuple(second.shape)}; kernels of the same samples are compared"
         )
-    means = [matrix.mean(1, dtype=torch.float64) for matrix in (first, second)]
+    device = first.device
+    means = [matrix.mean(1, dtype=torch.float64).to(device) for matrix in (first, second)]
     products = torch.zeros(3, dtype=torch.float64)
     for rows in blocks(len(first)):
         a, b = (
-            matrix[rows].double() - mean[rows, None] - mean + mean.mean()
+            matrix[rows].to(device, torch.float64) - mean[rows, None] - mean + mean.mean()
             for matrix, mean in zip((first, second), means, strict=True)
         )
         products += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).cpu()
@@ -113,7 +115,7 @@ def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
     samples = 0
     totals: list[Tensor] = []
     for first, second in chunks:
-        x, y = first.double(), second.double()
+        x, y = first.double(), second.to(first.device, torch.float64)
         terms = [x @ y.T, x @ x.T, y @ y.T, x.sum(1), y.sum(1)]
         totals = [a + b for a, b in zip(totals, terms, strict=True)] if totals else terms
         samples += x.shape[1]
@@ -154,7 +156,8 @@ def principal_components(
     def product(vector: Tensor) -> Tensor:
         if callable(correlation):
             return correlation(vector)
-        return (matrix @ vector.to(matrix.device, matrix.dtype)).double().cpu()
+        with exact_products(matrix.device):
+            return (matrix @ vector.to(matrix.device, matrix.dtype)).double().cpu()
 
     _validate.integer("count", count, 1)
     if count >= size:
@@ -260,7 +263,7 @@ def knn_purity(neighbors: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: shapes differ.
     """
-    labels = sample_labels("labels", labels, len(neighbor_matrix(neighbors)))
+    labels = sample_labels("labels", labels, len(neighbor_matrix(neighbors))).to(neighbors.device)
     found = neighbors >= 0
     same = (labels[neighbors.clamp_min(0)] == labels[:, None]) & found
     return (same.sum().double() / found.sum()).item()
@@ -289,20 +292,21 @@ def taxonomic_lift(neighbors: Tensor, ancestors: Tensor, labels: Tensor | None =
     _validate.tensors(ancestors=ancestors)
     if ancestors.dim() != 2 or len(ancestors) != size or ancestors.is_floating_point():
         raise ValueError(f"ancestors must be integer, (m, depths) with m = {size}, got {_validate.describe(ancestors)}")
+    ancestors = ancestors.to(neighbors.device)
     known = ancestors >= 0
     if not known[:, 0].all() or (known[:, 1:] & ~known[:, :-1]).any():
         raise ValueError(
             "ancestors: each row must hold the ancestors from the root at depth 0 on, and -1 after the last"
         )
     if labels is not None:
-        labels = sample_labels("labels", labels, size)
+        labels = sample_labels("labels", labels, size).to(neighbors.device)
     depth, found, depths = known.sum(1) - 1, neighbors >= 0, ancestors.shape[1]
     lift = torch.full((depths, depths), math.nan, dtype=torch.float64)
     for d in range(depths):
         mine = ancestors[:, d]
         hits = (mine[neighbors.clamp_min(0)] == mine[:, None]) & found
         share = hits.sum(1).double() / found.sum(1)
-        candidates, sharing = torch.full((size,), size - 1), population(mine) - 1
+        candidates, sharing = torch.full_like(mine, size - 1), population(mine) - 1
         if labels is not None:
             candidates = candidates - (population(labels) - 1)
             sharing = sharing - (population(labels * (int(mine.max()) + 2) + mine + 1) - 1)
@@ -370,7 +374,8 @@ def bif(losses: Tensor, query: Tensor) -> Tensor:
             f" got {_validate.describe(losses)} and {_validate.describe(query)}"
         )
     a = losses.double() - losses.mean(0, dtype=torch.float64)
-    b = query.double() - query.mean(0, dtype=torch.float64)
+    b = query.to(losses.device, torch.float64)
+    b = b - b.mean(0)
     return -(a.T @ b) / (len(losses) - 1)
 
 
@@ -441,12 +446,15 @@ def split_half_cka(draws: Tensor) -> float:
     Args:
         draws: (C, T, m) losses. The halves are the even and the odd chains; of one chain, its first and second half.
 
+    Returns:
+        The alignment; NaN where a half is one draw, or never varies.
+
     Raises:
-        TypeError, ValueError: not (C, T, m).
+        TypeError, ValueError: not (C, T, m) with two draws or more.
     """
     _validate.tensors(draws=draws)
-    if draws.dim() != 3 or draws.shape[0] < 1 or draws.shape[1] < 2:
-        raise ValueError(f"draws must be (chains, draws, m), got {_validate.describe(draws)}")
+    if draws.dim() != 3 or draws.shape[0] * draws.shape[1] < 2:
+        raise ValueError(f"draws must be (chains, draws, m) with two draws or more, got {_validate.describe(draws)}")
     half = draws.shape[1] // 2
     parts = (draws[::2], draws[1::2]) if len(draws) > 1 else (draws[:, :half], draws[:, half:])
     return cka_of_factors(*(standardised(part.flatten(0, 1)) for part in parts))
@@ -476,7 +484,7 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
     size, device = len(indices), indices.device
     itself = torch.arange(size, device=device)[:, None]  # umap-learn counts a sample as its own first neighbour
     graph = torch.cat([itself, indices], 1).cpu().numpy()
-    lengths = torch.cat([torch.zeros(size, 1, device=device), distances.clamp_max(2.0)], 1).float().cpu().numpy()
+    lengths = torch.cat([torch.zeros(size, 1, dtype=torch.float32, device=device), distances.clamp_max(2.0)], 1).float().cpu().numpy()
     spread = (start / start.std(0)).clamp(-3, 3).float().cpu().numpy()  # a few outliers would flatten the rest
     with warnings.catch_warnings():
         warnings.filterwarnings(

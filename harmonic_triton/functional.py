@@ -62,7 +62,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     return_stats: bool = False,
     process_group: object | None = None,
     backend: str = "auto",
@@ -76,7 +76,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         linear_weight: (V, D) class vectors w, same dtype and device. Under ``torch.autocast`` both are cast first.
         target: (...) int64 classes.
         n: harmonic exponent on the *distance* (the paper's n; the authors' code raises the squared distance, so its
-            exponent is n/2). ``None`` is sqrt(D). A 0-d tensor gets a gradient.
+            exponent is n/2). ``None`` is sqrt(D). A tensor of shape () or (1,) gets a gradient.
         eps: added to every squared distance, the target's included (the authors use 1e-4).
         uniform_mix: alpha in -log((p + alpha/V)/(1 + alpha)), the authors' GPT-2 loss.
         class_weight: (V,) weight of each class, as in ``F.cross_entropy``.
@@ -84,9 +84,11 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         reduction: "none" (shape of target), "sum", or "mean" over the tokens not ignored (weighted by class_weight).
             The mean over no token at all is 0, with zero gradients.
         num_items: divide the sum by this instead, for gradient accumulation: over micro-batches with one total
-            ``num_items`` the gradients add up to those of the whole batch.
+            ``num_items`` the gradients add up to those of the whole batch. A number or a 0-d tensor, > 0.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``; with ``uniform_mix`` it smooths the mixed probabilities.
-        shift: next-token loss: input[..., :-1, :] against target[..., 1:], without copying input.
+        shift: True for the next-token loss, input[..., :-1, :] against target[..., 1:], without copying input; a number
+            k >= 0 for the token k further, input[..., :-k, :] against target[..., k:]. The sequence must have k tokens
+            at least; one of just k has nothing to predict.
         return_stats: return ``(loss, HarmonicStats)``, from the same pass.
         process_group: reserved for vocabulary-parallel weights; must be None.
         backend: "auto", "triton", "torch" or "reference". Only "auto" falls back.
@@ -95,8 +97,8 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         memory_budget: bytes of scratch for the chunk of the N x V matrix that is held at a time; None chooses.
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or the shape of target for "none" (last dimension one shorter
-        with ``shift``). With ``return_stats`` a pair.
+        float32 (float64 for float64 input): a scalar, or the shape of target for "none" (last dimension shorter by
+        ``shift``). With ``return_stats`` a pair.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and the mend. Targets out of
@@ -108,12 +110,16 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     derivative needs ``backend="reference"``; the fused ones raise.
 
     Accuracy: the target and its nearest rival are measured by direct differences. Every further class j adds a relative
-    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, under 1e-5 unless x lies within a hundredth of their norm of
-    three or more class vectors at once: those the fp32 backends cannot tell apart (float64 and "reference" can).
+    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, however far the target is: under 1e-5 unless x lies within a
+    hundredth of their norm of three or more class vectors at once, which the fp32 backends cannot tell apart (float64
+    and "reference" can). 16-bit operands are taken as they are and losses are as accurate as with float32. Their gradients
+    are rounded to 16 bits; the Triton backend also rounds each further class's share A_j of them, so that dX is off by about
+    2^-9 (bfloat16; float16 2^-12) of sum_j |A_j| ||w_j||, and dW_j of sum_i |A_ij| ||x_i||. With an offset common to x and W that is
+    up to ||x||/||x - w|| times the rounding of the result: 2e-2 at 12 in bfloat16, where the torch backend has 2e-3.
     """
     _validate.exponent(n)
     _validate.eps(eps)
-    _validate.between("uniform_mix", uniform_mix, 0.0)
+    _validate.between("uniform_mix", uniform_mix, 0.0, _validate.FP32_LIMIT)
     call = _Call(
         input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
         return_stats, process_group, backend, deterministic, memory_budget, uniform_mix=uniform_mix,
@@ -141,7 +147,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what chang
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     return_stats: bool = False,
     process_group: object | None = None,
     backend: str = "auto",
@@ -163,7 +169,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what chang
         As :func:`linear_harmonic_loss`. The mean over no token at all is 0 (``F.cross_entropy``: NaN).
 
     Accuracy: the target's and its best rival's logits are fp64 sums. A further class j adds a relative error of about
-    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient.
+    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient. With 16-bit operands gradients as in
+    :func:`linear_harmonic_loss`, with p_j in place of A_j.
     """
     call = _Call(
         input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
@@ -178,18 +185,20 @@ class _Call:
 
     def __init__(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int,
-        reduction: str, num_items: float | Tensor | None, label_smoothing: float, shift: bool, return_stats: bool,
+        reduction: str, num_items: float | Tensor | None, label_smoothing: float, shift: bool | int, return_stats: bool,
         process_group: object | None, backend: str, deterministic: bool | None, memory_budget: int | None,
         uniform_mix: float = 0.0,
     ) -> None:  # fmt: skip
         _validate.tensors(input=input, linear_weight=linear_weight, target=target)
         input, linear_weight = _autocast(input, linear_weight)
         _validate.features(input, linear_weight)
-        _validate.labels(input, target, shift)
+        self.shift = _validate.offset(shift)
+        _validate.labels(input, target, self.shift)
         _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
         _validate.class_weight(class_weight, linear_weight)
         _validate.integer("ignore_index", ignore_index)
-        _validate.flag("deterministic", deterministic)
+        _validate.flag("return_stats", return_stats)
+        _validate.flag("deterministic", deterministic, none=True)
         _validate.reduction(reduction, num_items)
         _validate.budget(memory_budget)
         if process_group is not None:
@@ -199,10 +208,12 @@ class _Call:
         mixed = bool(uniform_mix and label_smoothing)
         self.backend = resolve(backend, input.device, input.dtype, mixed_smoothing=mixed)
         labels = target.long()
-        if shift:
-            labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        if self.shift:
+            labels = F.pad(labels[..., self.shift :], (0, self.shift), value=ignore_index)
+        if isinstance(num_items, Tensor):
+            num_items = _ops.positive(num_items, "num_items must be finite and > 0")
         self.x, self.w, self.labels = input.reshape(-1, input.shape[-1]), linear_weight, labels.reshape(-1)
-        self.shape, self.shift = target.shape, shift
+        self.shape = target.shape
         self.class_weight, self.ignore_index, self.uniform_mix = class_weight, ignore_index, float(uniform_mix)
         self.reduction, self.num_items, self.label_smoothing = reduction, num_items, label_smoothing
         self.return_stats, self.budget = return_stats, memory_budget or 0
@@ -219,7 +230,7 @@ class _Call:
 
     def _shaped(self, values: Tensor) -> Tensor:
         values = values.reshape(self.shape)
-        return values[..., :-1] if self.shift else values
+        return values[..., : -self.shift] if self.shift else values
 
     def _reference(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         _ops.check_values(self.labels, len(self.w), self.ignore_index, n)
@@ -239,8 +250,8 @@ class _Call:
         return loss.to(compute_dtype(self.x.dtype)), stats
 
     def _fused(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, w, classes = self.x, self.w, len(self.w)
-        dtype = compute_dtype(x.dtype)
+        x, w, n, self.class_weight = _ops.without_tangents(self.x, self.w, n, self.class_weight)
+        classes, dtype = len(w), compute_dtype(x.dtype)
         v = None
         if self.label_smoothing:
             v = (x.new_ones(classes) if self.class_weight is None else self.class_weight).to(dtype) / classes
@@ -312,6 +323,7 @@ def harmonic_logits(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
+    _validate.flag("normalize", normalize)
     x, w, n = _checked_head(input, linear_weight, n, eps)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
         scores, nearest = _scores_from_nearest(x.to(w.dtype), w, n, eps)
@@ -326,11 +338,14 @@ def harmonic_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k most probable (nearest) classes of every token, without the N x V matrix and without gradient.
 
+    In a transform of ``torch.func`` or in forward mode it is ``harmonic_logits(...).topk(k)``, derivatives included.
+
     Args:
         input: (..., D); linear_weight: (V, D); k: 1 ... V; n, eps: as in :func:`linear_harmonic_loss`.
 
     Returns:
-        log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64.
+        log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64. Classes that
+        are equally probable come in any order.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -339,8 +354,8 @@ def harmonic_topk(
     _validate.integer("k", k)
     if not 1 <= k <= len(w):
         raise ValueError(f"k must be between 1 and V = {len(w)}, got {k}")
-    if _in_transform():  # which allows no shared scratch
-        values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).detach().topk(k)
+    if _in_transform() or _ops.forward_mode():  # which allow no shared scratch; nor is a derivative dropped there
+        values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).topk(k)
         return values, indices
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _full_products():
         norms = torch.linalg.vector_norm(w, dim=1).square_()
@@ -351,7 +366,7 @@ def harmonic_topk(
             at, chunk = slice(start, start + step), x[start : start + step].to(w.dtype)
             scores = torch.addmm(norms, chunk, w.t(), alpha=-2, out=scratch[: len(chunk)])
             nearest, s = _nearest(scores, chunk, w, norms, eps)
-            scores.sub_(scores.gather(1, nearest)).div_(s).clamp_min_(0.0).log1p_().mul_(-0.5 * n)
+            scores.sub_(scores.gather(1, nearest)).div_(s).log1p_().mul_(-0.5 * n)
             top, indices[at] = scores.scatter_(1, nearest, 0.0).topk(k)
             others = scores.scatter_(1, nearest, torch.finfo(w.dtype).min)
             rival = others.amax(1, keepdim=True)
@@ -362,7 +377,7 @@ def harmonic_topk(
 
 def harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     """HarMax of distances along ``dim``: d_i^-n / sum_j d_j^-n (paper, Eq. 2). See :func:`log_harmax`."""
-    return log_harmax(distances, n, dim).exp()
+    return _log_harmax(distances, n, dim).exp().to(distances.dtype)
 
 
 def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
@@ -371,32 +386,42 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     Distances of 0 share the probability equally. Invariant to the scale of the distances.
 
     Args:
-        distances: floating, >= 0 (a negative one gives NaN); n: harmonic exponent, a number or a 0-d tensor.
+        distances: bfloat16, float16, float32 or float64, >= 0 (a negative one gives NaN); n: harmonic exponent, a number
+            or a tensor of shape () or (1,).
 
     Returns:
-        Same shape and dtype.
+        Same shape and dtype, rounded from float32 for 16-bit distances.
 
     Raises:
-        TypeError, ValueError: distances not a floating tensor, n not positive and finite.
+        TypeError, ValueError: an argument is wrong.
     """
+    return _log_harmax(distances, n, dim).to(distances.dtype)
+
+
+def _log_harmax(distances: Tensor, n: float | Tensor, dim: int) -> Tensor:
+    """log HarMax in the compute dtype."""
     _validate.tensors(distances=distances)
     _validate.exponent(n)
-    _check_value(n)
     if n is None:
-        raise TypeError("n must be a number or a 0-d tensor; a default needs the width D, which distances do not show")
-    if not distances.is_floating_point():
-        raise TypeError(f"distances must be floating, got {_validate.describe(distances)}")
-    at_zero = distances == 0
-    scores = -n * torch.where(at_zero, 1.0, distances).log()
+        raise TypeError("n must be a number or a tensor of one element; a default needs the width D, which distances do not show")
+    if distances.dtype not in _validate.FLOAT_DTYPES:
+        raise TypeError(
+            f"distances must be bfloat16, float16, float32 or float64, got {_validate.describe(distances)}; cast them"
+        )
+    _validate.dimension(dim, distances)
+    d = distances.to(compute_dtype(distances.dtype))
+    exponent = exponent_tensor(_checked_value(n), 0, d.device, d.dtype)
+    at_zero = d == 0
+    scores = -exponent * torch.where(at_zero, 1.0, d).log()
     collided = at_zero.any(dim, keepdim=True)
     scores = torch.where(collided, torch.where(at_zero, 0.0, -math.inf), scores)
     return scores.log_softmax(dim)
 
 
 def exponent_tensor(n: float | Tensor | None, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient."""
+    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient and shape."""
     if isinstance(n, Tensor):
-        return n.to(device, dtype)
+        return n.reshape(()).to(device, dtype)
     return torch.full((), math.sqrt(width) if n is None else float(n), device=device, dtype=dtype)
 
 
@@ -417,16 +442,15 @@ def _checked_head(
     input, linear_weight = _autocast(input, linear_weight)
     _validate.features(input, linear_weight)
     _validate.exponent(n)
-    _check_value(n)
     _validate.eps(eps)
+    n = _checked_value(n)
     w = linear_weight.to(compute_dtype(input.dtype))
     return input.reshape(-1, input.shape[-1]), w, exponent_tensor(n, input.shape[-1], w.device, w.dtype)
 
 
-def _check_value(n: float | Tensor | None) -> None:
-    """A tensor n > 0 and finite, where its value can be read: not in a traced or transformed function."""
-    if isinstance(n, Tensor) and not torch.compiler.is_compiling() and not _in_transform():
-        _ops.check_exponent(n)
+def _checked_value(n: float | Tensor | None) -> float | Tensor | None:
+    """The same n; a tensor's value is checked, also inside a traced or transformed function."""
+    return _ops.positive(n, "n must be a finite harmonic exponent > 0") if isinstance(n, Tensor) else n
 
 
 def _in_transform() -> bool:
@@ -440,7 +464,10 @@ def _full_products() -> AbstractContextManager[None]:
 
 
 def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The nearest classes (N, 1) by u_j = ||w_j||^2 - 2 x.w_j, and their s_j >= floor (N, 1) by direct differences."""
+    """The nearest classes (N, 1) by u_j = ||w_j||^2 - 2 x.w_j, and their s_j >= floor (N, 1) by direct differences.
+
+    No other u_j is less: u_j - u_nearest needs no floor.
+    """
     nearest = u.detach().argmin(1, keepdim=True)
     close = nearest.squeeze(1)
     floor = (IDENTICAL * (x.square().sum(1) + norms[close]) + SMALLEST_SQ).detach()
@@ -453,5 +480,5 @@ def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[T
     with _full_products():
         u = torch.addmm(norms, x, w.t(), alpha=-2)
     nearest, s = _nearest(u, x, w, norms, eps)
-    scores = -0.5 * n * torch.log1p(((u - u.gather(1, nearest)) / s).clamp_min(0.0))
+    scores = -0.5 * n * torch.log1p((u - u.gather(1, nearest)) / s)
     return scores.scatter(1, nearest, 0.0), nearest

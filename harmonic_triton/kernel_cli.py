@@ -161,11 +161,12 @@ def group_correlation(kernel: LossKernel, groups: Tensor) -> Tensor:
     With a_g the indicator of group g over its size it is a_gᵀ ρ a_h, scaled to a diagonal of 1; 0 for groups without
     variance. The noise of few draws is in it as in ρ.
     """
+    groups = groups.cpu()
     sizes = torch.bincount(groups)
     total = torch.zeros(len(sizes), len(sizes), dtype=torch.float64)
     for g in (sizes > 0).nonzero().squeeze(1).tolist():
         image = kernel.product((groups == g).double() / sizes[g]).double().cpu()
-        total[g] = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, groups.cpu(), image) / sizes.clamp_min(1)
+        total[g] = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, groups, image) / sizes.clamp_min(1)
     total = (total + total.T) / 2
     scale = total.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, 1 / scale, 0.0)
@@ -412,7 +413,8 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
     out, k = options.out, min(options.neighbors, kernel.num_samples - 1)
     kernel.save(out / "kernel.safetensors")
     indices, distances = (t.cpu() for t in kernel.neighbors(k, exclude_same=task.labels))
-    rows = torch.linspace(0, kernel.num_samples - 1, min(options.table, kernel.num_samples)).round().long().tolist()
+    listed = min(options.table, kernel.num_samples)
+    rows = torch.linspace(0, kernel.num_samples - 1, listed, dtype=torch.float64).round().long().tolist()
     table = write_neighbors(out / "neighbors.tsv", indices, distances, task.names, rows)
     groups = None
     if task.groups is not None:

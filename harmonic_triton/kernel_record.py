@@ -35,8 +35,8 @@ class ChainRecord:
         self.probe_samples = torch.randperm(samples, generator=generator)[:PROBES].sort().values
         shape = (num_chains, num_draws)
         self.mean_loss = torch.zeros(shape, dtype=torch.float64)
-        self.train_loss = torch.zeros(shape)
-        self.probe = torch.zeros(*shape, len(self.probe_samples))
+        self.train_loss = torch.zeros(shape, dtype=torch.float32)
+        self.probe = torch.zeros(*shape, len(self.probe_samples), dtype=torch.float32)
         self.read = torch.zeros(shape, dtype=torch.bool)
         self.finite = torch.zeros(shape, dtype=torch.bool)
 

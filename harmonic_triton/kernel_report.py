@@ -80,7 +80,7 @@ def heatmap(axis: Axes, kernel: LossKernel, labels: Tensor | None, label_names: 
     shown = sorted_samples(kernel, labels)
     rho = kernel.block(shown, shown).cpu()
     off = rho[~torch.eye(len(rho), dtype=torch.bool)].abs()
-    limit = max(off[:: max(1, len(off) // 10**6)].quantile(0.99).item(), 1e-3)
+    limit = max(off[:: max(1, len(off) // 10**6)].quantile(0.99).item(), 1e-3) if len(off) else 1.0
     image = axis.imshow(rho.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", rasterized=True)
     axis.figure.colorbar(image, ax=axis, fraction=0.045, pad=0.03, label="correlation ρ", extend="both")
     some = "" if len(shown) == kernel.num_samples else f"{len(shown):,} of "
@@ -106,7 +106,7 @@ def sorted_samples(kernel: LossKernel, labels: Tensor | None) -> Tensor:
     some = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:SHOWN].sort().values
     if labels is not None:
         order = labels.argsort(stable=True)
-        some = order[torch.linspace(0, size - 1, len(some)).round().long()]
+        some = order[torch.linspace(0, size - 1, len(some), dtype=torch.float64).round().long()]
     if len(some) < 3:
         return some
     hierarchy = needs("scipy.cluster.hierarchy")
@@ -217,7 +217,8 @@ def correlations_figure(kernel: LossKernel, labels: Tensor | None) -> Figure:
         left.hist(found.numpy(), bins=80, range=(low, high), density=True, histtype="step", color=colour, label=name)
         left.axvline(found.mean().item(), color=colour, linewidth=1, linestyle=":")
     left.set(title="correlations of pairs (dotted: means)", xlabel="ρ", ylabel="density (log)", yscale="log")
-    left.legend(frameon=False, fontsize=8)
+    if values:
+        left.legend(frameon=False, fontsize=8)
     loss, spread = kernel.initial_losses.cpu(), kernel.variance.clamp_min(0.0).sqrt().cpu()
     shown = (loss > 0) & (spread > 0)
     name = "loss at w*"
@@ -358,7 +359,7 @@ def neighbor_section(
 ) -> str:
     if samples is None:
         order = kernel.variance.argsort(descending=True).cpu()
-        samples = order[torch.linspace(0, len(order) - 1, min(12, len(order))).long()].tolist()
+        samples = order[torch.linspace(0, len(order) - 1, min(12, len(order)), dtype=torch.float64).long()].tolist()
     rows = [
         [
             f"<code>{esc(near.name)}</code>",
@@ -392,7 +393,7 @@ def configuration(kernel: LossKernel) -> str:
 
 
 def sample_labels(kernel: LossKernel, labels: Tensor | None) -> Tensor | None:
-    return kernel.labels if labels is None else estimators.sample_labels("labels", labels, kernel.num_samples)
+    return kernel.labels if labels is None else estimators.sample_labels("labels", labels, kernel.num_samples).cpu()
 
 
 def shares(kernel: LossKernel) -> str:

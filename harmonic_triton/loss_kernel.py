@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harmonic_triton import _collect, _kernel_files, _validate, estimators, kernel_record
+from harmonic_triton import _collect, _files, _kernel_files, _validate, estimators, kernel_record
 from harmonic_triton._collect import Collector, QueryCovariance
+from harmonic_triton._numerics import exact_products
 from harmonic_triton.covariance import StreamingCovariance
 from harmonic_triton.estimators import PrincipalComponents, sample_labels
 from harmonic_triton.kernel_record import ChainRecord, Diagnostics
@@ -72,12 +73,13 @@ class LossKernel:
         queries: QueryCovariance | None = None,
         about: About = About(),  # noqa: B008  # a constant
     ) -> None:
+        _validate.flag("within_chain", within_chain)
         if within_chain and isinstance(accumulator, LossTraces):
             raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
-        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples)
+        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu()
 
     @classmethod
     def from_losses(
@@ -90,27 +92,29 @@ class LossKernel:
         labels: Tensor | None = None,
         about: About = About(),  # noqa: B008
         backend: str = "auto",
+        trace_dtype: torch.dtype = torch.bfloat16,
     ) -> LossKernel:
         """A kernel from losses that were drawn elsewhere.
 
         Args:
             losses: (C, T, m), or (T, m) of one chain. Chains that end non-finite are left out whole.
             initial_losses: (m,) losses at w*; without them there is no LLC and no excess loss.
-            keep, within_chain, labels, backend: as in :func:`loss_kernel`.
+            keep, within_chain, labels, backend, trace_dtype: as in :func:`loss_kernel`.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or no chain lives.
         """
         _validate.tensors(losses=losses)
+        _validate.flag("within_chain", within_chain)
         if losses.dim() not in (2, 3) or not losses.is_floating_point() or losses.numel() == 0:
             raise ValueError(f"losses must be floating, (C, T, m) or (T, m), got {_validate.describe(losses)}")
         losses = losses.detach() if losses.dim() == 3 else losses.detach()[None]
         chains, draws, samples = losses.shape
         if initial_losses is None:
-            initial_losses = torch.full((samples,), math.nan)
+            initial_losses = torch.full((samples,), math.nan, dtype=torch.float32)
         elif initial_losses.shape != (samples,):
             raise ValueError(f"initial_losses must be ({samples},), got {_validate.describe(initial_losses)}")
-        collector = Collector(chains, draws, initial_losses, samples, keep, losses.device, backend, None)
+        collector = Collector(chains, draws, initial_losses, samples, keep, losses.device, backend, None, trace_dtype)
         for chain in range(chains):
             number = torch.full((draws,), chain)
             collector.update(Draws(losses[chain], number, torch.arange(draws), losses.new_full((draws,), math.nan)))
@@ -200,6 +204,7 @@ class LossKernel:
         Args:
             rows: (r,) int64 indices; columns: (c,), None for all samples.
         """
+        _validate.flag("correlation", correlation)
         if isinstance(self.accumulator, LossTraces):
             read = self.accumulator.correlation if correlation else self.accumulator.covariance
             return read(rows, slice(None) if columns is None else columns)
@@ -215,7 +220,8 @@ class LossKernel:
             return self.accumulator.matvec(vector.double(), correlation=True)
         scale = self._inverse_deviation
         scaled = vector.to(scale.device, torch.float64) * scale
-        return (self.covariance @ scaled.to(self.covariance.dtype)).double() * scale
+        with exact_products(scale.device):
+            return (self.covariance @ scaled.to(self.covariance.dtype)).double() * scale
 
     def distance(self, kind: str = "euclidean") -> Tensor:
         """(m, m) fp32 distances: sqrt(2(1 - ρ)), or 1 - ρ for ``kind="linear"`` (paper, section 3)."""
@@ -276,7 +282,12 @@ class LossKernel:
             samples: which; names: m names, None for the numbers; k, exclude_same: as in :meth:`neighbors`.
         """
         labels = self._exclusion(exclude_same)
-        rows = torch.as_tensor(samples, dtype=torch.int64)
+        _validate.integer("k", k, 1)
+        rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
+            raise ValueError(
+                f"samples must lie between 0 and m - 1 = {self.num_samples - 1}, got {int(rows.min())} ... {int(rows.max())}"
+            )
         rho = self.block(rows).clone()
         rho[torch.arange(len(rows)), rows] = -math.inf
         if labels is not None:
@@ -395,7 +406,8 @@ class LossKernel:
         """(m, dimensions) fp32 coordinates: UMAP of the nearest-neighbour graph (paper, section 3), or kernel PCA.
 
         Args:
-            method: "umap" (umap-learn on :meth:`neighbors`, started from the principal components) or "pca".
+            method: "umap" (umap-learn on :meth:`neighbors`, started from the principal components) or "pca"; fewer than
+                four samples are laid out by "pca".
             num_neighbors, min_dist: of UMAP; exclude_same: as in :meth:`neighbors`; seed: the same picture every time.
 
         Raises:
@@ -403,8 +415,12 @@ class LossKernel:
         """
         if method not in ("umap", "pca"):
             raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
-        start = self.principal_components(dimensions).coordinates
-        if method == "pca":
+        _validate.integer("dimensions", dimensions, 1)
+        start = torch.zeros(self.num_samples, dimensions, dtype=torch.float64)
+        present = min(dimensions, self.num_samples - 1)  # HρH has rank m - 1 at most
+        if present:
+            start[:, :present] = self.principal_components(present).coordinates
+        if method == "pca" or self.num_samples < 4:
             return start.float()
         graph = self.neighbors(min(num_neighbors, self.num_samples - 1), exclude_same)
         return estimators.umap_layout(*graph, start, min_dist, seed)
@@ -427,7 +443,10 @@ class LossKernel:
     # --- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Everything into one safetensors file, atomically; :meth:`load` gives the same kernel back.
+        """Everything into one safetensors file; :meth:`load` gives the same kernel back.
+
+        At every moment ``path`` is the old file or the new one, whole and on the disk. It has a checksum, by which
+        :meth:`load` notices any damage.
 
         Raises:
             ImportError: without the ``analysis`` extra.
@@ -448,10 +467,11 @@ class LossKernel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LossKernel:
-        """The kernel that :meth:`save` wrote.
+        """The kernel that :meth:`save` wrote. One saved before there were checksums is read with a warning.
 
         Raises:
-            ValueError: the file holds something else. ImportError: without the ``analysis`` extra.
+            ValueError: the file holds something else, or is not as it was written (one flipped bit is enough).
+            ImportError: without the ``analysis`` extra.
         """
         state = _kernel_files.load(Path(path))
         return cls(
@@ -483,25 +503,22 @@ class LossKernel:
         import numpy as np
 
         path = Path(path)
-        with open(path, "wb") as file:
+        with _files.replacing(path) as file:
             np.savez(file, about=np.array(json.dumps(self.about._asdict())), **self.arrays())  # type: ignore[arg-type]
         return path
 
     def to_zarr(self, path: str | os.PathLike[str]) -> Path:
         """:meth:`arrays` as a Zarr group, with the configuration in its attributes.
 
+        It is written beside ``path`` and renamed. In place of an earlier group of this method, not of anything else.
+
         Raises:
+            FileExistsError: ``path`` is there and holds what this method did not write; it is left alone.
             ImportError: zarr is not installed.
         """
-        try:
-            import zarr
-        except ImportError as error:
-            raise ImportError("to_zarr needs zarr: pip install zarr") from error
-        group = zarr.open_group(os.fspath(path), mode="w")
-        for name, values in self.arrays().items():
-            group.create_array(name, data=values)
-        group.attrs["about"] = json.dumps(self.about._asdict())
-        return Path(path)
+        path = Path(path)
+        _kernel_files.save_zarr(path, self.arrays(), json.dumps(self.about._asdict()))
+        return path
 
     def __repr__(self) -> str:
         kind = "traces" if isinstance(self.accumulator, LossTraces) else "covariance"
@@ -535,6 +552,7 @@ def loss_kernel(
     keep: str = "auto",
     within_chain: bool = False,
     backend: str = "auto",
+    trace_dtype: torch.dtype = torch.bfloat16,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 30.0,
     progress: bool = True,
@@ -545,12 +563,18 @@ def loss_kernel(
         model, per_sample_loss, train_data, eval_data, config, seed, device, mask: as for ``sgld.Sampler``.
         query_data: further samples, of the form of eval_data, for :meth:`LossKernel.bif`; they are not in the kernel.
         labels: (m,) integers of the evaluation samples, for diagnostics and pictures.
-        keep: "covariance", the (m, m) sums in float32; "traces", all draws in bfloat16, 2 T m bytes (memory-mapped in
+        keep: "covariance", the (m, m) sums in float32; "traces", all draws in ``trace_dtype`` (memory-mapped in
             ``checkpoint_dir`` if there is one); "auto": the first for m up to the number of draws, or 4096.
         within_chain: the within-chain estimate; needs ``keep="covariance"``, where :meth:`LossKernel.estimate` switches.
         backend: of the accumulator, "auto", "triton" or "torch".
-        checkpoint_dir: keep the state of chains and sums here, in one file written atomically. The same call later goes
-            on, and ends with bitwise the numbers of an uninterrupted run (CPU).
+        trace_dtype: torch.bfloat16, 2 T m bytes, or torch.float32, twice as much, where single correlations matter: see
+            :class:`LossTraces` for what rounding moves.
+        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), and the traces
+            (``traces-0``). A run that was killed at any moment, or interrupted, goes on from its last checkpoint when the
+            same call is made again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one
+            returns at once. The directory belongs to one run: another model, data, setting or seed is refused, and so is
+            a second process while the first is at it (a lock, which dies with its process). Every file has a checksum;
+            damage raises, with the file's name and what to do.
         checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
         progress: show draws per second, time left and the chains' health.
 
@@ -558,10 +582,18 @@ def loss_kernel(
         The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed), or
-            fewer than two draws are left because chains died.
+        TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed) or is
+            damaged, or fewer than two draws are left because chains died.
+        RuntimeError: another process or thread is at the run in ``checkpoint_dir``.
     """
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
+    _validate.flag("within_chain", within_chain)
+    _validate.flag("progress", progress)
+    if isinstance(config, SGLDConfig) and config.num_draws * (1 if within_chain else config.num_chains) < 2:
+        raise ValueError(
+            f"num_chains={config.num_chains} and num_draws={config.num_draws} give one draw"
+            f"{' a chain' if within_chain else ''}; a covariance needs two, so take num_draws=2 or more"
+        )
     rank, world = _collect.processes()
     if isinstance(config, SGLDConfig) and world > config.num_chains:
         raise ValueError(f"{world} processes share {config.num_chains} chains; start one a chain at most")
@@ -576,18 +608,7 @@ def loss_kernel(
     if kept == "traces" and within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
-    dtype = torch.bfloat16 if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
-    collector = Collector(
-        config.num_chains,
-        config.num_draws,
-        sampler.initial_losses[:samples],
-        sampler.num_samples,
-        kept,
-        sampler.device,
-        backend,
-        directory / f"traces-{rank}" if directory and kept == "traces" else None,
-        dtype,
-    )
+    dtype = trace_dtype if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
     about = About(
         nbeta=config.nbeta,
         step_size=config.lr,
@@ -596,11 +617,29 @@ def loss_kernel(
         config=dataclasses.asdict(config),
         fingerprint=sampler.fingerprint,
     )
-    _collect.collect(
-        sampler, collector, directory, {"keep": kept, "processes": str(world)}, checkpoint_seconds, progress
-    )
-    if world > 1:
-        _collect.gather(collector, rank, world, directory)
+    kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if kept == "traces" else kept
+    stored = _collect.Stored(directory, {**sampler.fingerprint, "keep": kind, "processes": str(world)})
+    collector = None
+    try:
+        collector = Collector(
+            config.num_chains,
+            config.num_draws,
+            sampler.initial_losses[:samples],
+            sampler.num_samples,
+            kept,
+            sampler.device,
+            backend,
+            directory / f"traces-{rank}" if directory and kept == "traces" else None,
+            dtype,
+            stored.run,
+        )
+        _collect.collect(sampler, collector, stored, checkpoint_seconds, progress)
+        if world > 1:
+            _collect.gather(collector, rank, world, directory, trace_dtype, stored.run)
+    finally:  # also where a notebook keeps the frames of a call that was interrupted
+        if collector is not None:
+            collector.close()
+        stored.close()
     collector.check()
     return LossKernel(
         collector.accumulator,

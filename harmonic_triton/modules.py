@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -24,13 +26,19 @@ class HarmonicHead(nn.Module):
         in_features: D; out_features: V.
         n: harmonic exponent on the distance, None for sqrt(D).
         eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
-        learnable_n: make n a 0-d parameter, initialised with the value given.
-        std: standard deviation of the initial class vectors (GPT-2's 0.02; scale matters little: HarMax ignores it).
+        learnable_n: make n a parameter of shape (1,), initialised with the value given.
+        std: standard deviation of the initial class vectors (GPT-2's 0.02). HarMax ignores a *common* scale of x and w
+            only: training starts well where x is of the size of w (a last LayerNorm whose weight starts at ``std``).
         device, dtype: of the weight.
         loss_options: further options of :func:`linear_harmonic_loss` for ``head(x, target=t)``.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
+
+    The weights mean something only with their n and eps, so ``state_dict`` holds both as ``_extra_state``, a float64
+    tensor [n, eps] (n is NaN where it is a parameter), and loading them into a head of other ones is an error in PyTorch's
+    list, also with ``strict=False``. A state without it (an ``nn.Linear``'s, or one of a version before) loads with a
+    warning. ``uniform_mix`` and the other loss options are the training's and not the model's: they are not stored.
     """
 
     def __init__(
@@ -51,7 +59,10 @@ class HarmonicHead(nn.Module):
         _validate.integer("out_features", out_features, 1)
         _validate.exponent(n)
         _validate.eps(eps)
-        _validate.between("std", std, 0.0)
+        _validate.flag("learnable_n", learnable_n)
+        _validate.between("std", std, 0.0, _validate.FP32_LIMIT)
+        if dtype is not None and dtype not in _validate.FLOAT_DTYPES:
+            raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
         _validate.options("HarmonicHead", loss_options, LOSS_OPTIONS)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options
@@ -59,7 +70,7 @@ class HarmonicHead(nn.Module):
         self.initial_n = float(in_features) ** 0.5 if n is None else float(n)
         self.n: float | nn.Parameter = self.initial_n
         if learnable_n:
-            self.n = nn.Parameter(torch.empty((), device=device))
+            self.n = nn.Parameter(torch.empty(1, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,11 +88,70 @@ class HarmonicHead(nn.Module):
         options = {**self.loss_options, **options}
         return linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **options)
 
+    def _trained_with(self) -> tuple[float, float]:
+        """n and eps; NaN for an n that is a parameter."""
+        return math.nan if isinstance(self.n, Tensor) else float(self.n), float(self.eps)
+
+    def get_extra_state(self) -> Tensor:
+        """[n, eps] in float64, which no cast of the module changes; n is NaN where it is a parameter."""
+        return torch.tensor(self._trained_with(), dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: what the state holds has been found to be this head's."""
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        n, key = state_dict.get(f"{prefix}n"), f"{prefix}_extra_state"
+        if isinstance(n, Tensor) and n.dim() == 0:  # as it was stored before FSDP2, which cannot shard it
+            state_dict[f"{prefix}n"] = n.reshape(1)
+        mine, theirs = self._trained_with(), _read(state_dict.get(key))
+        if theirs is None and f"{prefix}weight" in state_dict:
+            warnings.warn(
+                f"the state of {prefix[:-1] or 'this head'} does not say which n and eps its weights were trained with"
+                f" (an nn.Linear's does not, nor one of an older version); they are taken for {_named(*mine)}",
+                stacklevel=2,
+            )
+            state_dict[key] = self.get_extra_state()
+        elif theirs is not None and not _same(theirs, mine, state_dict[key].dtype):
+            error_msgs.append(
+                f"the weights of {prefix[:-1] or 'this head'} were trained with {_named(*theirs)}, and this head has"
+                f" {_named(*mine)}: its loss would be another. Make it as HarmonicHead(..., {_arguments(*theirs)}), or take"
+                f" {key!r} out of the state if the change is meant"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def extra_repr(self) -> str:
         n = self.n
-        if isinstance(n, Tensor):
-            n = self.initial_n if n.is_meta else n.item()
+        if isinstance(n, Tensor):  # of a sharded one no process has the value at hand
+            n = self.initial_n if n.is_meta or type(n).__name__ == "DTensor" else n.item()
         return f"in_features={self.in_features}, out_features={self.out_features}, n={n:g}, eps={self.eps:g}"
+
+
+def _read(state: Any) -> tuple[float, float] | None:
+    """n and eps of a stored state, None where it does not tell."""
+    if not isinstance(state, Tensor) or state.shape != (2,) or state.is_meta or type(state).__name__ == "FakeTensor":
+        return None
+    n, eps = state.tolist()
+    return n, eps
+
+
+def _same(theirs: tuple[float, float], mine: tuple[float, float], dtype: torch.dtype) -> bool:
+    """Whether n and eps are equal as far as the stored dtype tells: some programs cast whole states to 16 bits."""
+    rounding = max(1e-6, torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
+    pairs = zip(theirs, mine, strict=True)
+    return all(math.isclose(a, b, rel_tol=rounding) or (math.isnan(a) and math.isnan(b)) for a, b in pairs)
+
+
+def _named(n: float, eps: float) -> str:
+    return f"{'a learnable n' if math.isnan(n) else f'n = {n:g}'} and eps = {eps:g}"
+
+
+def _arguments(n: float, eps: float) -> str:
+    return f"{'learnable_n=True' if math.isnan(n) else f'n={n!r}'}, eps={eps!r}"
 
 
 class LinearHarmonicLoss(nn.Module):

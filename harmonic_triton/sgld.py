@@ -20,17 +20,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from harmonic_triton import _checkpoint, _validate
 from harmonic_triton._data import Samples, samples
+from harmonic_triton._files import Blocks, Claim
 from harmonic_triton._progress import Progress
 from harmonic_triton._streams import Streams
 from harmonic_triton._weights import Mask, PerSampleLoss, Weights
 
+KIND = "the state of draws"
+MEND = "restore it from a copy, or start over by removing it"
 METHODS = ("sgld", "rmsprop", "sgnht")
 VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
 VMAP_CHAINS = 32
@@ -128,7 +130,7 @@ class Sampler:
     after an exception or an iterator left behind. Gradients and losses are both taken in ``eval()`` mode, for the probe
     is a density of one fixed function L_n(w): dropout is off, batch-norm uses its running statistics and leaves them
     alone. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
-    each pass.
+    each pass. An autocast around the call reaches the model's passes, as in training, and nothing else.
 
     A chain whose weights are no longer finite is dead: one warning, NaN draws from then on, no further work for it. The
     others go on bitwise as if nothing had happened (in a vmapped group its row is parked at w*, to keep their shapes).
@@ -244,6 +246,7 @@ class Sampler:
 
         A run from the start first warns if lr is beyond :meth:`stability_bound` (24 gradients of a minibatch).
         """
+        _validate.flag("check_step_size", check_step_size)
         if check_step_size:
             self._warn_if_unstable()
         self._placed = self._weights.center.new_empty(0)
@@ -363,7 +366,7 @@ class Sampler:
         thinning = config.num_steps_bw_draws
         stop = config.num_burnin_steps + (self._draw + 1) * thinning
         first = 0 if self._draw == 0 else stop - thinning
-        total = torch.zeros(len(chains), device=self._weights.center.device)
+        total = torch.zeros(len(chains), dtype=torch.float32, device=self._weights.center.device)
         for step in range(first, stop):
             losses = self._step(chains, step)
             if step >= stop - thinning:
@@ -441,7 +444,7 @@ class Sampler:
         full = config.batch_size == n
         picked = None if full else torch.stack([self._streams.minibatch(c, step, n, config.batch_size) for c in chains])
         size = config.microbatch_size or config.batch_size
-        losses = torch.zeros(len(chains), device=self._placed.device)
+        losses = torch.zeros(len(chains), dtype=torch.float32, device=self._placed.device)
         gradient: list[Tensor] = []
         for start in range(0, config.batch_size, size):
             rows = min(size, config.batch_size - start)
@@ -587,8 +590,12 @@ def sample_losses(
     Args:
         model, per_sample_loss, train_data, eval_data, config, seed, mask, device: as for :class:`Sampler`. Under
             torch.distributed each rank runs and yields chains rank, rank + world, ...
-        checkpoint_dir: keep the draws (4 bytes a loss) and the state of the chains here. A later call with the same
-            arguments yields the whole stream again, from the disk as far as it goes, and continues bitwise.
+        checkpoint_dir: keep the draws (4 bytes a loss) and the state of the chains here (``draws.f32``, ``state.pt``). A
+            later call with the same arguments yields the whole stream again, from the disk as far as it goes, and
+            continues bitwise, whenever the process was killed. The directory belongs to one run: another one is refused,
+            and so is a second process while the first is at it (a lock, which dies with its process). A later call in
+            the same process takes the directory over, and the earlier iterator then raises. Everything has a checksum;
+            draws are compared with theirs before they are yielded.
         checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
         progress: draws a second, time left and the chains' health, by tqdm where it is installed, else lines on stderr.
 
@@ -597,9 +604,12 @@ def sample_losses(
         diverged gives NaN.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the directory holds another run (what differs is listed).
+        TypeError, ValueError: an argument is wrong, the directory holds another run (what differs is listed), or a file
+            in it is not as it was written; the message says which and what to do.
+        RuntimeError: another process or thread is at the run in the directory.
     """
     _validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
+    _validate.flag("progress", progress)
     sampler = Sampler(model, per_sample_loss, train_data, eval_data, config, seed=seed, device=device, mask=mask)
     bar = Progress(sampler) if progress else None
     if checkpoint_dir is None:
@@ -620,41 +630,57 @@ def _watched(stream: Iterator[Tensor], sampler: Sampler, bar: Progress | None) -
 
 
 class _DrawLog:
-    """The draws of a run in one file, appended, and beside it the state after some of them."""
+    """The draws of a run in one file, appended, and beside it the state after some of them with the draws' checksums."""
 
     def __init__(self, directory: Path, sampler: Sampler, seconds: float) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             directory = directory / f"rank{torch.distributed.get_rank()}of{torch.distributed.get_world_size()}"
-        directory.mkdir(parents=True, exist_ok=True)
-        self.draws, self.state = directory / "draws.f32", directory / "state.pt"
-        self.sampler, self.seconds, self.rows = sampler, seconds, 0
-        if self.state.exists():
-            saved = _checkpoint.load(self.state)
-            sampler.load_state_dict(saved["sampler"])
-            self.rows = saved["rows"]
-        else:
-            _checkpoint.save(self.state, {"sampler": sampler.state_dict(), "rows": 0})
+        self.claim = Claim(directory / "draws.lock", lent=True)
+        self.draws = Blocks(directory / "draws.f32", 4 * sampler.num_samples, f"{MEND}, and {directory / 'state.pt'}")
+        self.state, self.sampler, self.seconds = directory / "state.pt", sampler, seconds
+        try:
+            if self.state.exists():
+                saved = _checkpoint.load(self.state, KIND, f"{MEND}, and {self.draws.path}")
+                sampler.load_state_dict(saved["sampler"])
+                self.draws.load_state_dict(saved["draws"])
+                self.draws.check_size()
+            elif self.draws.path.exists() and self.draws.path.stat().st_size:
+                raise ValueError(
+                    f"{self.draws.path} holds draws, and {self.state}, which says of what run, is gone: restore it, or"
+                    " remove the draws to start over, or take a new directory"
+                )
+            else:
+                self.save()
+        except BaseException:
+            self.claim.release()
+            raise
+
+    def save(self) -> None:
+        """Bring draws and state to the disk."""
+        self.draws.sync()
+        _checkpoint.save(self.state, {"sampler": self.sampler.state_dict(), "draws": self.draws.state_dict()}, KIND)
 
     def stream(self) -> Iterator[Tensor]:
-        sampler, width = self.sampler, 4 * self.sampler.num_samples
-        with open(self.draws, "a+b") as file:
-            file.truncate(self.rows * width)  # what came after the last checkpoint is drawn again
-            file.seek(0)
-            done = 0
-            for group in sampler.groups:
-                for _ in range(sampler.config.num_draws):
-                    if done == self.rows:
-                        break
-                    block = np.frombuffer(file.read(len(group) * width), np.float32).copy()
-                    done += len(group)
-                    yield torch.from_numpy(block).view(len(group), -1).to(sampler.device)
-            saved = time.monotonic()
-            for draws in sampler.run():
-                file.write(draws.losses.cpu().numpy().tobytes())
-                self.rows += len(draws.losses)
-                if time.monotonic() - saved >= self.seconds or not sampler.remaining:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    _checkpoint.save(self.state, {"sampler": sampler.state_dict(), "rows": self.rows})
-                    saved = time.monotonic()
-                yield draws.losses
+        """The draws that are stored, then those that come."""
+        blocks = self._blocks()
+        try:
+            while True:
+                with self.claim.working():
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                yield block
+        finally:
+            self.draws.close()
+            self.claim.release()
+
+    def _blocks(self) -> Iterator[Tensor]:
+        for data in self.draws:
+            yield torch.frombuffer(data, dtype=torch.float32).view(-1, self.sampler.num_samples).to(self.sampler.device)
+        saved = time.monotonic()
+        for draws in self.sampler.run():
+            self.draws.append(draws.losses)
+            if time.monotonic() - saved >= self.seconds or not self.sampler.remaining:
+                self.save()
+                saved = time.monotonic()
+            yield draws.losses

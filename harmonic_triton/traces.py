@@ -19,8 +19,8 @@ from torch import Tensor
 
 from harmonic_triton import _neighbors, _validate
 from harmonic_triton._dispatch import resolve
-from harmonic_triton._numerics import full_fp32
-from harmonic_triton._trace_store import FileStore, MemoryStore, State, read_header
+from harmonic_triton._numerics import exact_products
+from harmonic_triton._trace_store import MEND, FileStore, MemoryStore, State, read_state
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -44,12 +44,14 @@ class Neighbors(NamedTuple):
 class LossTraces:
     """Draws of m per-sample losses, less a constant reference, in memory or memory-mapped.
 
-    The reference is the mean of the first batch of draws, in fp64. Stored are the shifted losses in ``dtype``: bfloat16
-    moves a correlation by at most a few 1e-4, far below Monte-Carlo noise, float32 by 5e-6. ``mean`` and ``variance``
-    come from fp64 sums of the losses before rounding, so they hold even where the traces have drifted too far from the
-    reference to be stored well (which is warned of); everything else comes from the stored values and is consistent in
-    itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1. A spread below
-    1e-35/sqrt(T) counts as none, and rho is 0.
+    The reference is the mean of the first batch of draws, in fp64. Stored are the shifted losses in ``dtype``. bfloat16
+    moves correlations by about 2.4e-3/sqrt(T) in the root mean square, below Monte-Carlo noise; single ones by a few 1e-4
+    for bell-shaped losses, by 1e-3 to 3e-3 where a few draws hold most of a sample's variance (log-normal losses), and
+    by 2^-7 at most. float32 moves none by more than 5e-6: take it where single correlations matter. ``mean`` and
+    ``variance`` come from fp64 sums of the losses before rounding, so they hold even where the traces have drifted too
+    far from the reference to be stored well (which is warned of); everything else comes from the stored values and is
+    consistent in itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1. A
+    spread below 1e-35/sqrt(T) counts as none, and rho is 0.
 
     Example::
 
@@ -60,16 +62,22 @@ class LossTraces:
 
     Args:
         num_samples: m.
-        path: directory to keep the draws in; opened again where it already holds some. Every update is on the disk
-            when it returns (a few milliseconds: better many draws at a time), and a process killed at any moment leaves
-            the last complete one. One process may write; open it to read while none does. None keeps the draws on ``device``.
+        path: directory to keep the draws in (``draws.bin``, ``state.pt``, ``lock``); opened again where it already holds
+            some. Every update is on the disk when it returns (a few milliseconds: better many draws at a time), and a
+            process killed at any moment leaves the last complete one. Checksums are kept of everything; they are
+            compared when draws are first read or gone on from, and damage raises. One object may write, from its first
+            update to :meth:`close` or its end; others may read what was there when they were opened. None keeps the draws
+            on ``device``.
         dtype: torch.bfloat16 or torch.float32.
         device: of the computations, and of the draws without ``path``; None is the CPU.
         backend: of ``neighbors``: "auto", "triton" or "torch". Only "auto" falls back.
         capacity: number of draws to reserve room for; more can follow.
+        run: what the draws are of, in a word that no other run has. It is kept in ``path``, and a directory of another
+            run is refused. None takes any.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or ``path`` holds traces of another shape, dtype or format.
+        TypeError, ValueError: an argument is wrong, or ``path`` holds traces of another shape, dtype, format or run, or
+            files that are not as they were written; the message says which and what to do.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class LossTraces:
         device: torch.device | str | None = None,
         backend: str = "auto",
         capacity: int = 0,
+        run: str | None = None,
     ) -> None:
         _validate.integer("num_samples", num_samples, 1)
         _validate.integer("capacity", capacity, 0)
@@ -100,22 +109,25 @@ class LossTraces:
         if self.path is None:
             self._store = MemoryStore(self.num_samples, dtype, self.device, capacity)
         else:
-            self._store = FileStore(self.path, self.num_samples, dtype, capacity)
+            self._store = FileStore(self.path, self.num_samples, dtype, capacity, run)
             state = self._store.state(self.device)
-        sums = torch.zeros(2, self.num_samples, dtype=torch.float64, device=self.device)
-        self._set(state or State(0, None, sums, torch.empty(0, dtype=torch.int64), {}))
+        self._set(state or self._nothing())
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], **options: Any) -> LossTraces:
         """The traces that a directory holds, whatever their number of samples and dtype; options as of the class.
 
         Raises:
-            FileNotFoundError: there are none.
+            FileNotFoundError: there are none. ValueError: what it holds is damaged.
         """
-        header = read_header(Path(path))
-        if header is None:
-            raise FileNotFoundError(f"path={str(path)!r} holds no traces (no header.json)")
-        return cls(header["num_samples"], path=path, dtype=DTYPES[header["dtype"]], **options)
+        found = read_state(Path(path))
+        if found is None:
+            raise FileNotFoundError(f"path={str(path)!r} holds no traces (no state.pt)")
+        return cls(found["num_samples"], path=path, dtype=DTYPES[found["dtype"]], **options)
+
+    def _nothing(self) -> State:
+        sums = torch.zeros(2, self.num_samples, dtype=torch.float64, device=self.device)
+        return State(0, None, sums, torch.empty(0, dtype=torch.int64), {})
 
     def _set(self, state: State) -> None:
         self._state = state
@@ -139,7 +151,7 @@ class LossTraces:
 
         Raises:
             TypeError, ValueError: an argument is wrong.
-            RuntimeError: another process writes to ``path``.
+            RuntimeError: another process, or another object of this one, writes to ``path``.
         """
         losses, chains = self._checked_draws(losses, chain)
         state = self._state
@@ -192,9 +204,11 @@ class LossTraces:
         return losses, chains.detach().to("cpu", torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; with ``path`` that is how many draws count, without it the draws as well."""
-        held = {"num_samples": self.num_samples, "dtype": str(self.dtype), "draws": None}
-        if self.path is None:
+        """What a checkpoint needs: with ``path`` which draws count, by their checksums; without it the draws themselves."""
+        held: dict[str, Any] = {"num_samples": self.num_samples, "dtype": str(self.dtype), "draws": None}
+        if isinstance(self._store, FileStore):
+            held["blocks"] = self._store.blocks.state_dict()
+        else:
             held["draws"] = self._stored().clone()
         return asdict(self._state) | held
 
@@ -202,7 +216,8 @@ class LossTraces:
         """Go back to a checkpoint: draws that were added after it are dropped, from the directory too.
 
         Raises:
-            ValueError: the checkpoint is of other traces, or its draws are not here.
+            ValueError: the checkpoint is of other traces, or its draws are not here or not as they were.
+            RuntimeError: as :meth:`update`.
         """
         for name, here in (("num_samples", self.num_samples), ("dtype", str(self.dtype))):
             if state[name] != here:
@@ -215,28 +230,40 @@ class LossTraces:
             chains=state["chains"].cpu().clone(),
             dead=dict(state["dead"]),
         )
-        if self.path is None:
+        if not isinstance(self._store, FileStore):
             if state["draws"] is None:
                 raise ValueError("the state's draws are in the directory it was taken from; give LossTraces that path")
             self._store.write(0, state["draws"].to(self.device))
         else:
             if state["draws"] is not None:
                 raise ValueError("the state holds its draws, so it was taken without path; load it without path")
-            self._check_continues(found)
-            self._store.commit(found)
+            if "blocks" not in state:
+                raise ValueError(
+                    "the state was taken by a version that kept no checksums; begin anew, in another directory"
+                )
+            if self.count < found.count:
+                raise ValueError(
+                    f"path={str(self.path)!r} holds {self.count} draws, the state counts {found.count}; {MEND}"
+                )
+            if not self._store.blocks.begins_with(state["blocks"]):
+                raise ValueError(f"path={str(self.path)!r} holds the draws of another run than the state's")
+            if (self.count, self.dead) != (found.count, found.dead):
+                self._store.commit(found)
         self._set(found)
 
-    def _check_continues(self, found: State) -> None:
-        """The directory's draws begin with those of a state."""
-        if self.count < found.count:
-            raise ValueError(f"path={str(self.path)!r} holds {self.count} draws, the state counts {found.count}")
-        if found.count and not (
-            self._state.reference is not None
-            and found.reference is not None
-            and torch.equal(self._state.reference, found.reference)
-            and torch.equal(self.chains[: found.count], found.chains)
-        ):
-            raise ValueError(f"path={str(self.path)!r} holds the draws of another run than the state's")
+    def reset(self) -> None:
+        """Drop every draw, from the directory too.
+
+        Raises:
+            RuntimeError: as :meth:`update`.
+        """
+        nothing = self._nothing()
+        self._store.commit(nothing)
+        self._set(nothing)
+
+    def close(self) -> None:
+        """Let other objects and processes write to ``path``. The draws stay readable; an update takes the right again."""
+        self._store.close()
 
     # --- draws out -----------------------------------------------------------------------------------------------
 
@@ -300,9 +327,8 @@ class LossTraces:
         """Variance of every sample's loss, (m,) fp64, divisor T - 1, from the losses before rounding."""
         self._need(2)
         total, squares = self._state.sums
-        about_mean = squares - total.square() / self.count
-        about_mean[about_mean <= squares * self.count * 2.0**-52] = 0.0  # a constant that is not its own mean exactly
-        return about_mean / (self.count - 1)
+        # exactly 0 for a constant: it lies a few last places of its fp64 mean off, and fp64 holds the squares of such
+        return (squares - total.square() / self.count) / (self.count - 1)
 
     def covariance(self, rows: Samples, columns: Samples | None = None) -> Tensor:
         """A block of K, (rows, columns) fp32, divisor T - 1.
@@ -328,7 +354,7 @@ class LossTraces:
         def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
             return (chunk[:, at].to(self.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
 
-        with full_fp32():
+        with exact_products(self.device):
             for chunk in self._stored().split(1024):  # as many as an fp32 product sums without harm
                 left = standardised(chunk, row_at)
                 total += left.t() @ (left if columns is None else standardised(chunk, column_at))
@@ -343,6 +369,8 @@ class LossTraces:
             centered: H K H (or H rho H) with H = I - 1/m, as the first principal component takes it.
         """
         _validate.tensors(v=v)
+        _validate.flag("correlation", correlation)
+        _validate.flag("centered", centered)
         if not v.is_floating_point() or v.dim() not in (1, 2) or len(v) != self.num_samples:
             raise ValueError(
                 f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {_validate.describe(v)}"
@@ -364,6 +392,8 @@ class LossTraces:
         Returns:
             A symmetric (m, m) LinearOperator on fp64 NumPy vectors.
         """
+        _validate.flag("correlation", correlation)
+        _validate.flag("centered", centered)
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as error:
@@ -405,6 +435,8 @@ class LossTraces:
             TypeError, ValueError: an argument is wrong, or there are fewer than two draws.
         """
         _validate.integer("k", k, 1)
+        if not callable(progress):
+            _validate.flag("progress", progress)
         chosen = range(self.num_samples)
         if rows is not None:
             if not isinstance(rows, (range, slice)):

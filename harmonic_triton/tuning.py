@@ -94,6 +94,7 @@ def tune(
         RuntimeError: every chain diverged at every localization tried, or gradients are not finite.
     """
     _validate.integer("max_trials", max_trials, 1)
+    _validate.flag("verbose", verbose)
     if target_excess is not None:
         _validate.between("target_excess", target_excess, 0.0)
         if target_excess == 0:

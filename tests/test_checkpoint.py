@@ -247,7 +247,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint"):
         _checkpoint.load(path)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(ValueError, match="not the state of a run"):
+    with pytest.raises(ValueError, match="has no checksum at its end"):
         _checkpoint.load(path)
 
 

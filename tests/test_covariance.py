@@ -785,3 +785,170 @@ def test_packed_layout_is_lapacks():
             triangle.column(j).copy_(torch.from_numpy(full[j:, j].copy()))
         packed, _ = lapack.strttf(full, transr="N", uplo="L")
         assert np.array_equal(triangle.data.flatten().numpy(), packed)
+
+
+# --- memory, indices and settings that are not the plain ones -----------------------------------------------------------
+
+
+def strided(vector, how):
+    """The same values with another stride, amid values that would be seen."""
+    if how == "column":
+        return torch.stack([vector, torch.full_like(vector, 1e3)], 1)[:, 0]
+    if how == "reversed columns":
+        return torch.full((len(vector), 3), 1e3, dtype=vector.dtype).copy_(vector[:, None])[:, 2]
+    return vector.mean().expand(len(vector))
+
+
+@pytest.mark.parametrize("how", ["column", "reversed columns", "expanded"])
+def test_a_reference_of_any_stride(how, backend):
+    losses = ar1(600)
+    flat = losses.flatten(0, 1)
+    reference = strided(flat[:20].mean(0).to(DEVICE), how)
+    assert reference.stride() != (1,)
+    accumulator = accumulate(losses, backend, reference=reference)
+    assert (accumulator.correlation().cpu() - numpy_correlation(flat)).abs().max() < LIMIT
+
+
+def test_a_reference_is_not_the_callers_memory(backend):
+    losses = ar1(600)
+    reference = losses[0].mean(0).to(DEVICE)
+    accumulator = StreamingCovariance(losses.shape[-1], backend=backend, device=DEVICE, reference=reference)
+    accumulator.update(losses.flatten(0, 1).to(DEVICE))
+    reference.fill_(7.0)
+    assert (accumulator.correlation().cpu() - numpy_correlation(losses.flatten(0, 1))).abs().max() < LIMIT
+    state = accumulator.state_dict()
+    other = StreamingCovariance(losses.shape[-1], backend=backend, device=DEVICE)
+    other.load_state_dict(state)
+    state["reference"].fill_(7.0)
+    assert torch.equal(accumulator.correlation(), other.correlation())
+
+
+@pytest.mark.parametrize("how", ["transposed", "every second", "backwards in memory", "expanded draws", "expanded samples"])
+def test_losses_of_any_stride(how, backend):
+    flat = ar1(600).flatten(0, 1)
+    draws, samples = flat.shape
+    given = {
+        "transposed": lambda: flat.T.contiguous().T,
+        "every second": lambda: torch.stack([flat, torch.full_like(flat, 1e3)], 2).flatten(1)[:, ::2],
+        "backwards in memory": lambda: torch.full((3, samples, draws), 1e3).copy_(flat.T)[2].T,
+        "expanded draws": lambda: flat[:1].expand(draws, samples),
+        "expanded samples": lambda: flat[:, :1].expand(draws, samples),
+    }[how]()
+    expected = numpy_correlation(given)
+    accumulator = StreamingCovariance(samples, backend=backend, device=DEVICE, buffer_size=draws)
+    accumulator.update(given.to(DEVICE))
+    assert (accumulator.correlation().cpu() - expected).abs().max() < LIMIT
+    assert (loss_covariance(given.to(DEVICE), correlation=True, backend=backend).cpu() - expected).abs().max() < LIMIT
+
+
+def numpy_correlation(losses):
+    """fp64; 0 where a loss never varies."""
+    with np.errstate(invalid="ignore"):
+        rho = torch.from_numpy(np.corrcoef(losses.double().numpy().T))
+    constant = losses.double().std(0) < 1e-12
+    rho[constant], rho[:, constant] = 0.0, 0.0
+    return rho
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None])
+def test_neither_autocast_nor_the_precision_setting_reaches_the_sums(autocast, precision, library, backend):
+    losses = ar1(600)
+    expected = numpy_correlation(losses.flatten(0, 1))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
+            accumulator = accumulate(losses, backend)
+            rho = accumulator.correlation()
+            covariance = accumulator.compute().covariance
+            flat = losses.flatten(0, 1).to(DEVICE).requires_grad_()
+            direct = loss_covariance(flat, correlation=True, backend=backend)
+            pull = torch.randn(direct.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+            (gradient,) = torch.autograd.grad(direct, flat, pull)
+        assert torch.get_float32_matmul_precision() == precision
+        torch.set_float32_matmul_precision("highest")
+        (exact,) = torch.autograd.grad(loss_covariance(flat, correlation=True, backend=backend), flat, pull)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (rho.cpu() - expected).abs().max() < LIMIT
+    assert (direct.detach().cpu() - expected).abs().max() < LIMIT
+    scale = covariance.diagonal().rsqrt()
+    assert (covariance * scale * scale[:, None] - rho).abs().max() < LIMIT
+    assert covariance.dtype == rho.dtype == direct.dtype == torch.float32
+    if precision == "highest":  # the backward pass follows that setting, as documented, but not autocast
+        assert (gradient - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_the_default_dtype_changes_nothing(backend):
+    """Double as the default is common in physics; every tensor made without a dtype would follow it."""
+    losses = ar1(600).flatten(0, 1)
+
+    def results():
+        accumulator = StreamingCovariance(losses.shape[1], backend=backend, device=DEVICE, buffer_size=64)
+        accumulator.update(losses.to(DEVICE))
+        found = [accumulator.compute().covariance, accumulator.correlation(), accumulator.variance()]
+        return [*found, loss_covariance(losses.to(DEVICE), correlation=True, backend=backend)]
+
+    plain = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        changed = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(plain, changed, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+WIDE = """if True:
+    import json, re
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from harmonic_triton._triton import covariance as c
+    from harmonic_triton._triton import neighbors as n
+
+    def products(kernel, constants, pointers):
+        signature, fixed = {}, {}
+        for position, name in enumerate(kernel.arg_names):
+            signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+            if name in constants:
+                fixed[(position,)] = constants[name]
+        source = ASTSource(kernel, signature, fixed, {})
+        text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ttir"]
+        wide = []
+        for line in text.splitlines():
+            if re.search(r"arith\\.muli .* : (tensor<[0-9x]*)?i32>?", line):
+                wide.append(re.findall(r"%([a-z]\\w*)", line.partition("=")[2].partition(" loc(")[0]))
+        return wide
+
+    tile = {"UPCAST": False, "BLOCK_K": 32}
+    for parts in (1, 2, 3):
+        kind = "*fp32" if parts == 1 else "*bf16"
+        print(json.dumps(["split", products(c.split_kernel, {"PARTS": parts, "BLOCK_M": 256, **tile},
+              {"x_ptr": "*fp32", "shift_ptr": "*fp32", "parts_ptr": kind})]))
+        constants = {"GAP": c.GAP, "PARTS": parts, "BLOCK": 64, "GROUP": 8, **tile}
+        print(json.dumps(["rank_k", products(c.rank_k_kernel, constants, {"parts_ptr": kind, "s_ptr": "*fp32"})]))
+    constants = {"LABELS": True, "WIDTH": 8, "BLOCK_P": 32, "BLOCK_Q": 32, "BLOCK_T": 32, "UPCAST": False}
+    pointers = {name: "*i32" if "label" in name else "*fp32" for name in n.neighbors_kernel.arg_names if name.endswith("_ptr")}
+    pointers["keys_ptr"] = "*i64"
+    print(json.dumps(["neighbors", products(n.neighbors_kernel, constants, pointers)]))
+"""
+
+
+def test_no_product_of_sizes_is_formed_in_32_bits():
+    """Compiled for sizes that fit 32 bits each: what is multiplied in 32 bits is a program's or a tile's number, by a constant.
+
+    A plane of the parts holds 2^30 numbers at m = 65536 with 16384 draws at a time, and there are three of them.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", WIDE]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel for kernel, _ in found} == {"split", "rank_k", "neighbors"}
+    sizes = {"plane", "K", "m", "width", "half", "stride_xk", "stride_xm", "P", "Q", "T", "row_room", "col_room",
+             "first_row", "first_col", "stride_rt", "stride_ct"}  # fmt: skip
+    for kernel, operands in found:
+        for names in operands:
+            assert not sizes & set(names), (kernel, names)

@@ -63,10 +63,11 @@ def test_topk_in_chunks_is_topk_at_once(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         at_once = ht.harmonic_topk(x.to(dtype), w.to(dtype), 4)
         with monkeypatch.context() as patch:
-            patch.setattr(functional, "TOPK_CHUNK", 2 * len(w) * 4)
-            chunked = ht.harmonic_topk(x.to(dtype), w.to(dtype), 4)
-        torch.testing.assert_close(chunked[0], at_once[0])
-        assert torch.equal(chunked[1], at_once[1])
+            for room in (2 * len(w) * 4, 1):  # for two tokens, and for less than one
+                patch.setattr(functional, "TOPK_CHUNK", room)
+                chunked = ht.harmonic_topk(x.to(dtype), w.to(dtype), 4)
+                torch.testing.assert_close(chunked[0], at_once[0])
+                assert torch.equal(chunked[1], at_once[1])
     values, indices = ht.harmonic_topk(x[:0], w, 4)
     assert values.shape == indices.shape == (0, 4)
 
@@ -120,3 +121,109 @@ def test_a_tensor_exponent_under_vmap_and_compile(name):
     torch.testing.assert_close(slopes, looped)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(compiled(exponents[1]), wanted[1])
+
+
+# --- eps, dtypes, strides, sizes at the edge -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("away", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("eps", [1e-4, 1.0, 100.0])
+def test_eps_is_added_to_every_squared_distance(eps, away):
+    x, w = make()
+    x, n = w[: len(x)] + away * x, 6.0
+    s = (x.double().unsqueeze(1) - w.double()).square().sum(2) + eps
+    wanted = (-n / 2 * s.log()).log_softmax(1)
+    got, (top, indices) = ht.harmonic_logits(x, w, n=n, eps=eps), ht.harmonic_topk(x, w, 33, n=n, eps=eps)
+    # n/2 times fp32's eps times kappa, (16 + 16)/1e-4 at the nearest class, which is measured directly, and under 10 else
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(top.double(), wanted.gather(1, indices), rtol=2e-5, atol=1e-9)
+
+
+SHAPES = {
+    "transposed": lambda x, w: (x.t().contiguous().t(), w.t().contiguous().t()),
+    "every other": lambda x, w: (x.repeat_interleave(2, 1)[:, ::2], w.repeat_interleave(2, 0)[::2]),
+    "expanded": lambda x, w: (x[:1].expand(7, -1), w),
+    "expanded classes": lambda x, w: (x, w[:1].expand(9, -1)),
+    "leading": lambda x, w: (x[:6].view(3, 1, 2, 16).transpose(0, 2), w),
+    "vector": lambda x, w: (x[0], w),
+    "no tokens": lambda x, w: (x[:0].view(2, 0, 16), w),
+    "one class": lambda x, w: (x, w[:1]),
+    "one feature": lambda x, w: (x[:, :1], w[:, :1]),
+    "offset": lambda x, w: (torch.cat([x.flatten()[:1], x.flatten()])[1:].view(7, 16), w),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_strides_and_sizes_change_nothing(shape, dtype):
+    x, w = (value.clone() for value in SHAPES[shape](*make()))
+    odd = SHAPES[shape](*(value.to(dtype) for value in make()))
+    x, w = x.to(dtype).contiguous(), w.to(dtype).contiguous()
+    out, classes = torch.float64 if dtype == torch.float64 else torch.float32, len(w)
+    s = (x.double().unsqueeze(-2) - w.double()).square().sum(-1)
+    wanted = (-3.0 * s.log()).log_softmax(-1)
+    kappa = (x.double().square().sum(-1, keepdim=True) + w.double().square().sum(-1)) / s
+    tolerance = 3.0 * torch.finfo(out).eps * max([1.0, *kappa.flatten().tolist()])
+    log_p = ht.harmonic_logits(*odd, n=6.0)
+    assert log_p.dtype == out and log_p.shape == (*x.shape[:-1], classes)
+    torch.testing.assert_close(log_p.double(), wanted, rtol=tolerance, atol=tolerance)
+    for k in (1, classes):
+        values, indices = ht.harmonic_topk(*odd, k, n=6.0)
+        assert values.dtype == out and indices.dtype == torch.int64
+        assert values.shape == indices.shape == (*x.shape[:-1], k)
+        torch.testing.assert_close(values.double(), wanted.gather(-1, indices), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(values.double(), wanted.topk(k).values, rtol=tolerance, atol=tolerance)
+    assert torch.equal(indices.sort(-1).values, torch.arange(classes).expand_as(indices))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [3.0, 300.0])
+def test_harmax_of_16_bits_is_rounded_once(dtype, n):
+    distances = (torch.rand(5, 40, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype).requires_grad_()
+    for name in ("harmax", "log_harmax"):
+        function = getattr(ht, name)
+        for exponent in (n, torch.tensor(n), torch.tensor(n, dtype=torch.float64)):
+            got = function(distances, exponent)
+            assert got.dtype == dtype
+            assert torch.equal(got, function(distances.float(), n).to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(function(distances, n), got)
+    up = torch.linspace(0.2, 1.5, 200).view(5, 40).to(dtype)
+    (grad,) = torch.autograd.grad(ht.log_harmax(distances, n), distances, up)
+    exact = distances.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(ht.log_harmax(exact, n), exact, up.double())
+    assert grad.dtype == dtype  # rounded once from fp32, where terms of size n |up| / d cancel
+    assert ((grad.double() - wanted).norm() <= torch.finfo(dtype).eps * wanted.norm()).item()
+
+
+def test_harmax_of_odd_shapes():
+    d = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    wanted = ht.harmax(d.contiguous(), 3.0)
+    assert torch.equal(ht.harmax(d.t().contiguous().t(), 3.0), wanted)
+    assert torch.equal(ht.harmax(d.repeat_interleave(2, 1)[:, ::2], 3.0), wanted)
+    torch.testing.assert_close(ht.harmax(d.t(), 3.0, dim=0), wanted.t())
+    torch.testing.assert_close(ht.harmax(d.t(), 3.0, dim=-2), wanted.t())
+    assert torch.equal(ht.harmax(d[:1, :1].expand(2, 4), 3.0), torch.full((2, 4), 0.25))
+    for shape, dim in (((0, 6), 1), ((0, 6), 0), ((6, 0), 1), ((0,), 0)):
+        assert ht.harmax(d.new_empty(shape), 3.0, dim).shape == shape
+    for dim in (0, -1):
+        assert torch.equal(ht.harmax(torch.tensor(2.0), 3.0, dim), torch.tensor(1.0))
+    far = torch.tensor([1.0, math.inf, 1e-30, 2.0])
+    assert ht.harmax(far, 2.0).tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["harmonic_logits", "harmonic_topk", "log_harmax"])
+def test_a_bad_tensor_exponent_is_refused_under_vmap_and_compile(name):
+    """A traced function holds the check too: NaN or nonsense without a word would be the alternative."""
+    x, w = make()
+    functions = {
+        "harmonic_logits": lambda n: ht.harmonic_logits(x, w, n=n),
+        "harmonic_topk": lambda n: ht.harmonic_topk(x, w, 3, n=n)[0],
+        "log_harmax": lambda n: ht.log_harmax(x.abs(), n),
+    }
+    function = functions[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor(2.0))
+    for run in (compiled, lambda n: torch.vmap(function)(n.view(1)), lambda n: torch.func.vjp(function, n)):
+        with pytest.raises(ValueError, match="n must be a finite harmonic exponent > 0, got -2"):
+            run(torch.tensor(-2.0))

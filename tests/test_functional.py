@@ -4,12 +4,13 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import harmonic_triton as ht
-from harmonic_triton import _ops, reference
+from harmonic_triton import _ops, functional, reference
 from harmonic_triton.functional import linear_harmonic_loss
 
 TOKENS, WIDTH, CLASSES, N = 13, 21, 37, 6.0
@@ -216,15 +217,82 @@ def test_learnable_exponent(backend, reduction):
     close(*found)
 
 
-def test_shift_is_slicing(backend):
-    x, w, target, _ = make(tokens=24)
-    x, target = x.view(2, 3, 4, WIDTH), target.view(2, 3, 4)
-    for reduction in ("none", "mean"):
-        got = gradients(x, w, target, shift=True, reduction=reduction, backend=backend)
-        wanted = gradients(x[..., :-1, :], w, target[..., 1:], reduction=reduction, backend=backend)
+@pytest.mark.parametrize("shift", [True, 1, 2, 4])  # of sequences of 4: 4 leaves nothing to predict
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_shift_is_slicing(backend, shift, reduction):
+    x, w, target, g = make(tokens=24)
+    x, target, g = x.view(2, 3, 4, WIDTH), target.view(2, 3, 4), g.view(2, 3, 4)[..., int(shift) :]
+    target[0, 1, 2] = -100
+    options = {"reduction": reduction, "upstream": g if reduction == "none" else 1.7}
+    for which in (backend, "reference"):
+        got = gradients(x, w, target, shift=shift, backend=which, **options)
+        wanted = gradients(x[..., : -int(shift), :], w, target[..., int(shift) :], backend=which, **options)
         assert got[0].shape == wanted[0].shape
-        all_close((got[0], got[1][..., :-1, :], got[2]), wanted, 1e-6)
-        assert torch.equal(got[1][..., -1, :], torch.zeros_like(got[1][..., -1, :]))
+        all_close((got[0], got[1][..., : -int(shift), :], got[2]), wanted, 1e-6)
+        rest = got[1][..., -int(shift) :, :]
+        assert torch.equal(rest, torch.zeros_like(rest))
+
+
+@pytest.mark.parametrize("name", ["linear_harmonic_loss", "linear_cross_entropy"])
+def test_statistics_are_shifted_with_the_loss(backend, name):
+    x, w, target, _ = make(tokens=24)
+    x, target = x.view(2, 12, WIDTH), target.view(2, 12)
+    loss = getattr(ht, name)
+    options = {"reduction": "none", "return_stats": True}
+    for which in (backend, "reference"):
+        got = loss(x, w, target, shift=np.int64(5), backend=which, **options)
+        wanted = loss(x[:, :-5], w, target[:, 5:], backend=which, **options)
+        for one, other in zip((got[0], *got[1]), (wanted[0], *wanted[1]), strict=True):
+            assert one.shape == (2, 7) and one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    for off in (False, 0):
+        assert torch.equal(loss(x, w, target, shift=off), loss(x, w, target))
+
+
+def test_shift_copies_no_input():
+    x, w, target, _ = make(tokens=24)
+    call = functional._Call(
+        x.view(2, 12, WIDTH), w, target.view(2, 12), None, -100, "mean", None, 0.0, 3, False, None, "auto", None, None
+    )
+    assert call.x.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_shift_under_vmap_and_compile(reduction):
+    x, w, target, _ = make(tokens=24)
+    x, target = x.view(3, 2, 4, WIDTH), target.view(3, 2, 4)
+    function = lambda a, t: linear_harmonic_loss(a, w, t, n=N, shift=2, reduction=reduction)
+    wanted = torch.stack([function(*pair) for pair in zip(x, target, strict=True)])
+    torch.testing.assert_close(torch.vmap(function)(x, target), wanted)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(x[1], target[1]), wanted[1])
+    short = torch.compile(function, fullgraph=False, backend="aot_eager", dynamic=False)
+    with pytest.raises(ValueError, match="shift=2 needs a sequence"):
+        short(x[0, :, :1], target[0, :, :1])
+
+
+@pytest.mark.parametrize("bad", [0, -3, math.nan, math.inf])
+def test_the_value_of_a_tensor_num_items_is_checked_wherever_it_is_used(backend, bad):
+    x, w, target, _ = make()
+    x.requires_grad_()
+    good, items = torch.tensor(7.0), torch.tensor(bad)
+    text = "num_items must be finite and > 0, got"
+    for which in (backend, "reference"):
+        loss = lambda count: linear_harmonic_loss(x, w, target, n=N, num_items=count, reduction="sum", backend=which)  # noqa: B023
+        with pytest.raises(ValueError, match=text):
+            loss(items)
+    if backend == "torch":
+        loss = lambda count: linear_harmonic_loss(x, w, target, n=N, num_items=count)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(good), loss(7))
+        with pytest.raises(ValueError, match=text):
+            compiled(items.float())
+        counts = torch.stack([good, items.float()])
+        torch.testing.assert_close(torch.vmap(loss)(counts.new_tensor([7.0, 3.5])), torch.stack([loss(7), loss(3.5)]))
+        with pytest.raises(ValueError, match=text):
+            torch.vmap(loss)(counts)
+        _, slope = torch.func.jvp(loss, (good,), (torch.tensor(1.0),))
+        torch.testing.assert_close(slope, -loss(7).detach() / 7)
 
 
 @pytest.mark.parametrize("shape", [(), (13,), (1, 13), (13, 1, 1)])
@@ -456,6 +524,22 @@ def test_statistics_are_those_of_the_dense_probabilities(backend, near):
     close(loss, -stats.target_log_prob[kept].mean(), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["linear_harmonic_loss", "linear_cross_entropy"])
+def test_of_equal_classes_the_first_is_predicted(backend, name):
+    """Classes 3, 9 and 20 are one vector, the best of every token: 3 is predicted whichever of them is the target."""
+    x, w, _, _ = make()
+    w[[9, 20]] = w[3] = x.mean(0) + 10.0
+    x = (x + 10.0) * torch.linspace(1.0, 1.5, TOKENS)[:, None]
+    scores = x @ w.t() if name == "linear_cross_entropy" else -torch.cdist(x, w)
+    assert (scores.argmax(1) == 3).all()
+    for label in (3, 9, 20, 0, 30):
+        target = torch.full((TOKENS,), label)
+        for which in (backend, "reference"):
+            _, stats = getattr(ht, name)(x, w, target, return_stats=True, backend=which)
+            assert stats.predicted.tolist() == [3] * TOKENS, (which, label)
+            assert stats.correct.tolist() == [label == 3] * TOKENS
+
+
 # --- log-probabilities, top-k, harmax --------------------------------------------------------------------------------
 
 
@@ -510,6 +594,7 @@ def test_harmax_is_the_papers_equation():
     close(ht.harmax(d, 3.0), d**-3.0 / (d**-3.0).sum(1, keepdim=True), 1e-12)
     close(ht.harmax(d, 3.0, dim=0), d**-3.0 / (d**-3.0).sum(0), 1e-12)
     close(ht.log_harmax(1e-30 * d, 300.0), ht.log_harmax(d, 300.0), 1e-9)
+    d = d.clone()
     d[0, :2] = 0
     assert ht.harmax(d, 2.0)[0].tolist() == [0.5, 0.5, 0, 0, 0, 0]
     assert torch.autograd.gradcheck(lambda t: ht.log_harmax(t, 2.0), (d[1:].clone().requires_grad_(),))
@@ -564,3 +649,17 @@ def test_autocast_casts_the_operands_and_nothing_else(backend, reduction):
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, wanted, strict=True))
     assert got[1].dtype == got[2].dtype == torch.float32
     assert torch.equal(log_p, ht.harmonic_logits(*cast, n=N))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_autocast_leaves_fp64_alone(backend, reduction):
+    x, w, target, g = make(dtype=torch.float64)
+    up = g.double() if reduction == "none" else 1.7
+    run = lambda: gradients(x, w, target, upstream=up, reduction=reduction)
+    wanted, log_p, top = run(), ht.harmonic_logits(x, w, n=N), ht.harmonic_topk(x, w, 4, n=N)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = (*run(), ht.harmonic_logits(x, w, n=N), *ht.harmonic_topk(x, w, 4, n=N))
+        with pytest.raises(TypeError, match="input must be bfloat16.*int64"):
+            linear_harmonic_loss(x.long(), w, target)
+    for one, other in zip(got, (*wanted, log_p, *top), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
@@ -105,9 +106,9 @@ def test_opcheck(name, dtype, smoothing, moments, needs):
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("name", ["rows_forward", "rows_backward"])
+@pytest.mark.parametrize("name", ["rows_forward", "rows_backward", "reduced_forward"])
 def test_opcheck_of_triton(name, smoothing, dtype):
-    """The Triton backend answers with what the same fakes promise (it has no reduced_forward)."""
+    """The Triton backend answers with what the same fakes promise."""
     pytest.importorskip("triton")
     arguments = operator_arguments(name, dtype, "triton", smoothing, True, "xw")
     torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -311,6 +312,285 @@ def test_functional_call_of_the_head():
         assert relative(out["n"][i], n.grad) < 1e-6
 
 
+# --- forward mode
+
+
+def tangents(function: Any, x: Tensor, how: str) -> Any:
+    """A derivative of ``function`` that goes forward, by each of torch's ways."""
+    one = torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).reshape(x.shape)
+    if how == "jvp":
+        return jvp(function, (x,), (one,))[1]
+    if how == "vmap":
+        return jvp(lambda x: vmap(function)(torch.stack([x, x])), (x,), (one,))[1]
+    if how == "linearize":
+        return linearize(function, x)[1](one)
+    if how == "over_reverse":
+        return jvp(grad(lambda x: function(x).sum()), (x,), (one,))[1]
+    if how == "reverse_over":
+        return grad(lambda x: jvp(function, (x,), (one,))[1].sum())(x)
+    if how in ("dual", "dual_leaf"):
+        with forward_ad.dual_level():
+            leaf = x.detach().requires_grad_(how == "dual_leaf")
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(leaf, one))).tangent
+    return {"jacfwd": jacfwd, "hessian": hessian}[how](lambda x: function(x).sum())(x)
+
+
+@pytest.mark.parametrize("how", ["jvp", "jacfwd", "linearize", "hessian", "dual", "dual_leaf", "over_reverse",
+                                 "reverse_over", "vmap"])  # fmt: skip
+@pytest.mark.parametrize("by", ["x", "w", "n", "class_weight"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_of_a_fused_loss_raises(backend, by, how):
+    """Not a silent zero, whatever carries the tangent, in both losses and every reduction."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+    given = {"x": x, "w": w, "n": n, "class_weight": weights(dtype=torch.float32)}
+    for reduction in REDUCTIONS:
+        for function in (ht.linear_harmonic_loss, ht.linear_cross_entropy)[: 1 if by == "n" else 2]:
+
+            def loss(value, function=function, reduction=reduction):
+                now = {**given, by: value}
+                more = {} if function is ht.linear_cross_entropy else {"n": now["n"]}
+                return function(now["x"], now["w"], target, reduction=reduction, label_smoothing=0.1,
+                                class_weight=now["class_weight"], backend=backend, **more)  # fmt: skip
+
+            with pytest.raises((NotImplementedError, ValueError), match=r'backend="reference"|class_weight is a constant'):
+                tangents(loss, given[by], how)
+
+
+@pytest.mark.parametrize("how", ["jvp", "dual", "linearize"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_beside_a_fused_loss(backend, how):
+    """A loss that carries no tangent is a constant of the derivative; its own gradient is there as ever."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    wanted = ht.linear_harmonic_loss(x, w, target, n=n, backend=backend)
+    factor = torch.tensor(2.0)
+
+    def beside(factor):
+        return factor.square() * ht.linear_harmonic_loss(x, w, target, n=n, backend=backend)
+
+    slope = tangents(beside, factor, how)
+    torch.testing.assert_close(slope.detach(), 0.5 * 2 * factor * wanted.detach(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("by", ["x", "w", "n"])
+@pytest.mark.parametrize("what", ["reference", "reference_ce", "logits", "topk", "topk_dual"])
+def test_forward_mode_where_there_is_one(what, by):
+    """The tangent along a direction is the gradient's product with it, in fp64."""
+    x, w, target, n = (tensor.detach() for tensor in inputs())
+    given = {"x": x, "w": w, "n": n}
+    if what == "reference_ce" and by == "n":
+        pytest.skip("cross-entropy has no exponent")
+
+    def function(value):
+        now = {**given, by: value}
+        if what == "reference":
+            return ht.linear_harmonic_loss(now["x"], now["w"], target, n=now["n"], backend="reference", eps=0.1)
+        if what == "reference_ce":
+            return ht.linear_cross_entropy(now["x"], now["w"], target, backend="reference", label_smoothing=0.1)
+        if what == "logits":
+            return ht.harmonic_logits(now["x"], now["w"], n=now["n"]).square().sum()
+        return ht.harmonic_topk(now["x"], now["w"], 3, n=now["n"])[0].square().sum()
+
+    def by_logits(value):
+        now = {**given, by: value}
+        return ht.harmonic_logits(now["x"], now["w"], n=now["n"]).topk(3)[0].square().sum()
+
+    value = given[by]
+    direction = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
+    gradient = grad(by_logits if what.startswith("topk") else function)(value)
+    slope = tangents(function, value, "dual" if what == "topk_dual" else "jvp")
+    torch.testing.assert_close(slope, (gradient * (direction if value.dim() else 0.5)).sum(), rtol=1e-9, atol=0.0)
+
+
+# --- what else PyTorch puts on top
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_again_and_with_hooks_on_what_is_saved(backend, reduction):
+    """``retain_graph`` twice, saved tensors moved elsewhere and back, and an upstream gradient that is not there."""
+    x, w, target, n = inputs(dtype=torch.float32)
+
+    def loss():
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend, label_smoothing=0.1)
+
+    out = loss()
+    wanted = torch.autograd.grad(out, (x, w, n), upstream(out), retain_graph=True)
+    again = torch.autograd.grad(out, (x, w, n), upstream(out))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double() if t.is_floating_point() else t.clone(),
+                                                  lambda t: t.float() if t.is_floating_point() else t):  # fmt: skip
+        packed = loss()
+    hooked = gradients(packed, x, w, n)
+    both = torch.autograd.grad(loss() * 0.0 + (x * 1.5).sum(), (x, w, n), upstream(out), materialize_grads=True)
+    assert all(torch.equal(*pair) for pair in zip(wanted, again, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(wanted, hooked, strict=True))
+    assert torch.equal(both[0], torch.full_like(x, 1.5) * upstream(out).sum())
+    assert not both[1].any()
+    assert not both[2].any()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode(backend, reduction):
+    """The same loss on inference tensors."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+    run = lambda x, w, n: ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend)
+    wanted = run(x, w, n)
+    with torch.inference_mode():
+        got = run(x.clone(), w.clone(), n.clone())
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_vmap_with_randomness(randomness):
+    """Noise on x inside the batched function, as a dropout would make it."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+
+    def loss(x, label):
+        noisy = x + 0.1 * torch.randn_like(x)
+        return ht.linear_harmonic_loss(noisy[None], w, label[None], n=n, reduction="sum"), noisy
+
+    got, noisy = vmap(loss, randomness=randomness)(x, target)
+    wanted = ht.linear_harmonic_loss(noisy, w, target, n=n, reduction="none")
+    assert relative(got.unsqueeze(1), wanted.unsqueeze(1)) < 1e-6
+
+
+def test_exponent_of_one_element():
+    """An n of shape (1,), as sharding makes it: the same everywhere, its gradient of that shape."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    one = n.detach().reshape(1).requires_grad_()
+    for run in (
+        lambda n: ht.linear_harmonic_loss(x, w, target, n=n),
+        lambda n: ht.linear_harmonic_loss(x, w, target, n=n, reduction="none"),
+        lambda n: ht.linear_harmonic_loss(x, w, target, n=n, backend="reference"),
+        lambda n: ht.harmonic_logits(x, w, n=n),
+        lambda n: ht.log_harmax(torch.cdist(x, w), n),
+        lambda n: ht.log_harmax(torch.tensor(2.0), n) + n.sum(),
+    ):
+        wanted, got = run(n), run(one)
+        assert torch.equal(got, wanted)
+        (slope,), (value,) = gradients(got, one), gradients(wanted, n)
+        assert slope.shape == (1,)
+        assert torch.equal(slope[0], value)
+    assert all(map(torch.equal, ht.harmonic_topk(x, w, 3, n=one), ht.harmonic_topk(x, w, 3, n=n)))
+    batched = vmap(grad(lambda n: ht.linear_harmonic_loss(x, w, target, n=n)))(torch.stack([one, one + 1]))
+    assert batched.shape == (2, 1)
+
+
+# --- strides
+
+
+def strange(tensor: Tensor, how: str) -> Tensor:
+    """The same values under other strides: every second entry, an odd offset, the other order of dimensions, stride 0."""
+    if how == "every_second":
+        room = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 77)
+        room[..., ::2] = tensor
+        return room[..., ::2]
+    if how == "offset":
+        room = tensor.new_full((tensor.numel() + 1,), 77)
+        room[1:] = tensor.flatten()
+        return room[1:].view(tensor.shape)
+    if how == "column":
+        room = tensor.new_full((*tensor.shape, 3), 77)
+        room[..., 1] = tensor
+        return room[..., 1]
+    if how == "transposed":
+        return tensor.t().contiguous().t()
+    return tensor.flatten()[:1].expand(tensor.shape)  # "stride_0": not the same values
+
+
+# Every vector that a kernel reads; x and w carry their strides with them.
+@pytest.mark.parametrize("how", ["every_second", "offset", "column", "stride_0"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strange_strides_of_the_operators(backend, how):
+    """What the operators return for strided operands is what they return for dense ones, to the bit."""
+    dtype = torch.float32
+    for name in ("rows_forward", "rows_backward", "reduced_forward"):
+        arguments = operator_arguments(name, dtype, backend, True, True, "xwn")
+        vectors = [k for k, value in enumerate(arguments) if isinstance(value, Tensor) and value.dim() == 1]
+        assert len(vectors) == {"rows_forward": 2, "rows_backward": 14, "reduced_forward": 4}[name]
+        strided = [strange(value, how) if k in vectors else value for k, value in enumerate(arguments)]
+        dense = [value.clone(memory_format=torch.contiguous_format) if k in vectors else value
+                 for k, value in enumerate(strided)]  # fmt: skip
+        operator = getattr(OPS, name)
+        for got, wanted in zip(operator(*strided), operator(*dense), strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("how", ["every_second", "offset", "column", "transposed"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strange_strides_of_the_arguments(backend, reduction, how):
+    """Everything that a caller passes, the upstream gradient too; gradients come back in the operands' shapes."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(tokens=9, width=7, classes=11, dtype=torch.float32))
+    given = {"x": x, "w": w, "target": target, "v": weights(11, torch.float32), "g": torch.linspace(0.3, 1.2, 9)}
+    results = []
+    for change in (lambda t: t, lambda t: t if how == "transposed" and t.dim() == 1 else strange(t, how)):
+        now = {name: change(tensor) for name, tensor in given.items()}
+        leaves = now["x"].requires_grad_(), now["w"].requires_grad_(), n.clone().requires_grad_()
+        loss = ht.linear_harmonic_loss(*leaves[:2], now["target"], n=leaves[2], class_weight=now["v"], backend=backend,
+                                       label_smoothing=0.1, reduction=reduction)  # fmt: skip
+        up = now["g"] if reduction == "none" else torch.tensor(0.7)
+        results.append((loss.reshape(-1, 1), *torch.autograd.grad(loss, leaves, up)))
+    assert all(relative(got, wanted) < 1e-6 for wanted, got in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sum_of_token_losses_backward(backend):
+    """``loss.sum().backward()`` hands over an upstream gradient with stride 0: the gradients of reduction "sum"."""
+    x, w, target, n = inputs(dtype=torch.float32)
+    for smoothing in (0.0, 0.1):
+        losses = [ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend,
+                                          label_smoothing=smoothing) for reduction in ("none", "sum")]  # fmt: skip
+        got, wanted = (torch.autograd.grad(0.7 * loss.sum(), (x, w, n)) for loss in losses)
+        assert all(relative(*pair) < 1e-6 for pair in zip(got, wanted, strict=True))
+
+
+# The batch in the second dimension of everything: what each member sees has strides, in forward and in backward.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_vmap_of_grad_over_the_second_dimension(reduction, backend):
+    members = [inputs(tokens=5, dtype=torch.float32, seed=seed) for seed in range(3)]
+    x, w, target, _ = (torch.stack(values, 1).detach() for values in zip(*(m[:3] + (m[0],) for m in members), strict=True))
+    v = torch.stack([weights(dtype=torch.float32) + k for k in range(3)], 1)
+    g = torch.linspace(0.2, 1.4, 15).reshape(5, 3)
+
+    def loss(x, w, target, v, g):
+        out = ht.linear_harmonic_loss(x, w, target, n=3.3, class_weight=v, label_smoothing=0.2, reduction=reduction,
+                                      backend=backend)  # fmt: skip
+        return (out * g).sum()
+
+    got = vmap(grad(loss, argnums=(0, 1)), in_dims=1, out_dims=1)(x, w, target, v, g)
+    for k in range(3):
+        one = [tensor.select(1, k).contiguous() for tensor in (x, w, target, v, g)]
+        for mine, wanted in zip(got, grad(loss, argnums=(0, 1))(*one), strict=True):
+            assert relative(mine[:, k], wanted) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_target_reads_nothing_outside(backend, monkeypatch):
+    """On a device whose assert does nothing, as ROCm's: that token's loss is NaN, the others' are what they were."""
+    from harmonic_triton import _ops
+
+    monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
+    for bad in (10**12, -(10**12), 9, -1):
+        for name in ("rows_forward", "reduced_forward", "rows_backward"):
+            arguments = operator_arguments(name, torch.float32, backend, True, True, "xw")
+            wanted = getattr(OPS, name)(*arguments)
+            target = arguments[2].clone()
+            target[1] = bad
+            out = getattr(OPS, name)(*arguments[:2], target, *arguments[3:])
+            if name == "rows_backward":
+                rest = torch.arange(len(target)) != 1
+                assert torch.equal(out[0][rest], wanted[0][rest])
+                continue
+            if name == "reduced_forward":
+                assert out[0].isnan()
+                out, wanted = out[4:], wanted[4:]
+            nll, others = out[0], torch.arange(len(target)) != 1
+            assert nll[1].isnan()
+            assert torch.equal(nll[others], wanted[0][others])
+
+
 # --- autocast
 
 
@@ -442,6 +722,83 @@ def test_compiled_options(option):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+@pytest.mark.parametrize("option", ["label_smoothing", "class_weight", "both"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_token_losses(backend, option, function):
+    """``reduction="none"`` with each option: one graph for two shapes."""
+    options = {"label_smoothing": 0.2} if option != "class_weight" else {}
+    if option != "label_smoothing":
+        options["class_weight"] = weights(dtype=torch.float32)
+
+    def loss(x, w, target):
+        return function(x, w, target, reduction="none", backend=backend, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (12, 20):
+        compiled_equals_eager(loss, compiled, list(inputs(tokens, dtype=torch.float32)[:3]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+A_GPU_BY_ITS_PROPERTIES = """
+    import sys
+    import torch
+    import harmonic_triton as ht
+    from harmonic_triton._dispatch import resolve
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Properties:
+        major, minor, total_memory, multi_processor_count = 9, 0, 2**37, 132
+
+    torch.version.cuda = torch.version.cuda or "13.0"
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: Properties
+    backend, gpu, graphs = sys.argv[1], torch.device("cuda", 0), []
+
+    def recorded(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def which(x):
+        return x + 1 if resolve(backend, gpu, torch.float32) == "triton" else x
+
+    assert torch.compile(which, fullgraph=True, backend="eager")(torch.zeros(())) == 1
+    if torch.backends.cuda.is_built():
+        for reduction in ("none", "mean"):
+            def loss(x, w, target, n):
+                return ht.linear_harmonic_loss(
+                    x, w, target, n=n, reduction=reduction, backend=backend, label_smoothing=0.1
+                )
+
+            torch._dynamo.reset()
+            with FakeTensorMode():
+                leaves = [torch.empty(k, 64, device=gpu, dtype=torch.bfloat16, requires_grad=True) for k in (12, 40)]
+                n = torch.empty((), device=gpu, requires_grad=True)
+                target = torch.zeros(12, dtype=torch.int64, device=gpu)
+                out = torch.compile(loss, fullgraph=True, backend=recorded)(*leaves, target, n)
+                assert out.shape == ((12,) if reduction == "none" else ()) and out.device == gpu
+            code = "".join(module.code for module in graphs.pop().modules() if hasattr(module, "code"))
+            assert "harmonic_triton.rows_forward" in code and "harmonic_triton.rows_backward" in code
+            assert "'triton'" in code
+    print("traced")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real one serves the other tests here")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_traced_for_a_gpu(backend):
+    """What is asked about a GPU and about Triton is known to dynamo: fullgraph, with the properties of a GPU given.
+
+    Where PyTorch is built for CUDA, fake tensors show the whole function, forward and backward in the graph.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(A_GPU_BY_ITS_PROPERTIES), backend]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout == "traced\n"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_head():
     """The module with a learnable exponent: the loss through inductor, the logits."""
     torch.manual_seed(0)
@@ -559,6 +916,7 @@ def test_compiled_where_no_gradient_is_wanted(how, reduction):
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
         "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
         "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_fp16_accumulation = True",
     ],
 )
 def test_the_users_matmul_precision_is_left_alone(setting):
@@ -566,7 +924,8 @@ def test_the_users_matmul_precision_is_left_alone(setting):
 import torch, threading, harmonic_triton as ht
 from harmonic_triton._numerics import full_fp32
 def state():
-    out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision,
+           torch.backends.cuda.matmul.allow_fp16_accumulation]
     try:
         return [*out, torch.get_float32_matmul_precision()]
     except RuntimeError:
@@ -579,7 +938,7 @@ ht.linear_harmonic_loss(x, w, t, reduction="none").sum().backward()
 ht.harmonic_logits(x, w)
 assert torch.equal(ht.linear_harmonic_loss(x, w, t), plain)
 with full_fp32():
-    assert state()[1] in ("ieee", "none"), state()
+    assert state()[1] in ("ieee", "none") and state()[2] is False, state()
 assert state() == before, (state(), before)
 barrier = threading.Barrier(3)
 def work():

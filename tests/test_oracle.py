@@ -12,7 +12,8 @@ from oracle import oracle
 from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
 from harmonic_triton import reference as ht_reference
 
-PLACES = ("far", "near", "very near", "on target", "on another", "near another", "duplicates", "identical pair")
+PLACES = ("far", "near", "very near", "on target", "on another", "near another", "duplicates", "identical pair",
+          "hopeless", "zero")  # fmt: skip
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,8 +25,18 @@ def inputs(tokens, width, classes, dtype, place, scale=1.0, seed=0):
     noise = torch.randn(tokens, width, generator=generator)
     if place in ("duplicates", "identical pair") and classes > 1:
         w[1::2] = w[: len(w) // 2 * 2 : 2].clone()[: len(w[1::2])]
+    if place == "hopeless":  # norms three decades apart, in two widths of x: most targets are far behind other classes
+        apart = 10 ** torch.linspace(0, 3, classes)[torch.randperm(classes, generator=generator)]
+        w = (w.float() * apart.unsqueeze(1) / 30).to(dtype)
+    elif place == "zero":  # a class vector without norm, as of a padding token; x lies on it or beside it
+        w[0] = 0
+        target[::3] = 0
     centre, size = w[target].float(), scale
-    if place == "far":
+    if place == "hopeless":
+        x = (size / 30 * noise) * torch.tensor([1.0, 0.01])[torch.arange(tokens) % 2].unsqueeze(1)
+    elif place == "zero":
+        x = torch.where(torch.arange(tokens).unsqueeze(1) % 2 == 0, 0.0, 1e-2 * size) * noise
+    elif place == "far":
         x = 30 * size * noise
     elif place in ("near", "very near", "duplicates"):
         x = centre + size * {"near": 0.3, "very near": 1e-3, "duplicates": 0.1}[place] * noise
@@ -217,3 +228,70 @@ def test_cross_entropy_keeps_a_loss_of_1e_20(backend, dtype):
     got = linear_cross_entropy(x, w, target, reduction="none", backend=backend)
     assert want.min() < 1e-20 < 1e-3 < want.max()
     assert ((got - want).abs() / want).max() < 1e-5
+
+
+# --- far targets and extreme values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("n", [2.0, 28.0])
+@pytest.mark.parametrize("times", [300, 1000, 1e5])
+def test_a_target_far_behind_other_classes(backend, reduction, n, times):
+    """Loss to 1e-5, gradients as near classes have them, and the right prediction, whatever the target's distance."""
+    x, w, target, g = inputs(12, 24, 40, torch.float32, "near another", seed=3)
+    target = torch.arange(12)
+    x = w[target + 20] + 0.3 * torch.randn(12, 24, generator=torch.Generator().manual_seed(1))
+    w[:12] *= times
+    truth = oracle(x, w, target, g, n=n)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    options = {"n": n, "backend": backend}
+    losses, stats = linear_harmonic_loss(x, w, target, reduction="none", return_stats=True, **options)
+    if reduction == "none":
+        (losses * g).sum().backward()
+    else:  # every token has a class of its own, whose weight may be any number
+        by_class = torch.cat([g, torch.ones(28)])
+        linear_harmonic_loss(x, w, target, class_weight=by_class, reduction="sum", **options).backward()
+    truth.check(losses.detach(), x.grad, w.grad)
+    want = ht_reference.statistics(x.detach(), w.detach(), target, n, 0.0, -100)
+    assert ((losses - truth.loss).abs() / truth.loss).max() < 1e-5
+    assert torch.equal(stats.predicted, want[1])
+    assert (stats.entropy - want[0]).abs().max() < 1e-5
+    assert (stats.target_distance - want[3]).div(want[3]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_norms_five_decades_apart_predict_the_nearest(backend):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.functional.normalize(torch.randn(300, 64, generator=generator), dim=1)
+    w = w * torch.logspace(0, 5, 300).unsqueeze(1)
+    x, target = 0.14 * torch.randn(16, 64, generator=generator), torch.randint(300, (16,), generator=generator)
+    _, stats = linear_harmonic_loss(x, w, target, n=2.0, return_stats=True, backend=backend)
+    assert torch.equal(stats.predicted, ht_reference.squared_distances(x, w).argmin(1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_cross_entropy_of_logits_of_1e10(backend):
+    """Finite as F.cross_entropy is, also where fp32 rounds the best class's own log-score by hundreds."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = 1e5 * torch.randn(40, 16, generator=generator), 1e5 * torch.randn(70, 16, generator=generator)
+    target = torch.randint(70, (40,), generator=generator)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    loss = linear_cross_entropy(x, w, target, reduction="none", backend=backend)
+    (loss * torch.linspace(-1, 2, 40)).sum().backward()
+    want = ht_reference.linear_cross_entropy(x, w, target, reduction="none").detach()
+    logits = (x.double() @ w.double().t()).abs().max().item()
+    assert logits > 1e11
+    assert (loss - want).abs().max() < 4 * torch.finfo(torch.float32).eps * logits
+    assert x.grad.isfinite().all()
+    assert w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_harmonic_loss])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_class_and_an_x_that_is_not_finite(backend, function, value):
+    x = torch.tensor([[value, 1.0], [0.5, 1.0]])
+    loss = function(x, torch.ones(1, 2), torch.tensor([0, 0]), reduction="none", backend=backend)
+    assert loss[0].isnan()
+    assert loss[1] == 0

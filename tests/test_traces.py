@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from harmonic_triton import _neighbors
+from harmonic_triton.loss_kernel import LossKernel
 from harmonic_triton.traces import LossTraces
 
 ROOT = Path(__file__).parent.parent
@@ -524,7 +525,7 @@ def test_killed_at_any_moment(tmp_path):
         if process.exitcode == 0:
             break
         assert kills < 300
-        if (tmp_path / "killed" / "header.json").exists():
+        if (tmp_path / "killed" / "state.pt").exists():
             counts = LossTraces.open(tmp_path / "killed").count
     assert kills >= 3 and counts > 0
     assert same(LossTraces.open(tmp_path / "killed"), LossTraces.open(tmp_path / "whole"))
@@ -721,3 +722,108 @@ def test_the_kernel_compiles_for_every_architecture():
         assert spills == 0, where
         assert shared <= static_cost.SHARED_LIMIT[arch], where
         assert (products > 0) == (dtype == "bf16" or arch.startswith("gfx")), where
+
+
+# --- what rounding costs, and what surrounds a call ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [200, 2000])
+@pytest.mark.parametrize("sigma", [None, 1.0, 2.0, 3.0])
+def test_what_the_dtypes_cost_a_correlation(sigma, draws):
+    """The documented bounds, on bell-shaped losses (sigma None) and on log-normal ones, whose variance few draws hold.
+
+    Rounding multiplies every stored value by 1 + d with |d| <= u = 2^-9. By Cauchy and Schwarz a sum of products is off by
+    2u of the norms at most and a norm by u, so that no correlation moves by more than 4u = 2^-7 (to first order).
+    """
+    generator = np.random.default_rng(draws)
+    z = generator.standard_normal((draws, 8)) @ generator.standard_normal((8, 100)) / 3
+    z = (z + generator.standard_normal((draws, 100))) / 1.4
+    losses = torch.from_numpy(2 + 0.05 * z if sigma is None else np.exp(sigma * z))
+    exact = torch.from_numpy(np.corrcoef(losses.numpy().T))
+    off = {}
+    for dtype in DTYPES.values():
+        traces = LossTraces(100, dtype=dtype)
+        traces.update(losses[:100])
+        traces.update(losses[100:])
+        off[dtype] = (traces.correlation(slice(None)).double() - exact).abs()
+    assert off[torch.float32].max() <= 5e-6
+    assert off[torch.bfloat16].max() <= (2.0**-7 if sigma else 12e-3 / math.sqrt(draws))  # five times the rms of 4,950
+    assert off[torch.bfloat16].square().mean().sqrt() <= 2 * 2.4e-3 / math.sqrt(draws)
+    if sigma and sigma >= 2:
+        assert off[torch.bfloat16].max() > 5e-4  # a few 1e-4 would be said too soon
+
+
+def test_the_kernel_of_traces_takes_float32():
+    losses = small().reshape(2, 20, 150)
+    narrow, wide = (LossKernel.from_losses(losses, keep="traces", **options) for options in ({}, {"trace_dtype": torch.float32}))
+    assert (narrow.accumulator.dtype, wide.accumulator.dtype) == (torch.bfloat16, torch.float32)
+    exact = torch.from_numpy(np.corrcoef(small().double().numpy().T))
+    assert (wide.correlation - exact).abs().max() < 5e-6 < (narrow.correlation - exact).abs().max()
+
+
+def test_constants_far_apart_have_no_variance():
+    """Their mean over 5,000 equal draws is dozens of last places off; the squares of those are still exact."""
+    losses = torch.cat([torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5, torch.tensor([1e-30, 3e10])])
+    traces = LossTraces(42, dtype=torch.float32)
+    traces.update(losses.expand(5000, 42))
+    traces.update(losses.expand(777, 42))
+    assert int((traces.reference != losses).sum()) > 20
+    assert not traces.variance().any()
+
+
+def everything(losses, backend):
+    """What traces answer, and the keys that its search begins from."""
+    found = []
+    for dtype in DTYPES.values():
+        traces = filled(losses, dtype=dtype, backend=backend)
+        found += [traces.correlation(slice(None)), traces.covariance(slice(0, 9)), traces.matvec(losses[0]), traces.mean()]
+        found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
+        problem = _neighbors.Problem(traces._stored(), *traces._moments(), None)
+        if backend == "torch":
+            found.append(_neighbors._torch_keys(problem, 9, range(150), None))
+    return found
+
+
+@pytest.mark.parametrize("surrounding", ["autocast", "medium", "float64"])
+def test_what_surrounds_a_call_changes_nothing(surrounding, backend):
+    losses = small()
+    plain, before = everything(losses, backend), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if surrounding == "medium" else before)
+        torch.set_default_dtype(torch.float64 if surrounding == "float64" else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=surrounding == "autocast"):
+            changed = everything(losses, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision(before)
+    for one, other in zip(plain, changed, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("how", ["column-major", "every second", "sliced", "expanded"])
+def test_the_triton_search_takes_traces_of_any_stride(how):
+    """Samples apart in memory, or rows that end before the memory does: what is not there must not be read."""
+    from harmonic_triton._triton import neighbors
+
+    base = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    given = {
+        "column-major": lambda: base.T.contiguous().T,
+        "every second": lambda: torch.stack([base, torch.full_like(base, math.nan)], 2).flatten(1)[:, ::2],
+        "sliced": lambda: torch.cat([torch.full((40, 5), math.nan), base], 1)[:, 5:],
+        "expanded": lambda: base[0].expand(40, 64),
+    }[how]()
+    values = given.contiguous()
+    centred = values.double() - values.double().mean(0)
+    norm = centred.norm(dim=0)
+    scale = torch.where(norm > 1e-3, norm.reciprocal(), 0.0)  # 0 for a constant, as the search has it
+    scores = (values.double() * scale).T @ (values.double() * scale)
+    mean = values.double().mean(0) * scale * math.sqrt(40)
+    scores = (scores - torch.outer(mean, mean)).fill_diagonal_(-math.inf)
+    apart = lambda vector: torch.stack([vector, torch.full_like(vector, 7)], 1)[:, 0]
+    keys = _neighbors.empty_keys(64, neighbors.width_of(9), torch.device("cpu"))
+    labels = apart(torch.arange(64, dtype=torch.int32) // 2)
+    neighbors.take(keys, given, given, 0, 0, apart(scale.float()), apart(mean.float()), labels)
+    forbidden = labels[:, None] == labels
+    found = _neighbors.unpack_score(keys).sort(1, descending=True).values[:, :5]
+    expected = scores.masked_fill(forbidden, -math.inf).topk(5).values.float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ import torch
 from oracle import oracle
 
 import harmonic_triton as ht
-from harmonic_triton import reference
+from harmonic_triton import _strategy, reference
 
 _triton = pytest.importorskip("harmonic_triton._triton")
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
@@ -20,6 +20,7 @@ exp2_minus_1 = pytest.importorskip("harmonic_triton._triton.tile").exp2_minus_1
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def inputs(tokens: int = 6, width: int = 40, classes: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,14 +101,14 @@ def test_operands_whose_features_are_far_apart(spread, dtype):
     Within the bounds of the truth and no closer: the library may take another kernel, with another order of sums, for
     another layout, and so may the compiler for another stride.
     """
-    x, w, target = (tensor[:4] for tensor in inputs(width=65))
+    x, w, target = (tensor[:4] for tensor in inputs(width=80))
     x, w, target = x.to(DTYPES[dtype]), w.to(DTYPES[dtype]), target % 4
     step = 2**25
     try:
-        room = torch.empty(64 * step + 4, dtype=w.dtype, device=DEVICE)
+        room = torch.empty(79 * step + 4, dtype=w.dtype, device=DEVICE)
     except RuntimeError:
         pytest.skip("no room for 2^31 entries")
-    far = room.as_strided((4, 65), (1, step))
+    far = room.as_strided((4, 80), (1, step))
     far.copy_(w if spread == "w" else x)
     g = torch.linspace(0.5, 1.5, 4)
     got = call(far if spread == "x" else x, far if spread == "w" else w, target, g, n=8.0)
@@ -127,6 +128,132 @@ class Recorded:
             return self.kernel[grid](*args, **constants)
 
         return launch
+
+
+# Widths around a multiple of 16, rows with a gap, single entries beside each other; one class, one feature, no token.
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("shape", "how"), [
+    *((shape, "plain") for shape in ((6, 1, 9), (5, 17, 40), (6, 65, 70), (4, 40, 1), (3, 1, 1), (0, 7, 9), (1, 31, 2))),
+    *((shape, how) for shape in ((5, 17, 40), (6, 64, 70)) for how in ("gap", "offset", "transposed")),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("strategy", ["recompute", "chunks"])
+def test_rows_that_are_not_aligned(strategy, shape, how, dtype):
+    """The loss of operands padded by hand, to the bit; gradients in the shapes and within the rounding of the operands.
+
+    Through another library product they may be summed in another order: a few roundings in fp32 beside the last one.
+    """
+    tokens, width, classes = shape
+    x, w, target = (tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    for tensor in inputs(tokens, width, max(classes, 2)))  # fmt: skip
+    w, target, n = w[:classes], target.clamp_max(classes - 1), torch.tensor(3.3, device=DEVICE)
+
+    def under(tensor):
+        if how == "transposed":
+            return tensor.t().contiguous().t()
+        if how == "plain":
+            return tensor
+        room = torch.full((len(tensor), width + 3), 77.0, dtype=dtype, device=DEVICE)
+        room[:, 1 : 1 + width] = tensor
+        return room[:, 1 : 1 + width] if how == "gap" else room.flatten()[1 : 1 + tensor.numel()].view_as(tensor).copy_(tensor)
+
+    results = []
+    for change in (under, lambda tensor: torch.nn.functional.pad(tensor, (0, -width % 16))):
+        leaves = [change(tensor).detach().requires_grad_() for tensor in (x, w)]
+        with _strategy.force(strategy):
+            loss = ht.linear_harmonic_loss(*leaves, target, n=n, reduction="sum", backend="triton")
+            token_losses = ht.linear_harmonic_loss(*leaves, target, n=n, reduction="none", backend="triton")
+        dx, dw = torch.autograd.grad(0.7 * loss, leaves)
+        assert [dx.shape, dw.shape] == [leaf.shape for leaf in leaves]
+        results.append((token_losses.detach(), dx[:, :width].double(), dw[:, :width].double()))
+    (losses, *gradients), (wanted, *expected) = results
+    assert torch.equal(losses, wanted)
+    for got, value in zip(gradients, expected, strict=True):
+        assert (got - value).norm() <= (ROUNDING[dtype] + 32 * 2.0**-24) * value.norm()
+    truth = reference.linear_harmonic_loss(x, w, target, n=n, reduction="none")
+    torch.testing.assert_close(losses.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def launched(monkeypatch, run):
+    """(kernel, argument, value) of every launch in ``run``."""
+    seen = []
+
+    def recorded(kernel):
+        class Kernel:
+            def __getitem__(self, grid):
+                def launch(*args, **constants):
+                    seen.extend((kernel.__name__, name, value)
+                                for name, value in zip(kernel.arg_names, args, strict=False))  # fmt: skip
+                    return kernel[grid](*args, **constants)
+
+                return launch
+
+        return Kernel()
+
+    with monkeypatch.context() as patch:
+        for module in (_triton.forward, _triton.backward):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patch.setattr(module, name, recorded(getattr(module, name)))
+        run()
+    return seen
+
+
+# Odd numbers of tokens, features and classes, over several chunks of tokens or slices of classes.
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("harmonic", [True, False])
+@pytest.mark.parametrize("strategy", ["recompute", "chunks"])
+def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
+    """Every pointer on 16 bytes, features and strides in multiples of 16: what static_cost compiles, and nothing else."""
+    x, w, target = inputs(101, 37, 203)
+    x, w = (torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view_as(tensor).to(dtype) for tensor in (x, w))
+    leaves = x.requires_grad_(), w.requires_grad_()
+    room = torch.linspace(2.0, 4.0, 5, device=DEVICE, requires_grad=True)
+    budget = {"recompute": 101 * 4 * 80, "chunks": 203 * 4 * 70}[strategy]
+
+    def run():
+        options = {"backend": "triton", "label_smoothing": 0.1, "memory_budget": budget,
+                   "reduction": "sum" if strategy == "chunks" else "none"}  # fmt: skip
+        with _strategy.force(strategy):
+            if harmonic:
+                loss = ht.linear_harmonic_loss(*leaves, target, n=room[3], **options)
+            else:
+                loss = ht.linear_cross_entropy(*leaves, target, **options)
+            loss.backward(torch.linspace(0.3, 1.2, 102, device=DEVICE)[1:] if loss.dim() else None)
+
+    seen = launched(monkeypatch, run)
+    kernels = [kernel for kernel, name, _ in seen if name == "x_ptr"]
+    assert max(map(kernels.count, kernels)) > 1
+    for kernel, name, value in seen:
+        if isinstance(value, torch.Tensor):
+            assert value.data_ptr() % 16 == 0, (kernel, name)
+        elif name.startswith("stride"):
+            assert value % 16 == 0 or (name in ("stride_xd", "stride_wd") and value == 1), (kernel, name, value)
+        elif name in ("D", "classes_per_split") and kernel not in ("finish_x_kernel", "finish_w_kernel"):  # as gradients are
+            assert value % 16 == 0, (kernel, name, value)
+
+
+@pytest.mark.parametrize("block_v", [1, 8, 16, 64, 128, 1024, 4096])
+def test_the_pass_over_stored_scores_has_a_launchable_number_of_warps(block_v):
+    """Whatever a tuned file holds: 1 to 16, a power of two; the stored configurations keep theirs."""
+    config = _triton.configs.TileConfig(64, block_v, 32, 4, 1)
+    warps = _triton.configs.kept_tile(config)["num_warps"]
+    assert 1 <= warps <= 16
+    assert warps & (warps - 1) == 0
+    assert block_v not in (16, 64, 128) or warps == block_v // 16
+
+
+def test_narrow_tuned_tiles_compute_the_same(monkeypatch):
+    """A tile of 8 classes, whose stored scores once asked for a launch of no warp."""
+    x, w, target = inputs()
+    wanted = call(x, w, target)[0].sum()
+    narrow = _triton.configs.TileConfig(32, 8, 64, 4, 1)
+    monkeypatch.setattr(_triton, "tile_config", lambda *_: narrow)
+    gradient = Recorded(_triton.backward.gradient_kernel)
+    monkeypatch.setattr(_triton.backward, "gradient_kernel", gradient)
+    leaf = x.clone().requires_grad_()
+    with _strategy.force("chunks"):
+        loss = ht.linear_harmonic_loss(leaf, w, target, reduction="sum", backend="triton")
+    assert [constants["num_warps"] for constants in gradient.constants] == [1]
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-6, atol=0.0)
 
 
 def test_a_large_budget_does_not_exceed_the_grid(monkeypatch):

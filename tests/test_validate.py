@@ -11,8 +11,11 @@ import torch
 import harmonic_triton as ht
 from harmonic_triton import _ops
 from harmonic_triton._dispatch import resolve, unsupported_reasons
+from harmonic_triton.losses import classification_loss
+from harmonic_triton.sgld import Sampler
 
 X, W, TARGET = torch.randn(6, 12), torch.randn(9, 12), torch.tensor([0, 3, 4, 8, 1, 2])
+NESTED = torch.nested.nested_tensor([[1.0, 2.0], [3.0]], layout=torch.jagged)
 
 CALLS = [
     ((None, W, TARGET), {}, TypeError, "input must be a torch.Tensor, got None"),
@@ -32,34 +35,75 @@ CALLS = [
     ((X, W, TARGET.float()), {}, TypeError, "target must be int64.*float32"),
     ((X, W, TARGET + 4), {}, ValueError, r"target holds 12, outside 0 ... 8 \(linear_weight has 9 rows\)"),
     ((X, W, TARGET - 3), {}, ValueError, "target holds -3.*ignore_index=-100"),
-    ((X[0], W, TARGET[0]), {"shift": True}, ValueError, "shift=True needs a sequence"),
-    ((X[:0], W, TARGET[:0]), {"shift": True}, ValueError, r"shift=True needs a sequence.*T >= 1, got.*shape \(0,\)"),
+    ((X[0], W, TARGET[0]), {"shift": True}, ValueError, "shift=1 needs a sequence"),
+    ((X[:0], W, TARGET[:0]), {"shift": True}, ValueError, r"shift=1 needs a sequence.*T >= shift, got.*shape \(0,\)"),
+    ((X, W, TARGET), {"shift": 7}, ValueError, r"shift=7 needs a sequence.*T >= shift, got.*shape \(6,\)"),
+    ((X, W, TARGET), {"shift": 2**70}, ValueError, "shift must be below 2.63"),
+    ((X, W, TARGET), {"shift": -1}, ValueError, "shift must be at least 0, got -1"),
+    *(((X, W, TARGET), {"shift": shift}, TypeError, f"shift must be True, False or a number of tokens, got {shift!r}")
+      for shift in ("no", 0.5, 1.0, None)),
+    ((X, W, TARGET), {"shift": torch.tensor(1)}, TypeError, "shift must be True, False or .* got Tensor of shape"),
+    *(((X, W, TARGET), {"return_stats": value}, TypeError, f"return_stats must be True or False, got {value!r}")
+      for value in ("no", 0, 1, None)),
     ((X, W, TARGET), {"n": 0.0}, ValueError, "n must be a finite harmonic exponent > 0, got 0"),
     ((X, W, TARGET), {"n": -2}, ValueError, "n must be a finite"),
     ((X, W, TARGET), {"n": math.inf}, ValueError, "n must be a finite"),
     ((X, W, TARGET), {"n": math.nan}, ValueError, "n must be a finite"),
     ((X, W, TARGET), {"n": torch.tensor(-1.0)}, ValueError, "n must be a finite"),
-    ((X, W, TARGET), {"n": torch.ones(2)}, ValueError, r"n must be a number or a 0-d floating tensor.*shape \(2,\)"),
+    ((X, W, TARGET), {"n": torch.ones(2)}, ValueError, r"n must be a number or a floating tensor of shape.*shape \(2,\)"),
+    ((X, W, TARGET), {"n": torch.ones(1, 1)}, ValueError, r"n must be .* of shape \(\) or \(1,\), got .*shape \(1, 1\)"),
+    ((X, W, TARGET), {"n": torch.tensor(2)}, ValueError, r"n must be a number or a floating tensor.*int64"),
+    ((X, W, TARGET), {"n": torch.tensor(2.0, device="meta")}, ValueError, "n is on meta and holds no values"),
+    ((X, W, TARGET), {"n": torch.ones(1).to_sparse()}, TypeError, "n must be dense.*n.to_dense()"),
+    *(((X, W, TARGET), {"n": n}, ValueError, f"n must be a number that fp32 holds.*got {text}")
+      for n, text in ((1e300, "1e.300"), (1e-60, "1e-60"), (10**400, "int of 1329 bits"))),
     ((X, W, TARGET), {"n": "28"}, TypeError, "n must be a number, got '28'"),
     ((X, W, TARGET), {"eps": -1e-4}, ValueError, "eps must be finite and between 0 and 4.2"),
     ((X, W, TARGET), {"eps": None}, TypeError, "eps must be a number"),
-    ((X, W, TARGET), {"uniform_mix": -0.1}, ValueError, "uniform_mix must be finite and at least 0"),
+    ((X, W, TARGET), {"uniform_mix": -0.1}, ValueError, "uniform_mix must be finite and between 0 and 4.2"),
+    ((X, W, TARGET), {"uniform_mix": 1e300}, ValueError, "uniform_mix must be finite and between 0.*got 1e.300"),
+    ((X, W, TARGET), {"uniform_mix": 10**400}, ValueError, "uniform_mix must be finite.*got int of 1329 bits"),
     ((X, W, TARGET), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be finite and between 0 and 1"),
     ((X, W, TARGET), {"reduction": "avg"}, ValueError, "reduction must be 'none', 'mean' or 'sum', got 'avg'"),
     ((X, W, TARGET), {"num_items": 0}, ValueError, "num_items must be finite and > 0, got 0"),
     ((X, W, TARGET), {"num_items": math.nan}, ValueError, "num_items must be finite and > 0, got nan"),
     ((X, W, TARGET), {"num_items": math.inf}, ValueError, "num_items must be finite and > 0, got inf"),
+    *(((X, W, TARGET), {"num_items": torch.tensor(value)}, ValueError, f"num_items must be finite and > 0, got {value}")
+      for value in (0, -2, 0.0, math.nan, math.inf)),
+    *(((X, W, TARGET), {"num_items": items}, ValueError, "num_items must be a number that fp32 holds")
+      for items in (1e-60, 1e300, 10**400)),
+    *(((X, W, TARGET), {"num_items": torch.tensor(items)}, ValueError, "num_items must be a number or a 0-d tensor")
+      for items in (True, 3j)),
+    ((X, W, TARGET), {"num_items": torch.tensor(3, device="meta")}, ValueError, "num_items is on meta"),
     ((X, W, TARGET), {"num_items": "6"}, TypeError, "num_items must be a number, got '6'"),
     ((X, W, TARGET), {"num_items": 3, "reduction": "none"}, ValueError, "num_items divides the summed loss"),
     ((X, W, TARGET), {"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a 0-d tensor"),
     ((X, W, TARGET), {"num_items": torch.tensor([4])}, ValueError, r"a number or a 0-d tensor.*shape \(1,\)"),
     ((X, W, TARGET), {"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
+    *(((X, W, TARGET), {"ignore_index": index}, ValueError, "ignore_index must be") for index in (2**63, -(2**63) - 1)),
     ((X, W, TARGET), {"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
     ((X, W, TARGET), {"deterministic": "yes"}, TypeError, "deterministic must be True, False or None, got 'yes'"),
+    ((X, W, TARGET), {"deterministic": 1}, TypeError, "deterministic must be True, False or None, got 1"),
+    ((X, W, TARGET), {"class_weight": torch.ones(9).to_sparse()}, TypeError, "class_weight must be dense"),
     ((X, W, TARGET), {"class_weight": torch.ones(8)}, ValueError, r"class_weight must be floating and of shape \(9,\)"),
     ((X, W, TARGET), {"class_weight": torch.ones(9, requires_grad=True)}, ValueError, "class_weight is a constant"),
     ((X, W, TARGET), {"memory_budget": -5}, ValueError, "memory_budget must be a positive number of bytes"),
     ((X, W, TARGET), {"memory_budget": 1e6}, ValueError, "memory_budget must be a positive number of bytes"),
+    ((X, W, TARGET), {"memory_budget": 2**63}, ValueError, "memory_budget must be a positive number of bytes below 2.63"),
+    ((X, W, TARGET), {"memory_budget": True}, ValueError, "memory_budget must be a positive number of bytes"),
+    *(((value, W, TARGET), {}, TypeError, f"input must be dense, got layout torch.sparse_{name}.*use input.to_dense")
+      for value, name in ((X.to_sparse(), "coo"), (X.to_sparse_csr(), "csr"))),
+    ((X.to_mkldnn(), W, TARGET), {}, TypeError, "input must be dense, got layout torch._mkldnn"),
+    ((X, W.to_sparse_csr(), TARGET), {}, TypeError, "linear_weight must be dense.*use linear_weight.to_dense"),
+    ((X, W, TARGET.to_sparse()), {}, TypeError, "target must be dense"),
+    ((NESTED, W, TARGET), {}, TypeError, "input is a nested tensor; pad it"),
+    ((X, W, NESTED), {}, TypeError, "target is a nested tensor; pad it"),
+    ((X, torch.quantize_per_tensor(W, 0.1, 0, torch.qint8), TARGET), {}, TypeError, "linear_weight must not be quantized.*deq"),
+    ((X.numpy(), W, TARGET), {}, TypeError, r"input must be a torch.Tensor, got ndarray of shape \(6, 12\), float32$"),
+    ((X, W, TARGET), {"n": np.ones((3, 4))}, TypeError, r"n must be a number, got ndarray of shape \(3, 4\), float64$"),
+    ((X, W, TARGET), {"reduction": np.array(["sum", "mean"])}, ValueError, r"reduction must be.*got ndarray of shape \(2,\)"),
+    ((X, list(range(10**6)), TARGET), {}, TypeError, r"linear_weight must be a torch.Tensor, got .{1,60}$"),
+    ((X, W, "a" * 10**6), {}, TypeError, r"target must be a torch.Tensor, got .{1,250}$"),
     ((X, W, TARGET), {"process_group": object()}, ValueError, "process_group: vocabulary-parallel"),
     ((X, W, TARGET), {"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'auto'"),
     ((X.double(), W.double(), TARGET), {"backend": "triton"}, ValueError, "cannot serve this call: .*float64 is computed"),
@@ -124,8 +168,78 @@ def test_other_functions_refuse_too():
         ht.harmonic_logits(X.to("meta"), W.to("meta"))
     with pytest.raises(TypeError, match="n must be a number"):
         ht.log_harmax(X.abs(), None)
-    with pytest.raises(TypeError, match="distances must be floating"):
-        ht.harmax(TARGET, 2.0)
+    for bad in (TARGET, X.abs().to(torch.float8_e4m3fn), X.to(torch.complex64)):
+        with pytest.raises(TypeError, match="distances must be bfloat16.*cast them"):
+            ht.harmax(bad, 2.0)
+    for bad in (X.abs().to_sparse(), NESTED):
+        with pytest.raises(TypeError, match="distances (must be dense|is a nested tensor)"):
+            ht.log_harmax(bad, 2.0)
+    for dim in (True, 1.0, "1", None, (0, 1)):
+        with pytest.raises(TypeError, match="dim must be an int, got"):
+            ht.harmax(X.abs(), 2.0, dim)
+    for dim, tensor in ((2, X), (-3, X), (1, X[0, 0])):
+        with pytest.raises(ValueError, match=f"dim must be between .* got {dim}"):
+            ht.log_harmax(tensor.abs(), 2.0, dim)
+    for value in ("no", 1, None):
+        with pytest.raises(TypeError, match="normalize must be True or False, got"):
+            ht.harmonic_logits(X, W, normalize=value)
+    for k in (True, "3", None, 2.0):
+        with pytest.raises(TypeError, match="k must be an int, got"):
+            ht.harmonic_topk(X, W, k)
+    for k in (0, -1, 2**70):
+        with pytest.raises(ValueError, match="k must be"):
+            ht.harmonic_topk(X, W, k)
+
+
+FLAGS = {  # every other flag of the package, by what it does nothing with
+    "within_chain": (lambda value: kernel(within_chain=value), lambda value: kernel().estimate(value),
+                     lambda value: accumulator().compute(value), lambda value: accumulator().correlation(value),
+                     lambda value: accumulator().variance(value),
+                     lambda value: ht.loss_kernel(*RUN, seed=0, within_chain=value)),
+    "correlation": (lambda value: kernel().block(torch.arange(2), correlation=value),
+                    lambda value: ht.loss_covariance(LOSSES[0], correlation=value),
+                    lambda value: traces().matvec(torch.ones(5), correlation=value),
+                    lambda value: traces().linear_operator(correlation=value)),
+    "centered": (lambda value: traces().matvec(torch.ones(5), centered=value),
+                 lambda value: traces().linear_operator(centered=value)),
+    "progress": (lambda value: ht.loss_kernel(*RUN, seed=0, progress=value),
+                 lambda value: ht.sample_losses(*RUN, seed=0, progress=value),
+                 lambda value: traces().neighbors(2, progress=value)),
+    "verbose": (lambda value: ht.tune(*RUN[:3], seed=0, max_trials=1, num_draws=2, verbose=value),),
+    "check_step_size": (lambda value: next(Sampler(*RUN, seed=0).run(check_step_size=value)),),
+    "learnable_n": (lambda value: ht.HarmonicHead(3, 4, learnable_n=value),),
+}  # fmt: skip
+LOSSES = torch.rand(2, 6, 5)
+DATA = (torch.randn(8, 3), torch.randint(2, (8,)))
+RUN = (
+    torch.nn.Linear(3, 2), classification_loss, DATA, DATA,
+    ht.SGLDConfig(lr=1e-4, nbeta=4, localization=10, batch_size=4, num_chains=1, num_draws=2),
+)  # fmt: skip
+
+
+def kernel(**options):
+    return ht.LossKernel.from_losses(LOSSES, **options)
+
+
+def filled(sums):
+    sums.update(LOSSES[0])
+    return sums
+
+
+def accumulator():
+    return filled(ht.StreamingCovariance(5))
+
+
+def traces():
+    return filled(ht.LossTraces(5))
+
+
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in FLAGS.items() for call in calls])
+def test_a_flag_is_true_or_false(name, call):
+    for value in ("no", 0.5, 1, None, np.bool_(True)):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            call(value)
+    call(False)
 
 
 def test_only_auto_falls_back(monkeypatch):

@@ -27,17 +27,20 @@ from harmonic_triton._triton.configs import FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS,
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
 GRID_LIMIT = 65535  # programs along the second axis of a grid
+ALIGNED = 16  # entries: rows that start on multiples are copied asynchronously and keep the products' kernels in registers
 
 
 class _Call:
     """The operands of one call and what every kernel is told about them."""
 
     def __init__(self, x: Tensor, w: Tensor, target: Tensor, n: Tensor | None, v: Tensor | None, eps: float) -> None:
-        self.x, self.w, self.target, self.n, self.v, self.eps = x, w, target, n, v, eps
-        self.dot = n is None
         (self.tokens, self.width), self.classes = x.shape, len(w)
+        self.x, self.w = x, w = _aligned(x), _aligned(w)
+        self.target, self.n, self.v, self.eps = target, n, v, eps
+        self.dot = n is None
+        self.features = x.shape[1]  # with the padding, which adds nothing
         self.strides = (*x.stride(), *w.stride())
-        self.config = config = tile_config(x.device, x.dtype, x.shape[1])
+        self.config = config = tile_config(x.device, x.dtype, self.width)
         self.tile = {
             "DOT": self.dot, "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
             "UPCAST": interpreted(), "FAST_LOG": x.is_cuda and not interpreted() and not torch.version.hip,
@@ -47,26 +50,48 @@ class _Call:
         self.row_grid = (triton.cdiv(self.tokens, ROW_BLOCK),)
         self.v_sum = None if v is None else v.sum()
         new = x.new_empty
-        self.norms = None
+        self.norms, smallest, largest = None, None, None
         if not self.dot:
             self.norms = new(self.classes, dtype=torch.float32)
             forward.norms_kernel[(triton.cdiv(self.classes, ROW_BLOCK),)](
-                w, self.norms, self.classes, self.width, *w.stride(), **self.rows
+                w, self.norms, self.classes, self.features, *w.stride(), **self.rows
             )
+            smallest, largest = torch.aminmax(self.norms)
         self.target_ref = new(self.tokens, dtype=torch.float64)  # s_c, or x.w_c
-        self.own = new(self.tokens, dtype=torch.float32)
+        self.shift, self.scale, self.x_sq = (new(self.tokens, dtype=torch.float32) for _ in range(3))
         forward.geometry_kernel[self.row_grid](
-            x, w, target, self.target_ref, self.own, self.tokens, self.width, *self.strides, DOT=self.dot, **self.rows
-        )
+            x, w, target, smallest, largest, self.target_ref, self.shift, self.scale, self.x_sq,
+            self.tokens, self.features, eps, *self.strides, DOT=self.dot, **self.rows,
+        )  # fmt: skip
 
     def select(self, at: slice) -> _Call:
         """The same call for some of the tokens."""
         part = copy.copy(self)
         part.x, part.target = self.x[at], self.target[at]
-        part.target_ref, part.own = self.target_ref[at], self.own[at]
+        part.target_ref = self.target_ref[at]
+        part.shift, part.scale, part.x_sq = self.shift[at], self.scale[at], self.x_sq[at]
         part.tokens = len(part.x)
         part.row_grid = (triton.cdiv(part.tokens, ROW_BLOCK),)
         return part
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """(M, D) itself, or a copy padded with zero features where its rows are not ALIGNED.
+
+    A transposed operand stays as it is, however far apart its features are: its rows are next to each other.
+    """
+    rows, width = operand.shape
+    by_rows = operand.stride(1) == 1 and operand.stride(0) % ALIGNED == 0
+    if (by_rows or operand.stride(0) == 1) and width % ALIGNED == 0 and operand.data_ptr() % 16 == 0:
+        return operand
+    padded = operand.new_zeros(rows, triton.cdiv(width, ALIGNED) * ALIGNED)
+    padded[:, :width] = operand
+    return padded
+
+
+def _vectors(like: Tensor, count: int, length: int) -> Tensor:
+    """Room for fp32 vectors (count, length), each of which starts on a boundary of 16 bytes."""
+    return like.new_empty((count, triton.cdiv(length, 4) * 4), dtype=torch.float32)[:, :length]
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -101,20 +126,21 @@ def _forward(
     x, w, n, v = call.x, call.w, call.n, call.v
     smoothing = v is not None
     shares, each = _splits(call)
-    partial = x.new_empty((3 + smoothing, shares, call.tokens), dtype=torch.float32)
+    partial = _vectors(x, 3 + smoothing, shares * call.tokens)
     index = x.new_empty((shares, call.tokens), dtype=torch.int32)
     best, total, mean = partial[:3]
     smooth = partial[3] if smoothing else None
     forward.forward_kernel[(triton.cdiv(call.tokens, call.config.block_n), shares)](
-        x, w, call.norms, call.target, call.target_ref, call.own, n, v, best, index, total, mean, smooth, kept, tile_best,
-        call.tokens, call.classes, call.width, call.eps, each, 0 if kept is None else kept.stride(0), *call.strides,
+        x, w, call.norms, call.target, call.shift, call.scale, call.x_sq, n, v,
+        best, index, total, mean, smooth, kept, tile_best,
+        call.tokens, call.classes, call.features, each, 0 if kept is None else kept.stride(0), *call.strides,
         MOMENTS=moments, SMOOTHING=smoothing, KEEP=kept is not None, **call.tile,
     )  # fmt: skip
     forward.finish_kernel[call.row_grid](
-        x, w, call.target, call.target_ref, call.own, n, v, call.v_sum, best, index, total, mean, smooth,
+        x, w, call.target, call.target_ref, call.scale, call.x_sq, n, v, call.v_sum, best, index, total, mean, smooth,
         out.nll, out.score_mean, out.entropy, out.smooth, out.share_score, out.share_sum, out.share_rest,
         out.rival_score, out.rival,
-        call.tokens, call.width, call.eps, shares, *call.strides,
+        call.tokens, call.features, call.eps, shares, *call.strides,
         DOT=call.dot, MOMENTS=moments, SMOOTHING=smoothing, **call.rows,
     )  # fmt: skip
     out.target_ref.copy_(call.target_ref)
@@ -122,21 +148,20 @@ def _forward(
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     """out = a @ b, or out += a @ b, in fp32: 16-bit operands accumulate and stay in fp32, fp32 ones never use TF32."""
-    if a.dtype != torch.float32 and a.is_cuda:
-        if add:
+    with full_fp32():
+        if a.dtype == torch.float32 or not a.is_cuda:
+            out.addmm_(a.float(), b.float(), beta=float(add))
+        elif add:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
-        return
-    with full_fp32():
-        out.addmm_(a.float(), b.float(), beta=float(add))
 
 
 class _Factors:
     """What the backward needs to know of every token, (N,) each, and dW's terms of target and rival."""
 
     def __init__(self, tokens: int, like: Tensor) -> None:
-        self.values = like.new_empty((6, tokens), dtype=torch.float32)
+        self.values = _vectors(like, 7, tokens)
         self.far = like.new_empty(tokens, dtype=torch.int8)
 
     def select(self, at: slice) -> _Factors:
@@ -148,7 +173,7 @@ class _Factors:
     def compute(self, call: _Call, rows: Rows, g: Tensor, g_smooth: Tensor | None) -> None:
         """Fill in, from per-token results and upstream gradients."""
         backward.coefficient_kernel[(triton.cdiv(call.tokens, 128),)](
-            call.target, call.target_ref, call.own, call.norms, call.n, call.v, call.v_sum, g, g_smooth,
+            call.target, call.target_ref, call.scale, call.x_sq, call.norms, call.n, call.v, call.v_sum, g, g_smooth,
             rows.nll, rows.rival, rows.rival_score, *self.values, self.far,
             call.tokens, call.eps, DOT=call.dot, SMOOTHING=g_smooth is not None, SCALED=call.x.dtype == torch.float16,
             BLOCK_N=128, num_warps=ROW_WARPS,
@@ -175,7 +200,7 @@ class _Factors:
 
     def finish_x(self, call: _Call, rival: Tensor, row_sums: Tensor | None, product: Tensor, dx: Tensor) -> None:
         """dX from its product, which may be the same tensor."""
-        _, _, a_target, a_rival, r_part, unscale = self.values
+        _, _, a_target, a_rival, r_part, unscale, _ = self.values
         backward.finish_x_kernel[call.row_grid + (triton.cdiv(call.width, FEATURE_BLOCK),)](
             call.x, call.w, call.target, rival, a_target, a_rival, r_part, self.far, unscale, row_sums, product, dx,
             call.tokens, call.width, *call.strides, DOT=call.dot, UPCAST=call.tile["UPCAST"], **call.rows,
@@ -190,7 +215,7 @@ def _coefficients(
 
     Returns its row sums (2, N), plain and times the ratio, and column sums (width,); None for dot products.
     """
-    p_coef, v_coef, _, _, _, unscale = factors.values
+    p_coef, v_coef, _, _, _, unscale, log_norm = factors.values
     tile = call.tile if kept is None else call.tile | kept_tile(call.config)
     width, block_n, block_v = a.shape[1], tile["BLOCK_N"], tile["BLOCK_V"]
     tiles, row_tiles = triton.cdiv(width, block_v), triton.cdiv(call.tokens, block_n)
@@ -199,9 +224,9 @@ def _coefficients(
         partial = a.new_empty((2, tiles, call.tokens), dtype=torch.float32)
         columns = a.new_empty((row_tiles, width), dtype=torch.float32)
     backward.gradient_kernel[(row_tiles, tiles)](
-        call.x, call.w, call.norms, call.target, call.target_ref, call.own, call.n, call.v, rows.nll, rows.rival,
-        p_coef, v_coef, unscale, kept, tile_best, a, partial, columns,
-        call.tokens, call.classes, call.width, call.eps, first, width, a.stride(0), *call.strides,
+        call.x, call.w, call.norms, call.target, call.shift, call.scale, call.x_sq, call.n, call.v, rows.rival,
+        p_coef, v_coef, unscale, log_norm, kept, tile_best, a, partial, columns,
+        call.tokens, call.classes, call.features, first, width, a.stride(0), *call.strides,
         SMOOTHING=smoothing, KEPT=kept is not None, **tile,
     )  # fmt: skip
     if partial is None or columns is None:
@@ -300,7 +325,7 @@ def reduced_forward(
                     mine.finish_x(call, rows.rival, row_sums, dx[at], dx[at])
                 if need_w:
                     columns = here if columns is None or here is None else columns.add_(here)
-                    operand, unproduct = mine.operand(call.x, used[at])
+                    operand, unproduct = mine.operand(x[at], used[at])
                     if scaled:  # every chunk by its own power of two
                         part = torch.empty_like(dw)
                         _product(coefficients.t(), operand, part, add=False)

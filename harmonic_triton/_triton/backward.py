@@ -8,19 +8,30 @@ import triton
 import triton.language as tl
 
 from harmonic_triton._triton.forward import IDENTICAL, SMALLEST_SQ
-from harmonic_triton._triton.tile import LOG2E, exp2_minus_1, kept_scores, log_scores, narrow, ratio_tile, scale_of
+from harmonic_triton._triton.tile import (
+    LOG2E,
+    base_of,
+    exp2_minus_1,
+    kept_scores,
+    log_scores,
+    narrow,
+    ratio_tile,
+    target_sq_of,
+    tile_terms,
+)
 
 
 @triton.jit
 def coefficient_kernel(
-    target_ptr, target_ref_ptr, own_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
+    target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, norms_ptr, n_ptr, v_ptr, v_sum_ptr,
     g_ptr, g_smooth_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
-    p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr,  # out (N,)
+    p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr, log_norm_ptr,  # out (N,)
     far_ptr,  # out (N,) int8
     N, eps, DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + ratio_j) for the classes in the products.
 
+    log2 p_j is the log-score relative to the reference less ``log_norm``.
     ``a_target`` and ``a_rival`` multiply x - w_c and x - w_r; ``r_part`` is the rival's share of the r-form row sum.
     With SCALED (fp16) a power of two keeps A in range; ``unscale`` undoes it.
     """
@@ -39,6 +50,7 @@ def coefficient_kernel(
     g_others = g * others
     g_rival = g * rival_p
     g_v = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    log_norm = nll * LOG2E
     if SMOOTHING:
         g_v = tl.load(g_smooth_ptr + rows, mask=alive, other=0.0).to(tl.float64)
         mass = tl.load(v_sum_ptr).to(tl.float64)
@@ -49,27 +61,32 @@ def coefficient_kernel(
         g_rival = g_p * rival_p - g_v * v_r
     if DOT:  # A = -G: no distance, and x appears in dW alone
         factor = tl.where(alive, 1.0, 0.0).to(tl.float64)
+        on_target = factor
         nearer = factor
         a_rival = tl.where(alive & (alone == 0), -g_rival, 0.0)
         r_part = 0.0 * factor
         far = alive
     else:
-        target_sq = tl.load(target_ref_ptr + rows, mask=alive, other=1.0)
-        own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-        x_sq = tl.maximum(target_sq - own, 0.0)
+        target_ref = tl.load(target_ref_ptr + rows, mask=alive, other=1.0)
+        x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0).to(tl.float64)
+        scale = tl.load(scale_ptr + rows, mask=alive, other=1.0)
         n = tl.load(n_ptr).to(tl.float64)
-        s_c, _, _ = scale_of(target_sq, own, eps)
+        s_c = target_sq_of(target_ref, x_sq, eps)
+        by_target = scale == s_c.to(tl.float32)
+        scale = tl.where(by_target, s_c, scale.to(tl.float64))
+        log_norm -= base_of(s_c, scale, 0.5 * n)
         s_r = tl.where(alone, s_c, s_c * tl.exp2(tl.where(alone, 0.0, rival_score) * (-2.0 * LOG2E) / n))
-        nearer = tl.maximum(s_c / s_r, 1e-30)
+        nearer = tl.maximum(scale / s_r, 1e-30)
         norm_c = tl.load(norms_ptr + target, mask=alive, other=0.0)
         norm_r = tl.load(norms_ptr + rival, mask=alive, other=0.0)
-        dead = (target_sq + eps == 0.0) | (alive == 0)
+        dead = (target_ref + eps == 0.0) | (alive == 0)
         floored = s_r <= 1.0001 * ((x_sq + norm_r) * IDENTICAL + SMALLEST_SQ)
         skip_rival = dead | floored | alone
-        factor = tl.where(dead, 0.0, n / s_c)
+        factor = tl.where(dead, 0.0, n / scale)
+        on_target = tl.where(dead, 0.0, n / s_c)
         a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
         r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
-        far = (s_c > norm_c) & (s_r > norm_r)
+        far = (s_c > norm_c) & (s_r > norm_r) & by_target
     unscale = tl.full((BLOCK_N,), 1.0, dtype=tl.float64)
     if SCALED:
         # No class in the products has a larger A than the rival's bound; leave 5 bits of room below fp16's maximum.
@@ -80,20 +97,21 @@ def coefficient_kernel(
         unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(power, 120.0)), 1.0)
     tl.store(p_coef_ptr + rows, (factor * g_p / unscale).to(tl.float32), mask=inside)
     tl.store(v_coef_ptr + rows, (factor * g_v / unscale).to(tl.float32), mask=inside)
-    tl.store(a_target_ptr + rows, (factor * g_others).to(tl.float32), mask=inside)
+    tl.store(a_target_ptr + rows, (on_target * g_others).to(tl.float32), mask=inside)
     tl.store(a_rival_ptr + rows, a_rival.to(tl.float32), mask=inside)
     tl.store(r_part_ptr + rows, r_part.to(tl.float32), mask=inside)
     tl.store(unscale_ptr + rows, unscale.to(tl.float32), mask=inside)
+    tl.store(log_norm_ptr + rows, log_norm.to(tl.float32), mask=inside)
     tl.store(far_ptr + rows, far.to(tl.int8), mask=inside)
 
 
 @triton.jit
 def gradient_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr,
-    nll_ptr, rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr,  # in (N,)
+    x_ptr, w_ptr, norms_ptr, target_ptr, shift_ptr, scale_ptr, x_sq_ptr, n_ptr, v_ptr,
+    rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr, log_norm_ptr,  # in (N,)
     kept_ptr, tile_best_ptr,  # with KEPT in (N, WIDTH), (tiles, N)
     a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
-    N, V, D, eps, first, width, stride_an,  # the slice is classes first ... first + width
+    N, V, D, first, width, stride_an,  # the slice is classes first ... first + width
     stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, SMOOTHING: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -112,10 +130,12 @@ def gradient_kernel(
     inside = rows < N
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     alive = target >= 0
-    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-    inverse, floor, half_n = own, own, 0.5
+    shift = tl.load(shift_ptr + rows, mask=alive, other=0.0)
+    inverse, floor, half_n = shift, shift, 0.5
     if not DOT:
-        _, inverse, floor = scale_of(tl.load(target_ref_ptr + rows, mask=alive, other=0.0).to(tl.float32), own, eps)
+        inverse, floor = tile_terms(
+            tl.load(scale_ptr + rows, mask=alive, other=1.0), tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
+        )
         half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
     here = inside[:, None] & (local < width)[None, :]
     if KEPT:
@@ -124,14 +144,14 @@ def gradient_kernel(
         score, shrink = kept_scores(kept, best, half_n, DOT)
     else:
         ratio = ratio_tile(
-            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
+            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, shift, inverse, floor,
             D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
         )  # fmt: skip
         score = log_scores(ratio, half_n, DOT, FAST_LOG)
-    nll = tl.load(nll_ptr + rows, mask=alive, other=0.0) * LOG2E
+    log_norm = tl.load(log_norm_ptr + rows, mask=alive, other=0.0)
     rival = tl.load(rival_ptr + rows, mask=alive, other=-1)
     p_coef = tl.load(p_coef_ptr + rows, mask=alive, other=0.0)
-    log_p = tl.minimum(score - nll[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    log_p = tl.minimum(score - log_norm[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     slope = p_coef[:, None] * tl.exp2(log_p)
     if SMOOTHING:
         v = tl.load(v_ptr + cols, mask=cols < V, other=0.0)

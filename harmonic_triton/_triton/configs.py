@@ -17,6 +17,7 @@ import torch
 
 ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
 KEPT_ROWS, KEPT_ENTRIES = 32, 512  # of the element-wise pass over stored log-scores: rows of a tile, entries of a warp
+MOST_WARPS = 16  # of a program, on every GPU: 1024 threads, and AMD's warps have 64
 
 
 @dataclass(frozen=True)
@@ -109,4 +110,5 @@ def store_tuned(key: str, config: TileConfig) -> Path:
 
 def kept_tile(config: TileConfig) -> dict[str, int]:
     """How the element-wise pass differs: it must keep the products' BLOCK_V, whose tiles the log-scores are relative to."""
-    return {"BLOCK_N": KEPT_ROWS, "num_warps": KEPT_ROWS * config.block_v // KEPT_ENTRIES}
+    warps = KEPT_ROWS * config.block_v // KEPT_ENTRIES
+    return {"BLOCK_N": KEPT_ROWS, "num_warps": min(max(warps, 1), MOST_WARPS)}

@@ -68,8 +68,9 @@ def split_kernel(
     PARTS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """x - shift as a sum of PARTS numbers, largest first, each the bf16 nearest to what is left; zero outside (K, m)."""
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane = tl.full((), 1, tl.int64) * plane  # three planes may hold more than 2^31 numbers
     inside = (rows < K)[:, None] & (cols < m)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xk + cols[None, :] * stride_xm, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + cols, mask=cols < m, other=0.0)[None, :]
@@ -119,6 +120,7 @@ def rank_k_kernel(
     right = col + tl.where(folded, half, -GAP)
 
     draws = tl.arange(0, BLOCK_K).to(tl.int64)
+    plane = tl.full((), 1, tl.int64) * plane
     lefts = parts_ptr + draws[None, :] * width + (left + tl.arange(0, BLOCK))[:, None]
     rights = parts_ptr + draws[:, None] * width + (right + tl.arange(0, BLOCK))[None, :]
     step = tl.full((), BLOCK_K, tl.int64) * width
@@ -160,8 +162,8 @@ def rank_k_(triangle: Triangle, draws: Tensor, shift: Tensor, precision: str) ->
     with torch.cuda.device(draws.device) if draws.is_cuda else nullcontext():
         planes = torch.empty(parts, padded, width, dtype=dtype, device=draws.device)
         rows = K_MULTIPLE if interpreted() else SPLIT_ROWS  # a program costs the interpreter milliseconds
-        split_kernel[(width // SPLIT_COLS, padded // rows)](
-            draws, shift, planes, k, m, width, plane, *draws.stride(),
+        split_kernel[(padded // rows, width // SPLIT_COLS)](
+            draws, shift.contiguous(), planes, k, m, width, plane, *draws.stride(),
             PARTS=parts, UPCAST=interpreted(), BLOCK_K=rows, BLOCK_M=SPLIT_COLS,
             num_warps=SPLIT_WARPS,
         )  # fmt: skip

@@ -6,12 +6,15 @@ import triton.language as tl
 from harmonic_triton._triton.tile import (
     LN2,
     LOG2E,
+    base_of,
     difference_sq,
     dot_product,
     keep_scores,
     log_scores,
     ratio_tile,
-    scale_of,
+    reference_of,
+    target_sq_of,
+    tile_terms,
 )
 
 IDENTICAL = tl.constexpr(2.0**-46)
@@ -37,32 +40,44 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 @triton.jit
 def geometry_kernel(
     x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
-    target_ref_ptr, own_ptr,  # out (N,) fp64, fp32
-    N, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    smallest_ptr, largest_ptr,  # () of ||w_j||^2
+    target_ref_ptr, shift_ptr, scale_ptr, x_sq_ptr,  # out (N,) fp64, fp32
+    N, D, eps, stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """s_c = ||x - w_c||^2 and u_c = ||w_c||^2 - 2 x.w_c of every token, 0 for those that do not count. DOT: x.w_c twice."""
+    """s_c = ||x - w_c||^2 without eps, the reference's offset and distance, ||x||^2. DOT: x.w_c twice, and no more.
+
+    Tokens that do not count have 0, and 1 for a reference distance.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     if DOT:
         apart = dot_product(
             x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
-        own = apart.to(tl.float32)
+        shift = apart
     else:
-        apart, own, _ = difference_sq(
+        apart, target_offset, _, x_sq = difference_sq(
             x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
+        smallest = tl.load(smallest_ptr).to(tl.float64)
+        largest = tl.load(largest_ptr).to(tl.float64)
+        scale, shift = reference_of(
+            apart, target_offset.to(tl.float64), x_sq.to(tl.float64), smallest, largest, eps
+        )
+        tl.store(scale_ptr + rows, tl.where(target >= 0, scale, 1.0).to(tl.float32), mask=rows < N)
+        tl.store(x_sq_ptr + rows, x_sq, mask=rows < N)
+        shift = tl.where(target >= 0, shift, 0.0)
     tl.store(target_ref_ptr + rows, apart, mask=rows < N)
-    tl.store(own_ptr + rows, own, mask=rows < N)
+    tl.store(shift_ptr + rows, shift.to(tl.float32), mask=rows < N)
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr,
+    x_ptr, w_ptr, norms_ptr, target_ptr, shift_ptr, scale_ptr, x_sq_ptr, n_ptr, v_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # out (SPLITS, N)
     kept_ptr, tile_best_ptr,  # with KEEP out (N, V), (tiles, N)
-    N, V, D, eps, classes_per_split, stride_kn,
+    N, V, D, classes_per_split, stride_kn,
     stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHING: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -70,16 +85,18 @@ def forward_kernel(
 ):  # fmt: skip
     """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class.
 
-    KEEP stores the log-scores, each tile relative to its own best of every row.
+    Log-scores are relative to the token's reference. KEEP stores them, each tile relative to its own best of every row.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     alive = target >= 0
-    own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-    inverse, floor, half_n = own, own, 0.5
+    shift = tl.load(shift_ptr + rows, mask=alive, other=0.0)
+    inverse, floor, half_n = shift, shift, 0.5
     if not DOT:
-        _, inverse, floor = scale_of(tl.load(target_ref_ptr + rows, mask=alive, other=0.0).to(tl.float32), own, eps)
+        inverse, floor = tile_terms(
+            tl.load(scale_ptr + rows, mask=alive, other=1.0), tl.load(x_sq_ptr + rows, mask=alive, other=0.0)
+        )
         half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
     own_class = target.to(tl.int32)
 
@@ -93,7 +110,7 @@ def forward_kernel(
     for start in range(first, last, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         ratio = ratio_tile(
-            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, own, inverse, floor,
+            x_ptr, w_ptr, norms_ptr, rows, alive, cols, V, shift, inverse, floor,
             D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
         )  # fmt: skip
         counted = (cols < last)[None, :] & (cols[None, :] != own_class[:, None])
@@ -139,7 +156,7 @@ def log1p_small(y):
 
 @triton.jit
 def finish_kernel(
-    x_ptr, w_ptr, target_ptr, target_ref_ptr, own_ptr, n_ptr, v_ptr, v_sum_ptr,
+    x_ptr, w_ptr, target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, n_ptr, v_ptr, v_sum_ptr,
     best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
     nll_ptr, score_mean_ptr, entropy_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
     rival_score_ptr, rival_ptr,  # out (N,)
@@ -175,6 +192,7 @@ def finish_kernel(
         at += N
 
     target_ref = tl.load(target_ref_ptr + rows, mask=alive, other=0.0)
+    lacking = tl.zeros((BLOCK_N,), dtype=tl.float64)  # to be relative to the target's
     if DOT:
         rival_dot = dot_product(
             x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
@@ -184,23 +202,24 @@ def finish_kernel(
         identical = on_target
         sound = tl.abs(target_ref) < float("inf")
     else:
-        own = tl.load(own_ptr + rows, mask=alive, other=0.0)
-        scale, _, _ = scale_of(target_ref, own, eps)
-        rival_sq, _, rival_norm = difference_sq(
+        rival_sq, _, rival_norm, _ = difference_sq(
             x_ptr, w_ptr, rows, rival, alive, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
         half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
-        x_sq = tl.maximum(target_ref - own, 0.0)
+        x_sq = tl.load(x_sq_ptr + rows, mask=alive, other=0.0).to(tl.float64)
+        s_c = target_sq_of(target_ref, x_sq, eps)
+        scale = tl.load(scale_ptr + rows, mask=alive, other=1.0)
+        lacking = tl.where(scale == s_c.to(tl.float32), 0.0, base_of(s_c, scale.to(tl.float64), half_n))
         least = (x_sq + rival_norm) * IDENTICAL + SMALLEST_SQ
         s_r = tl.maximum(rival_sq + eps, least)
-        rival_score = -half_n * tl.log2(s_r / scale)
+        rival_score = -half_n * tl.log2(s_r / s_c)
         on_target = target_ref + eps == 0.0
         identical = (s_r <= least) & (alone == 0)
-        sound = (tl.abs(target_ref - own) < LARGEST_SQ) & (scale < 3e38)
+        sound = (x_sq < LARGEST_SQ) & (s_c < 3e38)
     rival_score = tl.where(alone, float("-inf"), rival_score)
 
     # The rival's own term in the sums is exactly 1 (relative to itself): what is left belongs to the others.
-    base = anchor.to(tl.float64)
+    base = anchor.to(tl.float64) + lacking
     rest = tl.where(alone, 0.0, tl.maximum(total - 1.0, 0.0))
     top = tl.where(alone, 0.0, tl.where(rest > 0.0, tl.maximum(base, rival_score), rival_score))
     sum_ = tl.exp2(rival_score - top) + rest * tl.exp2(tl.minimum(base - top, 0.0))
@@ -218,7 +237,8 @@ def finish_kernel(
     tl.store(rival_score_ptr + rows, tl.where(alive, shown, 0.0).to(tl.float32), mask=inside)
     finite_score = tl.where(alone, 0.0, rival_score)
     if MOMENTS:
-        others = tl.where(alone, 0.0, mean - base) * tl.exp2(tl.minimum(base - nll * LOG2E, 1e3))
+        others = mean - anchor.to(tl.float64) + lacking * rest
+        others = tl.where(alone, 0.0, others) * tl.exp2(tl.minimum(base - nll * LOG2E, 1e3))
         moment = (others + finite_score * tl.exp2(rival_score - nll * LOG2E)) * LN2
         moment = tl.where(alive & (on_target == 0), moment, 0.0)
         tl.store(score_mean_ptr + rows, moment.to(tl.float32), mask=inside)
@@ -226,9 +246,9 @@ def finish_kernel(
     if SMOOTHING:
         v_r = tl.load(v_ptr + rival, mask=alive, other=0.0).to(tl.float64)
         v_sum = tl.load(v_sum_ptr).to(tl.float64)
-        score = (smooth + v_r * tl.where(alone, 0.0, rival_score - base)) * LN2
+        others_v = v_sum - tl.load(v_ptr + target, mask=alive, other=0.0).to(tl.float64)
+        score = (smooth + lacking * others_v + v_r * tl.where(alone, 0.0, rival_score - base)) * LN2
         tl.store(out_smooth_ptr + rows, tl.where(alive, v_sum * nll - score, 0.0).to(tl.float32), mask=inside)
         tl.store(share_score_ptr + rows, tl.where(alive, score, 0.0).to(tl.float32), mask=inside)
         tl.store(share_sum_ptr + rows, tl.where(alive, v_sum, 0.0).to(tl.float32), mask=inside)
-        others_v = v_sum - tl.load(v_ptr + target, mask=alive, other=0.0).to(tl.float64)
         tl.store(share_rest_ptr + rows, tl.where(alive, others_v, 0.0).to(tl.float32), mask=inside)

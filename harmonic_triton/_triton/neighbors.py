@@ -130,6 +130,9 @@ def take(
     The traces are samples first_row ... and first_column ... of those that ``scale``, ``mean`` and ``labels`` (m,) tell of.
     Rows of memory are padded, to a multiple of 16 values where loads are to be wide, and the padding is read.
     """
+    rows, columns = _readable(rows), _readable(columns)
+    scale, mean = scale.contiguous(), mean.contiguous()
+    labels = None if labels is None else labels.contiguous()
     (draws, row_count), column_count = rows.shape, columns.shape[1]
     config = CONFIGS[architecture(rows.device), rows.element_size()]
     row_at, column_at = slice(first_row, first_row + row_count), slice(first_column, first_column + column_count)
@@ -142,3 +145,13 @@ def take(
             LABELS=labels is not None, WIDTH=keys.shape[1], BLOCK_P=config.block_p, BLOCK_Q=config.block_q,
             BLOCK_T=config.block_t, UPCAST=interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+
+
+def _readable(traces: Tensor) -> Tensor:
+    """The traces (T, P), copied unless samples lie side by side and every row of memory can be read to its end."""
+    rows, samples = traces.shape
+    stop = traces.storage_offset() + rows * traces.stride(0)
+    whole = stop * traces.element_size() <= traces.untyped_storage().nbytes()
+    if traces.stride(1) == 1 and traces.stride(0) >= samples and whole:
+        return traces
+    return traces.clone(memory_format=torch.contiguous_format)

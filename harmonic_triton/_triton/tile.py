@@ -1,8 +1,10 @@
 """The only numerics that the Triton kernels share: one tile of relative squared distances and log-scores.
 
-``ratio[i, j] = s_ij/s_ic - 1`` where ``s_ij = ||x_i - w_j||^2 + eps`` and ``c`` is the target of token i. Log-scores are
-in base 2 and relative to the target: ``z2 = -(n/2) log2(1 + ratio)``, 0 for the target itself. With DOT (cross-entropy)
-``ratio[i, j] = x_i.w_c - x_i.w_j`` and ``z2 = -ratio log2(e)``; ``own`` is then x.w_c, and norms and floor are not read.
+``ratio[i, j] = s_ij/s_ref - 1`` where ``s_ij = ||x_i - w_j||^2 + eps`` and s_ref is the token's reference distance, that of
+its target c unless other classes must be much nearer (``reference_of``). Log-scores are in base 2 and
+relative to the reference: ``z2 = -(n/2) log2(1 + ratio)``; ``base_of`` is what they lack to be relative to the target's.
+With DOT (cross-entropy) ``ratio[i, j] = x_i.w_c - x_i.w_j`` and ``z2 = -ratio log2(e)``, relative to the target's;
+``shift`` is then x.w_c, and norms and floor are not read.
 """
 
 import triton
@@ -18,7 +20,7 @@ def ratio_tile(
     x_ptr, w_ptr, norms_ptr,  # (N, D), (V, D), (V,)
     rows, alive,  # (BLOCK_N,) int64 token indices, and which of them count
     cols, V,  # (BLOCK_V,) int32 class indices
-    own, inverse, floor,  # (BLOCK_N,) u_c = s_c - ||x||^2, 1/s_c, the ratio below which the expansion is noise
+    shift, inverse, floor,  # (BLOCK_N,) s_ref - eps - ||x||^2, 1/s_ref, the ratio below which the expansion is noise
     D, stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -44,11 +46,11 @@ def ratio_tile(
         x_ptrs += step * stride_xd
         w_ptrs += step * stride_wd
     if DOT:
-        ratio = own[:, None] - dot
+        ratio = shift[:, None] - dot
     else:
         norms = tl.load(norms_ptr + cols, mask=cols < V, other=0.0)
-        # u_j - u_c with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
-        ratio = ((norms[None, :] - 2.0 * dot) - own[:, None]) * inverse[:, None]
+        # u_j - u_ref with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
+        ratio = ((norms[None, :] - 2.0 * dot) - shift[:, None]) * inverse[:, None]
         ratio = tl.maximum(ratio, floor[:, None], propagate_nan=tl.PropagateNan.ALL)
     return ratio
 
@@ -108,14 +110,35 @@ def exp2_minus_1(value, BRIEF: tl.constexpr):
 
 
 @triton.jit
-def scale_of(target_sq, own, eps):
-    """(s_c floored so that it can divide, 1/s_c, the ratio below which the expansion is noise), from s_c and u_c."""
-    s = target_sq + eps
-    x_sq = tl.maximum(target_sq - own, 0.0)
-    scale = tl.maximum(s, tl.maximum(1.2e-36, 1.4e-20 * x_sq))
+def target_sq_of(target_ref, x_sq, eps):
+    """s_c, floored so that it can divide."""
+    return tl.maximum(target_ref + eps, tl.maximum(1.2e-36, 1.4e-20 * x_sq))
+
+
+@triton.jit
+def reference_of(target_ref, target_offset, x_sq, smallest, largest, eps):
+    """(s_ref, s_ref - eps - ||x||^2) from s_c without eps, u_c, ||x||^2 and the range of ||w_j||^2.
+
+    Relative to a target much farther than other classes their distances would lose digits: some class is within twice
+    ``near``. Relative to a target at no distance at all they would leave fp32.
+    """
+    s_c = target_sq_of(target_ref, x_sq, eps)
+    near = x_sq + smallest + eps
+    scale = tl.maximum(tl.where(s_c > 4.0 * near, near, s_c), tl.maximum(1.4e-20 * largest, 1.2e-36))
+    return scale, tl.where(scale == s_c, target_offset, scale - x_sq - eps)
+
+
+@triton.jit
+def base_of(s_c, scale, half_n):
+    """What a base-2 log-score relative to s_ref lacks to be relative to the target's; fp64 in, fp64 out."""
+    return tl.where(s_c == scale, 0.0, half_n * tl.log2(s_c / scale))
+
+
+@triton.jit
+def tile_terms(scale, x_sq):
+    """(1/s_ref, the ratio below which the expansion is noise) in fp32."""
     inverse = 1.0 / scale
-    noise = 4.8e-7 * tl.maximum(x_sq, scale)
-    return scale, inverse, (noise - scale) * inverse
+    return inverse, (4.8e-7 * tl.maximum(x_sq, scale) - scale) * inverse
 
 
 @triton.jit
@@ -123,13 +146,14 @@ def difference_sq(
     x_ptr, w_ptr, rows, index, alive, D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(||x - w_index||^2 in fp64, ||w_index||^2 - 2 x.w_index, ||w_index||^2), each summed by itself, (BLOCK_N,).
+    """(||x - w_index||^2 in fp64, ||w_index||^2 - 2 x.w_index, ||w_index||^2, ||x||^2), each summed by itself, (BLOCK_N,).
 
     fp64 because far from all classes the rival's and the target's distances differ by less than fp32 resolves.
     """
     apart = tl.zeros((BLOCK_N,), dtype=tl.float64)
     expanded = tl.zeros((BLOCK_N,), dtype=tl.float32)
     w_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    x_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
     features = tl.arange(0, BLOCK_D).to(tl.int64)
     for start in range(0, D, BLOCK_D):
         inside = alive[:, None] & (features < D - start)[None, :]
@@ -140,7 +164,8 @@ def difference_sq(
         apart += tl.sum(diff * diff, 1)
         expanded += tl.sum(w * (w - 2.0 * x), 1)
         w_sq += tl.sum(w * w, 1)
-    return apart, expanded, w_sq
+        x_sq += tl.sum(x * x, 1)
+    return apart, expanded, w_sq, x_sq
 
 
 @triton.jit
