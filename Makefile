@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test slow lint doctor verify bench clean
+.PHONY: demo test slow pretend lint doctor verify bench clean
 demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
 	$(BIN)/python -m examples.train_gpt $(ARGS)
 
@@ -15,6 +15,9 @@ test: $(VENV)/test ## every test but the slow ones
 
 slow: $(VENV)/test ## the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+pretend: $(VENV)/test ## the tests that launch kernels, with every tensor held to where it would be on a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --pretend-gpu -m "triton and not slow" -n auto --maxprocesses 4 -q $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

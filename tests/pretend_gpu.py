@@ -131,13 +131,14 @@ def install() -> None:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         return true_numpy(self, *args, **kwargs)
 
-    true_tensor = torch.tensor
+    true_tensor, true_new = torch.tensor, Tensor.new_tensor
 
     def tensor(data, *, device=None, requires_grad=False, **kwargs):
         made = true_tensor(data, **kwargs)
         return (made if device is None else moved(made, torch.device(device)).detach()).requires_grad_(requires_grad)
 
     torch.tensor = tensor
+    Tensor.new_tensor = lambda self, *args, **kwargs: moved(true_new(self, *args, **kwargs), device(self))
     Tensor.device = property(device)
     Tensor.to, Tensor.numpy, Tensor.__array__ = to, numpy, numpy
     Tensor.cpu = lambda self: to(self, "cpu")
