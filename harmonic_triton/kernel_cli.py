@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harmonic_triton import _files
+
 if TYPE_CHECKING:
     from harmonic_triton.loss_kernel import LossKernel
     from harmonic_triton.sgld import SGLDConfig
@@ -199,7 +201,7 @@ def write_neighbors(
         for rank, (j, far) in enumerate(zip(indices[i].tolist(), distances[i].tolist(), strict=True), start=1):
             if j >= 0:
                 lines.append(f"{called(i)}\t{rank}\t{called(j)}\t{1 - far * far / 2:.4f}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _files.write_text(path, "\n".join(lines) + "\n")
     return lines
 
 
@@ -214,7 +216,7 @@ def write_groups(path: Path, correlation: Tensor, names: Sequence[str] | None, m
         best, which = row.topk(min(most, len(row)))
         others = [f"{called(h)} {r:.3f}" for h, r in zip(which.tolist(), best.tolist(), strict=True) if r > -math.inf]
         lines.append(f"{called(g)}\t{', '.join(others)}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _files.write_text(path, "\n".join(lines) + "\n")
     return lines
 
 
@@ -286,7 +288,7 @@ def main(options: argparse.Namespace) -> int:
     """Sample and write; 2 if the entry point or an option cannot serve, 130 if interrupted."""
     try:
         return run(options)
-    except (EntryPointError, ValueError, TypeError, ImportError) as error:
+    except (EntryPointError, ValueError, TypeError, ImportError, _files.InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -511,11 +513,14 @@ def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGL
 
 
 def clear(directory: Path) -> None:
-    """Remove a run's checkpoint, and nothing else."""
-    for path in directory.glob("kernel-*.pt"):
+    """Remove a run's checkpoint, and nothing else; InUseError while a process is at it."""
+    for path in directory.glob("kernel-[0-9]*.pt"):
+        claim = _files.Claim(path.with_suffix(".lock"))
         path.unlink()
+        claim.release()
     for path in directory.glob("traces-*"):
-        shutil.rmtree(path)
+        if (path / "draws.bin").is_file():
+            shutil.rmtree(path)
     (directory / PROBE_FILE).unlink(missing_ok=True)
 
 
@@ -554,7 +559,7 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
         "llc": kernel.llc,
         "diagnostics": [verdict._asdict() for verdict in verdicts],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _files.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     for verdict in verdicts:
         mark = {True: "good", False: "LOOK", None: ""}[verdict.good]
         print(f"{verdict.name:32} {mark:5} {verdict.value}\n{'':38} {verdict.words}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harmonic_triton import _validate, estimators
+from harmonic_triton import _files, _validate, estimators
 from harmonic_triton.estimators import needs
 from harmonic_triton.kernel_record import R_HAT, TAU
 
@@ -319,7 +319,7 @@ def write(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    _files.write_text(path, page)
     return path
 
 
