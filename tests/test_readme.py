@@ -93,7 +93,11 @@ def test_the_loss_kernel_command_is_the_makefiles_and_can_be_parsed():
     pytest.importorskip("tokenizers")
     assert set(given) <= set(inspect.signature(kernel_cli.resolve(options.entry)).parameters)
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    recipe = re.search(r"^kernel: \$\(VENV\)/analysis.*\n\t\$\(BIN\)/python -m harmonic_triton (.*) \$\(ARGS\)$", makefile, re.MULTILINE)
+    recipe = re.search(
+        r"^kernel: \$\(VENV\)/analysis.*\n\t\$\(BIN\)/python -m harmonic_triton (.*) \$\(ARGS\)$",
+        makefile,
+        re.MULTILINE,
+    )
     assert shlex.split(recipe[1]) == shlex.split(command)
     assert re.search(r"^\$\(VENV\)/analysis: .*\n\t\$\(PIP\) -e '\.\[examples,analysis\]'", makefile, re.MULTILINE)
     assert README.index("pip install '.[analysis]'") < README.index(command)

@@ -616,13 +616,21 @@ def test_a_damaged_tokenizer_is_one_line_with_the_mend(content, bins, corpus, te
     data.load(config)
     (path,) = (tmp_path / "own" / "data").glob("*/tokenizer.json")
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read .*: remove .* to have the text tokenised again"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json cannot be read .*: remove .* to have the text tokenised again"
+    ):
         data.load(config)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("meta.json", b""), ("meta.json", b"[1]"), ("meta.json", b'{"bytes": 3}'), ("train.bin", b""), ("val.bin", b"abc")],
+    [
+        ("meta.json", b""),
+        ("meta.json", b"[1]"),
+        ("meta.json", b'{"bytes": 3}'),
+        ("train.bin", b""),
+        ("val.bin", b"abc"),
+    ],
 )
 def test_a_damaged_data_folder_is_named_with_the_mend(name, content, text, tmp_path):
     config = replace(Config(), **TINY, data=(str(text),), out=str(tmp_path))

@@ -163,9 +163,8 @@ def test_the_search_leaves_localizations_where_chains_die(monkeypatch):
 def test_burn_in_covers_ten_autocorrelation_times(monkeypatch):
     """Of the longer run that checks the result, and not less than a direction without curvature needs to forget w*."""
     for time, thinning in ((2.0, 1), (80.0, 14)):
-        answer = lambda localization, draws: tuning.Trial(
-            localization, 1e-3, 1.0, time if draws == tuning.CHECK_DRAWS else 1.0, 1.0, 0, 50  # noqa: B023
-        )
+        by_draws = {tuning.TRIAL_DRAWS: 1.0, tuning.CHECK_DRAWS: time}
+        answer = lambda gamma, draws, by_draws=by_draws: tuning.Trial(gamma, 1e-3, 1.0, by_draws[draws], 1.0, 0, 50)
         _, search = runs_of(monkeypatch, answer)
         config = search(num_chains=2).config
         floor = min(max(20, math.ceil(3 / (config.lr * config.localization / 2))), 300)
