@@ -282,8 +282,7 @@ def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
     assert main(["loss-kernel", "entry_points:data", *QUICK, "--out", "out"]) == 2
     assert (
         "umap not installed: pip install 'harmonic-triton[analysis]' (from a clone: pip install '.[analysis]'),"
-        " or leave the report out"
-        in capsys.readouterr().err
+        " or leave the report out" in capsys.readouterr().err
     )
     assert command("entry_points:data", "--out", "out") == 0
 
