@@ -194,7 +194,9 @@ class Diagnostics:
             return Verdict(name, "–", None, f"{FOUR_DRAWS}, and losses that vary.")
         value = f"{digits(self.autocorrelation_time_mean_loss, 1)}; samples: median {tau:.1f}"
         high = above(TAU, 1, {"of the mean loss": self.autocorrelation_time_mean_loss, "of the median sample": tau})
-        words = f"{self.num_draws:,} draws are worth about {self.effective_draws:,.0f} independent ones, sample by sample. "
+        words = (
+            f"{self.num_draws:,} draws are worth about {self.effective_draws:,.0f} independent ones, sample by sample. "
+        )
         words += (
             f"The time {high}, is above {TAU:g} draws: they repeat one another. More steps between draws, or a larger step."
             if high
@@ -293,7 +295,9 @@ def digits(value: float, places: int) -> str:
 
 def above(limit: float, places: int, figures: dict[str, float]) -> str:
     """Which figures are above a limit, judged by the digits that are shown; "" if none is."""
-    return " and ".join(f"{which}, {value:.{places}f}" for which, value in figures.items() if round(value, places) > limit)
+    return " and ".join(
+        f"{which}, {value:.{places}f}" for which, value in figures.items() if round(value, places) > limit
+    )
 
 
 def quantile(values: Tensor, q: float) -> float:

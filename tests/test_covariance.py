@@ -823,7 +823,9 @@ def test_a_reference_is_not_the_callers_memory(backend):
     assert torch.equal(accumulator.correlation(), other.correlation())
 
 
-@pytest.mark.parametrize("how", ["transposed", "every second", "backwards in memory", "expanded draws", "expanded samples"])
+@pytest.mark.parametrize(
+    "how", ["transposed", "every second", "backwards in memory", "expanded draws", "expanded samples"]
+)
 def test_losses_of_any_stride(how, backend):
     flat = ar1(600).flatten(0, 1)
     draws, samples = flat.shape

@@ -281,8 +281,8 @@ def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
     )
     assert main(["loss-kernel", "entry_points:data", *QUICK, "--out", "out"]) == 2
     assert (
-        "umap not installed: pip install 'harmonic-triton[analysis]' (from a clone: pip install '.[analysis]'), or leave the report out"
-        in capsys.readouterr().err
+        "umap not installed: pip install 'harmonic-triton[analysis]' (from a clone: pip install '.[analysis]'),"
+        " or leave the report out" in capsys.readouterr().err
     )
     assert command("entry_points:data", "--out", "out") == 0
 
@@ -329,9 +329,21 @@ def test_a_run_goes_on_with_the_settings_it_began_with(here, monkeypatch, capsys
 def test_another_estimate_is_no_reason_to_refuse_a_checkpoint(here, capsys):
     """Another number of threads, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "harmonic_triton", "loss-kernel", "entry_points:data", *QUICK, "--no-report", "--out", "out"]
+    words = [
+        sys.executable,
+        "-m",
+        "harmonic_triton",
+        "loss-kernel",
+        "entry_points:data",
+        *QUICK,
+        "--no-report",
+        "--out",
+        "out",
+    ]
     for threads in ("1", "2", "1"):
-        done = subprocess.run(words, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": threads}, cwd=here)
+        done = subprocess.run(
+            words, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": threads}, cwd=here
+        )
         assert done.returncode == 0, done.stderr
     assert "goes on from" in done.stdout
 
@@ -382,11 +394,15 @@ def test_the_expected_time_is_said_before_it_passes(here, capsys, monkeypatch):
     task = kernel_cli.load("slow_entry:slow", [])
     config = kernel_cli.configured(options, task)
     expected = 3 * ((10 + 40 * 2) * 0.01 + 40 * 0.01)
-    assert expected / 1.5 < kernel_cli.expected_seconds(options, task, config) < 4 * expected  # a busy machine is slower
+    assert (
+        expected / 1.5 < kernel_cli.expected_seconds(options, task, config) < 4 * expected
+    )  # a busy machine is slower
     words = ["loss-kernel", "entry_points:data", *QUICK[:-1], "--no-report", "--out", "out"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert re.search(r"sampling takes less than a minute on this machine: 2 chains of 35 steps and 30 draws, each of 12 losses", said)
+    assert re.search(
+        r"sampling takes less than a minute on this machine: 2 chains of 35 steps and 30 draws, each of 12 losses", said
+    )
     assert said.index("sampling takes") < said.index("alive")
     assert main(words) == 0
     assert "sampling takes" not in capsys.readouterr().out  # it goes on: the progress bar knows better

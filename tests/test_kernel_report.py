@@ -268,7 +268,9 @@ def test_step_size_words(step, bound, good, words):
     assert found.good is good and words in found.words and "inf" not in found.value
 
 
-@pytest.mark.parametrize(("same", "other", "words"), [(0.1, 0.05, "little more"), (0.1, 0.5, "no more"), (0.5, 0.1, "leave them out")])
+@pytest.mark.parametrize(
+    ("same", "other", "words"), [(0.1, 0.05, "little more"), (0.1, 0.5, "no more"), (0.5, 0.1, "leave them out")]
+)
 def test_confound_words(same, other, words):
     assert words in verdict("same-label", confound=estimators.SameLabelConfound(same, other)).words
 
@@ -278,7 +280,9 @@ def test_labels_without_a_name_are_refused(labels, tmp_path):
     """-1 would be the last name: a sample without a label would be shown as one of the last class."""
     names = ["a", "b", "c"]
     for call in (kernel_report.overview, lambda kernel, **options: kernel.report(tmp_path / "report.html", **options)):
-        with pytest.raises(ValueError, match=rf"labels 0 ... 2, and labels hold {int(labels.min())} ... {int(labels.max())}"):
+        with pytest.raises(
+            ValueError, match=rf"labels 0 ... 2, and labels hold {int(labels.min())} ... {int(labels.max())}"
+        ):
             call(kernel(), labels=labels, label_names=names, method="pca")
         with pytest.raises(ValueError, match="label_names needs labels"):
             call(kernel(labels=None), label_names=names, method="pca")

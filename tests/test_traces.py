@@ -757,7 +757,9 @@ def test_what_the_dtypes_cost_a_correlation(sigma, draws):
 
 def test_the_kernel_of_traces_takes_float32():
     losses = small().reshape(2, 20, 150)
-    narrow, wide = (LossKernel.from_losses(losses, keep="traces", **options) for options in ({}, {"trace_dtype": torch.float32}))
+    narrow, wide = (
+        LossKernel.from_losses(losses, keep="traces", **options) for options in ({}, {"trace_dtype": torch.float32})
+    )
     assert (narrow.accumulator.dtype, wide.accumulator.dtype) == (torch.bfloat16, torch.float32)
     exact = torch.from_numpy(np.corrcoef(small().double().numpy().T))
     assert (wide.correlation - exact).abs().max() < 5e-6 < (narrow.correlation - exact).abs().max()
@@ -765,7 +767,12 @@ def test_the_kernel_of_traces_takes_float32():
 
 def test_constants_far_apart_have_no_variance():
     """Their mean over 5,000 equal draws is dozens of last places off; the squares of those are still exact."""
-    losses = torch.cat([torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5, torch.tensor([1e-30, 3e10])])
+    losses = torch.cat(
+        [
+            torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5,
+            torch.tensor([1e-30, 3e10]),
+        ]
+    )
     traces = LossTraces(42, dtype=torch.float32)
     traces.update(losses.expand(5000, 42))
     traces.update(losses.expand(777, 42))
@@ -778,7 +785,12 @@ def everything(losses, backend):
     found = []
     for dtype in DTYPES.values():
         traces = filled(losses, dtype=dtype, backend=backend)
-        found += [traces.correlation(slice(None)), traces.covariance(slice(0, 9)), traces.matvec(losses[0]), traces.mean()]
+        found += [
+            traces.correlation(slice(None)),
+            traces.covariance(slice(0, 9)),
+            traces.matvec(losses[0]),
+            traces.mean(),
+        ]
         found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
         problem = _neighbors.Problem(traces._stored(), *traces._moments(), None)
         if backend == "torch":
