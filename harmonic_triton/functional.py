@@ -405,7 +405,9 @@ def _log_harmax(distances: Tensor, n: float | Tensor, dim: int) -> Tensor:
     _validate.tensors(distances=distances)
     _validate.exponent(n)
     if n is None:
-        raise TypeError("n must be a number or a tensor of one element; a default needs the width D, which distances do not show")
+        raise TypeError(
+            "n must be a number or a tensor of one element; a default needs the width D, which distances do not show"
+        )
     if distances.dtype not in _validate.FLOAT_DTYPES:
         raise TypeError(
             f"distances must be bfloat16, float16, float32 or float64, got {_validate.describe(distances)}; cast them"

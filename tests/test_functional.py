@@ -131,15 +131,16 @@ def test_ignore_index_may_be_a_class(backend):
 @pytest.mark.parametrize("ignored", [CLASSES, 255, -7])
 def test_ignored_tokens_have_no_class_weight(backend, ignored):
     """Whatever number marks them; a target that is no class and no mark is refused all the same."""
-    x, w, target, g = make()
+    x, w, target, _ = make()
     target[::3] = ignored
     options = {"class_weight": torch.linspace(0.5, 2.0, CLASSES), "ignore_index": ignored, "upstream": 0.7}
     got = gradients(x, w, target, backend=backend, **options)
     kept = target != ignored
     wanted = gradients(x[kept], w, target[kept], backend=backend, **options)
     all_close((got[0], got[1][kept], got[2]), wanted, 1e-6)
-    with pytest.raises(ValueError, match=f"target holds {ignored}, outside"):
-        gradients(x, w, target, backend=backend, **{**options, "ignore_index": -100})
+    if not x.is_cuda:  # where it would stop the device
+        with pytest.raises(ValueError, match=f"target holds {ignored}, outside"):
+            gradients(x, w, target, backend=backend, **{**options, "ignore_index": -100})
 
 
 def test_mean_is_the_sum_over_the_count_of_kept_tokens(backend):
@@ -286,27 +287,24 @@ def test_shift_under_vmap_and_compile(reduction):
 
 
 @pytest.mark.parametrize("bad", [0, -3, math.nan, math.inf])
-def test_the_value_of_a_tensor_num_items_is_checked_wherever_it_is_used(backend, bad):
+def test_the_value_of_a_tensor_num_items_is_checked_wherever_it_is_used(bad):
     x, w, target, _ = make()
     x.requires_grad_()
     good, items = torch.tensor(7.0), torch.tensor(bad)
-    text = "num_items must be finite and > 0, got"
-    for which in (backend, "reference"):
-        loss = lambda count: linear_harmonic_loss(x, w, target, n=N, num_items=count, reduction="sum", backend=which)  # noqa: B023
-        with pytest.raises(ValueError, match=text):
-            loss(items)
-    if backend == "torch":
-        loss = lambda count: linear_harmonic_loss(x, w, target, n=N, num_items=count)
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(good), loss(7))
-        with pytest.raises(ValueError, match=text):
-            compiled(items.float())
-        counts = torch.stack([good, items.float()])
-        torch.testing.assert_close(torch.vmap(loss)(counts.new_tensor([7.0, 3.5])), torch.stack([loss(7), loss(3.5)]))
-        with pytest.raises(ValueError, match=text):
-            torch.vmap(loss)(counts)
-        _, slope = torch.func.jvp(loss, (good,), (torch.tensor(1.0),))
-        torch.testing.assert_close(slope, -loss(7).detach() / 7)
+    loss = lambda count, **options: linear_harmonic_loss(x, w, target, n=N, num_items=count, **options)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(good), loss(7))
+    torch.testing.assert_close(torch.vmap(loss)(torch.tensor([7.0, 3.5])), torch.stack([loss(7), loss(3.5)]))
+    for refused in (
+        lambda: loss(items),
+        lambda: loss(items, reduction="sum", backend="reference"),
+        lambda: compiled(items.float()),
+        lambda: torch.vmap(loss)(torch.stack([good, items.float()])),
+    ):
+        with pytest.raises(ValueError, match="num_items must be finite and > 0, got"):
+            refused()
+    _, slope = torch.func.jvp(loss, (good,), (torch.tensor(1.0),))
+    torch.testing.assert_close(slope, -loss(7).detach() / 7)
 
 
 @pytest.mark.parametrize("shape", [(), (13,), (1, 13), (13, 1, 1)])
@@ -538,6 +536,16 @@ def test_statistics_are_those_of_the_dense_probabilities(backend, near):
     close(loss, -stats.target_log_prob[kept].mean(), 1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["linear_harmonic_loss", "linear_cross_entropy"])
+def test_statistics_have_no_gradient(backend, name, reduction):
+    x, w, target, _ = make()
+    x.requires_grad_(), w.requires_grad_()
+    for which in (backend, "reference"):
+        loss, stats = getattr(ht, name)(x, w, target, reduction=reduction, return_stats=True, backend=which)
+        assert loss.requires_grad and not any(value.requires_grad for value in stats)
+
+
 @pytest.mark.parametrize("name", ["linear_harmonic_loss", "linear_cross_entropy"])
 def test_of_equal_classes_the_first_is_predicted(backend, name):
     """Classes 3, 9 and 20 are one vector, the best of every token: 3 is predicted whichever of them is the target."""
@@ -666,7 +674,7 @@ def test_autocast_casts_the_operands_and_nothing_else(backend, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_autocast_leaves_fp64_alone(backend, reduction):
+def test_autocast_leaves_fp64_alone(reduction):
     x, w, target, g = make(dtype=torch.float64)
     up = g.double() if reduction == "none" else 1.7
     run = lambda: gradients(x, w, target, upstream=up, reduction=reduction)
