@@ -298,15 +298,15 @@ def test_fsdp2_shards_a_head_with_a_learnable_exponent(tmp_path):
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_an_exponent_of_shape_1_is_one_of_shape_0(backend, reduction):
-    w = head().weight.detach()
     found = []
     for shape in ((), (1,)):
         n = torch.full(shape, 5.0, requires_grad=True)
-        loss = ht.linear_harmonic_loss(X, w, TARGET, n=n, reduction=reduction, backend=backend)
+        x, w, target = (tensor.to(n.device) for tensor in (X, head().weight.detach(), TARGET))
+        loss = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend)
         loss.backward(torch.linspace(0.3, 2.0, 6, dtype=loss.dtype) if reduction == "none" else torch.tensor(1.7))
         assert n.grad.shape == shape
-        log_p, (values, indices) = ht.harmonic_logits(X, w, n=n), ht.harmonic_topk(X, w, 3, n=n)
-        found.append((loss, n.grad.reshape(()), log_p, values, indices, ht.harmax(X.abs(), n)))
+        log_p, (values, indices) = ht.harmonic_logits(x, w, n=n), ht.harmonic_topk(x, w, 3, n=n)
+        found.append((loss, n.grad.reshape(()), log_p, values, indices, ht.harmax(x.abs(), n)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
