@@ -66,6 +66,8 @@ class Pretend(TorchDispatchMode):
             bad = [tuple(t.shape) for t in tensors if t.dim() and on_cpu(t)]
             if bad:
                 raise RuntimeError(f"Expected all tensors to be on the same device: {func} has {bad} on the CPU")
+        if there and name == "_assert_async" and not args[0].item():
+            pytest.fail("a device-side assert would end this process's use of the GPU")
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type == "cuda":  # "cpu" beside a tensor is what C++ takes from it
             there, kwargs = True, {**kwargs, "device": CPU}
