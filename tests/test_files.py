@@ -274,32 +274,31 @@ def test_a_lock_dies_with_its_process_and_not_with_its_children(tmp_path):
 # --- damage ------------------------------------------------------------------------------------------------------------
 
 
-def flips(path: Path, count: int | None, seed: int = 0):
-    """The file with one bit flipped after the other: of so many bytes at random, or of each."""
-    data = bytearray(path.read_bytes())
-    chance = np.random.default_rng(seed)
-    bits = 8 * np.arange(len(data)) + chance.integers(8, size=len(data))
-    if count is not None:
-        bits = chance.choice(bits, min(count, len(bits)), replace=False)
-    for bit in bits.tolist():
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        yield bit
-        data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+def flips(path: Path, count: int, seed: int = 0):
+    """The file with one bit flipped after the other: of so many bytes at random."""
+    data, chance = path.read_bytes(), np.random.default_rng(seed)
+    for byte in chance.choice(len(data), min(count, len(data)), replace=False).tolist():
+        bit = 1 << int(chance.integers(8))
+        with open(path, "r+b") as file:
+            file.seek(byte)
+            file.write(bytes([data[byte] ^ bit]))
+        yield byte, bit
+        with open(path, "r+b") as file:
+            file.seek(byte)
+            file.write(data[byte : byte + 1])
+    assert path.read_bytes() == data
 
 
-def cuts(path: Path, count: int | None):
+def cuts(path: Path, count: int):
     """The file with its end cut off."""
     data = path.read_bytes()
-    some = {0, 1, len(data) // 2, len(data) - 1}
-    for length in some if count is not None else range(0, len(data), 7):
+    for length in (0, 1, *range(2, len(data) - 1, 2 * len(data) // count), len(data) - 1):
         path.write_bytes(data[:length])
         yield -length
     path.write_bytes(data)
 
 
-def refused(call, path: Path, name: str, count: int | None) -> None:
+def refused(call, path: Path, name: str, count: int) -> None:
     """Every damage raises ValueError with the file's name, and without damage it is read again."""
     for where in itertools.chain(flips(path, count), cuts(path, count)):
         with pytest.raises(ValueError) as error:
@@ -344,8 +343,8 @@ def test_no_damage_goes_unnoticed(stored, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_no_byte_is_unguarded(stored, name):
-    """A bit in every byte, and cuts, read as their readers do it but without the run around it."""
+def test_thousands_of_flips_are_noticed(stored, name):
+    """And half as many cuts; read as their readers do it, but without the run around it."""
     from harmonic_triton import _checkpoint, _collect, _files, sgld
 
     def draws():
@@ -359,7 +358,7 @@ def test_no_byte_is_unguarded(stored, name):
         "sums/kernel-0.pt": lambda: _checkpoint.load(stored / name, _collect.KIND),
         "draws/state.pt": lambda: _checkpoint.load(stored / name, sgld.KIND),
     }
-    refused(readers.get(name, lambda: READERS[name](stored)), stored / name, Path(name).name, None)
+    refused(readers.get(name, lambda: READERS[name](stored)), stored / name, Path(name).name, 3000)
 
 
 def test_damage_is_noticed_before_a_run_goes_on(tmp_path):
@@ -539,16 +538,18 @@ KILLED = textwrap.dedent("""
     from harmonic_triton import _files
     folder, points, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
-    class Counted:  # of a module or a file: what changes the disk; at the given one the process is gone
+    class Counted:  # of a module or a file: what changes the disk (of writes every sixth); at the given one it is over
         def __init__(self, inner): self.__dict__["inner"] = inner
         def __getattr__(self, name):
             found = getattr(self.inner, name)
             return self.counted(found) if name in NAMES else found
         def counted(self, call):
             def counting(*arguments):
-                COUNT[0] += 1
-                if COUNT[0] == COUNT[1]:
-                    if getattr(call, "__name__", "") == "write" and not isinstance(arguments[0], int):
+                writes = getattr(call, "__name__", "") == "write" and not isinstance(arguments[0], int)
+                WRITES[0] += writes
+                COUNT[0] += not writes or WRITES[0] % 6 == 1
+                if COUNT[0] == COUNT[1] and (not writes or WRITES[0] % 6 == 1):
+                    if writes:
                         data = memoryview(arguments[0]).cast("B")
                         call(data[:len(data) // 2])
                         self.inner.flush()
@@ -560,7 +561,7 @@ KILLED = textwrap.dedent("""
         def __exit__(self, *reason): return self.inner.__exit__(*reason)
 
     NAMES = ("open", "write", "fsync", "replace", "rename", "ftruncate", "unlink")
-    COUNT = [0, 0]
+    COUNT, WRITES = [0, 0], [0]
 
     def warm():  # what a run imports on its way, once instead of in each child
         if os.fork() == 0:
@@ -579,7 +580,7 @@ KILLED = textwrap.dedent("""
         directory = folder / f"{kind}-{point}"
         child = os.fork()
         if child == 0:
-            COUNT[:] = 0, point
+            COUNT[:], WRITES[:] = (0, point), (0,)
             torch.save(test_files.tiny(kind, directory), f"{directory}.pt")
             Path(f"{directory}.count").write_text(str(COUNT[0]))
             os._exit(0)
@@ -646,7 +647,7 @@ def test_killed_at_a_few_writes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_write(tmp_path):
-    assert kill_at("all", tmp_path) >= 500
+    assert kill_at("all", tmp_path) >= 200
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
