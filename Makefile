@@ -6,15 +6,22 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo test slow lint doctor verify bench clean
+.PHONY: demo kernel test slow pretend lint doctor verify bench clean
 demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
 	$(BIN)/python -m examples.train_gpt $(ARGS)
+
+kernel: $(VENV)/analysis ## a first look at the loss kernel of the GPT that demo left in runs/demo
+	$(BIN)/python -m harmonic_triton loss-kernel examples.loss_kernel.gpt:from_checkpoint \
+		--entry-arg run=runs/demo --entry-arg tokens=2000 --quick $(ARGS)
 
 test: $(VENV)/test ## every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q $(ARGS)
 
 slow: $(VENV)/test ## the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+pretend: $(VENV)/test ## the tests that launch kernels, with every tensor held to where it would be on a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --pretend-gpu -m "triton and not slow" -n auto --maxprocesses 4 -q $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -36,6 +43,10 @@ $(VENV)/core: setup.py constraints.txt
 
 $(VENV)/examples: $(VENV)/core
 	$(PIP) -e '.[examples]'
+	touch $@
+
+$(VENV)/analysis: $(VENV)/examples
+	$(PIP) -e '.[examples,analysis]'
 	touch $@
 
 $(VENV)/test: $(VENV)/core

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,9 @@ def compile_kernels(tiny: bool) -> int:
     workers = min(len(jobs), os.cpu_count() or 1)
     failed = 0
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for job, future in [(job, pool.submit(_compile, *job)) for job in jobs]:
+        futures = {pool.submit(_compile, *job): job for job in jobs}
+        for future in as_completed(futures):
+            job = futures[future]
             try:
                 print(f"{job[0]} {job[1]}: {future.result():.1f} s", flush=True)
             except Exception as error:

@@ -119,11 +119,17 @@ def _created(path: Path) -> tuple[Path, IO[bytes]]:
     while True:
         name = _beside(path)
         file = open(name, "r+b", opener=_new)  # noqa: SIM115
-        with contextlib.suppress(OSError):  # a file system without locks: nobody can tell that it was left, then
+        taken = False  # by another process, for one that was left, before it was locked
+        try:
             _lock(file.fileno())
-        if os.fstat(file.fileno()).st_nlink:
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError:  # a file system without locks: nobody takes it there
+            pass
+        if not taken and os.fstat(file.fileno()).st_nlink:
             return name, file
-        file.close()  # another process took it for one that was left, before it was locked
+        file.close()
+        name.unlink(missing_ok=True)
 
 
 def _new(name: str, _: int) -> int:

@@ -116,7 +116,7 @@ def _dense(vector: Tensor) -> Tensor:
     return vector.clone() if vector.data_ptr() % 16 else vector
 
 
-def _inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Targets that can index, and which were bad: a device whose assert does nothing (ROCm's) goes on with them."""
     bad = ~known(target, classes, ignore_index)
     return target.masked_fill(bad, 0), bad
@@ -125,7 +125,7 @@ def _inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Te
 @_plainly
 def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend, budget):  # type: ignore[no-untyped-def]
     check_values(target, len(w), ignore_index, n)
-    target, bad = _inside(target, len(w), ignore_index)
+    target, bad = inside(target, len(w), ignore_index)
     rows = backend_module(backend).rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, budget)
     rows.nll.masked_fill_(bad, math.nan)
     return tuple(rows)
@@ -134,7 +134,7 @@ def _rows_forward(x, w, target, n, v, eps, alpha, ignore_index, moments, backend
 @_plainly
 def _rows_backward(x, w, target, n, v, g, g_smooth, *rest):  # type: ignore[no-untyped-def]
     *rows, eps, alpha, ignore_index, need_x, need_w, backend, budget = rest
-    target, _ = _inside(target, len(w), ignore_index)
+    target, _ = inside(target, len(w), ignore_index)
     run = backend_module(backend).rows_backward
     return run(x, w, target, n, v, g, g_smooth, Rows(*rows), eps, alpha, ignore_index, need_x, need_w, budget)
 
@@ -144,7 +144,7 @@ def _reduced_forward(  # type: ignore[no-untyped-def]
     x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, backend, budget
 ):
     check_values(target, len(w), ignore_index, n)
-    target, bad = _inside(target, len(w), ignore_index)
+    target, bad = inside(target, len(w), ignore_index)
     run = backend_module(backend).reduced_forward
     loss, *gradients, rows = run(
         x, w, target, n, v, a, b, eps, alpha, ignore_index, need_x, need_w, need_n, moments, budget
@@ -209,6 +209,12 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+NO_TANGENT = (
+    "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual tensors);"
+    ' use jacrev or grad, or backend="reference" (dense, fp64), which has one'
+)
+
+
 class _NoTangent(torch.autograd.Function):
     """Passes its tensor through; a tangent that it carries is an error instead of being dropped."""
 
@@ -230,16 +236,15 @@ class _NoTangent(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(
-            "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual"
-            ' tensors); use jacrev or grad, or backend="reference" (dense, fp64), which has one'
-        )
+        raise NotImplementedError(NO_TANGENT)
 
 
 def without_tangents(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The same tensors; in forward mode an error for one with a tangent, which the operators would not see."""
     if not forward_mode():
         return tensors
+    if torch.compiler.is_compiling():  # dynamo would drop the check; without fullgraph it goes back to eager from here
+        raise NotImplementedError(NO_TANGENT)
     return tuple(None if tensor is None else _NoTangent.apply(tensor) for tensor in tensors)
 
 

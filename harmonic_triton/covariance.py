@@ -23,6 +23,7 @@ from torch import Tensor
 from harmonic_triton import _validate
 from harmonic_triton._dispatch import resolve
 from harmonic_triton._numerics import no_autocast
+from harmonic_triton._ops import forward_mode
 from harmonic_triton._triangle import PACKED, Triangle, fastest_gap, padded
 
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
@@ -549,7 +550,8 @@ def loss_covariance(losses: Tensor, *, correlation: bool = False, backend: str =
         raise ValueError(f"losses must be (T, m) with T >= 2 draws of m >= 1 samples, got {_validate.describe(losses)}")
     _validate.flag("correlation", correlation)
     rows = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    covariance = _LossCovariance.apply(rows, _resolve(backend, rows.device, rows.dtype))
+    backend = _resolve(backend, rows.device, rows.dtype)
+    covariance = _plain_covariance(rows) if forward_mode() else _LossCovariance.apply(rows, backend)
     if not correlation:
         return covariance
     variance = covariance.diagonal()
@@ -557,6 +559,15 @@ def loss_covariance(losses: Tensor, *, correlation: bool = False, backend: str =
     inverse_sd = torch.where(constant, 0.0, torch.where(constant, 1.0, variance).rsqrt())
     rho = covariance * inverse_sd[:, None] * inverse_sd
     return torch.diagonal_scatter(rho, torch.where(constant, 0.0, 1.0).to(rho.dtype))
+
+
+def _plain_covariance(losses: Tensor) -> Tensor:
+    """The same of torch's own operations, in fp64: for forward mode, which the operator does not know."""
+    mean = losses.double().mean(0)
+    centred = losses.double() - mean
+    noise = (len(losses) - 1) * (CONSTANT * mean).square()
+    centred = centred - torch.where(centred.square().sum(0) <= noise, centred, 0.0).detach()  # a constant sample's: 0
+    return (centred.T @ centred / (len(losses) - 1)).to(losses.dtype)
 
 
 _LIBRARY = torch.library.Library("harmonic_triton", "FRAGMENT")

@@ -484,7 +484,12 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
     size, device = len(indices), indices.device
     itself = torch.arange(size, device=device)[:, None]  # umap-learn counts a sample as its own first neighbour
     graph = torch.cat([itself, indices], 1).cpu().numpy()
-    lengths = torch.cat([torch.zeros(size, 1, dtype=torch.float32, device=device), distances.clamp_max(2.0)], 1).float().cpu().numpy()
+    lengths = (
+        torch.cat([torch.zeros(size, 1, dtype=torch.float32, device=device), distances.clamp_max(2.0)], 1)
+        .float()
+        .cpu()
+        .numpy()
+    )
     spread = (start / start.std(0)).clamp(-3, 3).float().cpu().numpy()  # a few outliers would flatten the rest
     with warnings.catch_warnings():
         warnings.filterwarnings(

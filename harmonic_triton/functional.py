@@ -234,19 +234,21 @@ class _Call:
 
     def _reference(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         _ops.check_values(self.labels, len(self.w), self.ignore_index, n)
+        labels, bad = _ops.inside(self.labels, len(self.w), self.ignore_index)
         options: dict[str, Any] = {
             "class_weight": self.class_weight, "ignore_index": self.ignore_index, "reduction": self.reduction,
             "num_items": self.num_items, "label_smoothing": self.label_smoothing,
         }  # fmt: skip
         if n is None:
-            loss = reference.linear_cross_entropy(self.x, self.w, self.labels, **options)
+            loss = reference.linear_cross_entropy(self.x, self.w, labels, **options)
         else:
             loss = reference.linear_harmonic_loss(
-                self.x, self.w, self.labels, n=n, eps=eps, uniform_mix=self.uniform_mix, **options
+                self.x, self.w, labels, n=n, eps=eps, uniform_mix=self.uniform_mix, **options
             )
         stats: tuple[Tensor, ...] = ()
         if self.return_stats:
-            stats = reference.statistics(self.x, self.w, self.labels, n, eps, self.ignore_index)
+            stats = reference.statistics(self.x, self.w, labels, n, eps, self.ignore_index)
+        loss = loss.masked_fill(bad if self.reduction == "none" else bad.any(), math.nan)
         return loss.to(compute_dtype(self.x.dtype)), stats
 
     def _fused(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -13,6 +13,8 @@ import json
 import math
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from harmonic_triton import _files
 
 if TYPE_CHECKING:
     from harmonic_triton.loss_kernel import LossKernel
@@ -41,7 +45,16 @@ PROBE: dict[str, Any] = {
     "num_burnin_steps": 50,
     "num_steps_bw_draws": 4,
 }
+QUICK: dict[str, Any] = {
+    "batch_size": 8,
+    "num_chains": 4,
+    "num_draws": 30,
+    "num_burnin_steps": 20,
+    "num_steps_bw_draws": 2,
+}
 STABILITY = 0.15  # of the stability bound, the step size where --lr is not given
+PROBE_FILE = "probe.json"  # beside the checkpoint: the settings it began with
+LONG = 600.0  # seconds from which on the announcement says what would take less
 
 
 class EntryPointError(Exception):
@@ -139,8 +152,12 @@ def checked(text: str, returned: Any) -> Task:
         if value is not None and (not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point()):
             shape = f" of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else ""
             raise EntryPointError(f"{text}: {name} is {type(value).__name__}{shape}, expected (m,) integers")
-    if task.groups is not None and task.group_names is not None and int(task.groups.max()) >= len(task.group_names):
-        raise EntryPointError(f"{text}: groups hold {int(task.groups.max())}, group_names has {len(task.group_names)}")
+    if task.groups is not None and len(task.groups):
+        low, high = int(task.groups.min()), int(task.groups.max())
+        if low < 0:
+            raise EntryPointError(f"{text}: groups hold {low}; number them from 0 on")
+        if task.group_names is not None and high >= len(task.group_names):
+            raise EntryPointError(f"{text}: groups hold {high}, group_names has {len(task.group_names)}")
     return task
 
 
@@ -184,7 +201,7 @@ def write_neighbors(
         for rank, (j, far) in enumerate(zip(indices[i].tolist(), distances[i].tolist(), strict=True), start=1):
             if j >= 0:
                 lines.append(f"{called(i)}\t{rank}\t{called(j)}\t{1 - far * far / 2:.4f}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _files.write_text(path, "\n".join(lines) + "\n")
     return lines
 
 
@@ -199,7 +216,7 @@ def write_groups(path: Path, correlation: Tensor, names: Sequence[str] | None, m
         best, which = row.topk(min(most, len(row)))
         others = [f"{called(h)} {r:.3f}" for h, r in zip(which.tolist(), best.tolist(), strict=True) if r > -math.inf]
         lines.append(f"{called(g)}\t{', '.join(others)}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _files.write_text(path, "\n".join(lines) + "\n")
     return lines
 
 
@@ -232,6 +249,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         probe.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
     probe.add_argument("--mask", action="append", metavar="PATTERN", help="sample only parameters whose names match")
     probe.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look: " + ", ".join(f"{name} {value}" for name, value in QUICK.items()) + " unless given",
+    )
+    probe.add_argument(
         "--tune", action="store_true", help="choose step size, localization, burn-in and thinning by short runs first"
     )
     probe.add_argument(
@@ -246,6 +268,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--no-resume", action="store_true", help="remove the checkpoint and start over")
     run.add_argument(
         "--keep", choices=("auto", "covariance", "traces"), default="auto", help="m x m sums, or all draws"
+    )
+    run.add_argument(
+        "--trace-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of draws kept (default %(default)s)"
     )
     run.add_argument("--within-chain", action="store_true", help="estimate with each chain about its own mean")
     run.add_argument("--neighbors", type=int, default=10, metavar="K", help="in the tables (default %(default)s)")
@@ -263,7 +288,7 @@ def main(options: argparse.Namespace) -> int:
     """Sample and write; 2 if the entry point or an option cannot serve, 130 if interrupted."""
     try:
         return run(options)
-    except (EntryPointError, ValueError, TypeError, ImportError) as error:
+    except (EntryPointError, ValueError, TypeError, ImportError, _files.InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -276,14 +301,32 @@ def run(options: argparse.Namespace) -> int:
     from harmonic_triton.loss_kernel import loss_kernel
 
     need_extras(None if options.no_report else options.embedding)
+    for name, least in (("neighbors", 1), ("table", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     task = load(options.entry, options.entry_arg)
-    check_sizes(options.entry, task, count_samples(options.entry, task))
-    config = configured(options, task)
-    options.out.mkdir(parents=True, exist_ok=True)
+    samples = count_samples(options.entry, task)
+    check_sizes(options.entry, task, samples)
+    first = is_first_process()
     checkpoints = options.checkpoint_dir or options.out / "checkpoint"
     if options.no_resume:
         clear(checkpoints)
-    print(f"{options.entry}: {config}", flush=True)
+    config = resumed(options, checkpoints)
+    if config is not None:
+        if first:
+            print(f"goes on from {checkpoints}, with its settings (--no-resume starts over)", flush=True)
+    else:
+        if first:
+            print(f"{options.entry}: {samples:,} samples; settings that were not given are estimated", flush=True)
+        config = configured(options, task)
+        if first:
+            if not any(checkpoints.glob("kernel-*.pt")):
+                write_probe(checkpoints, config)
+            if not options.quiet:
+                print(announcement(expected_seconds(options, task, config), config, samples), flush=True)
+    if first:
+        print(f"{options.entry}: {config}", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     kernel = loss_kernel(
         task.model,
         task.per_sample_loss,
@@ -295,6 +338,7 @@ def run(options: argparse.Namespace) -> int:
         mask=options.mask,
         labels=task.labels,
         keep=options.keep,
+        trace_dtype=getattr(torch, options.trace_dtype),
         within_chain=options.within_chain,
         checkpoint_dir=checkpoints,
         checkpoint_seconds=options.checkpoint_seconds,
@@ -311,7 +355,10 @@ def need_extras(embedding: str | None) -> None:
     missing = [name for name in ["safetensors", *report] if importlib.util.find_spec(name) is None]
     if missing:
         without = ", or leave the report out with --no-report" if set(missing) & set(report) else ""
-        raise ImportError(f"{', '.join(missing)} not installed: pip install 'harmonic-triton[analysis]'{without}")
+        raise ImportError(
+            f"{', '.join(missing)} not installed: pip install 'harmonic-triton[analysis]' (from a clone: pip install"
+            f" '.[analysis]'){without}"
+        )
 
 
 def count_samples(text: str, task: Task) -> int:
@@ -343,7 +390,7 @@ def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
     from harmonic_triton._data import samples
     from harmonic_triton.sgld import SGLDConfig, stability_bound
 
-    given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
+    given = given_fields(options)
     count = len(samples("train_data", task.train_data, torch.device("cpu")))
     if options.tune:
         return tuned(options, task, given)
@@ -351,20 +398,93 @@ def configured(options: argparse.Namespace, task: Task) -> SGLDConfig:
     undecided = [name for name in ("lr", "localization") if values[name] is None]
     placeholders = {"lr": 1e-30, "localization": 0.0}  # until the curvature decides
     config = SGLDConfig(**{**values, **{name: placeholders[name] for name in undecided}})
-
-    def largest_step() -> float:
-        bound = stability_bound(
-            task.model, task.per_sample_loss, task.train_data, config, seed=options.seed, mask=options.mask
-        )
-        if not math.isfinite(bound):
-            raise ValueError("the loss is flat at the trained weights: give --localization (and --lr)")
-        return bound
-
+    if not undecided:
+        return config
+    bound = stability_bound(
+        task.model, task.per_sample_loss, task.train_data, config, seed=options.seed, mask=options.mask
+    )
+    if not math.isfinite(bound):
+        raise ValueError("the loss is flat at the trained weights: give --localization (and --lr)")
+    if bound == 0:
+        raise ValueError("gradients next to the trained weights are not finite: give --localization and --lr")
+    largest = 4 / bound - config.localization  # of nbeta H: one estimate serves both
     if "localization" in undecided:
-        config = replace(config, localization=4 / largest_step())
+        config = replace(config, localization=largest)
     if "lr" in undecided:
-        config = replace(config, lr=STABILITY * largest_step())
+        config = replace(config, lr=STABILITY * 4 / (largest + config.localization))
     return config
+
+
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SGLDConfig that the command line gives, by themselves or as --quick."""
+    from harmonic_triton.sgld import SGLDConfig
+
+    given = {f.name: getattr(options, f.name) for f in fields(SGLDConfig) if hasattr(options, f.name)}
+    chosen = ("num_burnin_steps", "num_steps_bw_draws") if options.tune else ()
+    quick = {name: value for name, value in QUICK.items() if name not in chosen} if options.quick else {}
+    return {**quick, **given}
+
+
+def resumed(options: argparse.Namespace, checkpoints: Path) -> SGLDConfig | None:
+    """The settings of the run in the directory, with what is given over them; None where there is no run.
+
+    Estimates depend on the number of threads in their last digits: a run goes on with the values it began with. What is
+    given otherwise now is found by the check of the checkpoint, which says what differs.
+    """
+    from harmonic_triton.sgld import SGLDConfig
+
+    path = checkpoints / PROBE_FILE
+    if not path.is_file() or not any(checkpoints.glob("kernel-*.pt")):
+        return None
+    try:
+        return SGLDConfig(**{**json.loads(path.read_text(encoding="utf-8")), **given_fields(options)})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no settings of a run ({error}): start over with --no-resume") from error
+
+
+def write_probe(checkpoints: Path, config: SGLDConfig) -> None:
+    """Keep the settings beside the checkpoint, whole or not at all."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    temporary = checkpoints / (PROBE_FILE + ".tmp")
+    temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(checkpoints / PROBE_FILE)
+
+
+def expected_seconds(options: argparse.Namespace, task: Task, config: SGLDConfig) -> float:
+    """How long sampling will take, from a few steps of the first group of chains."""
+    from harmonic_triton.sgld import Sampler
+
+    extra = 3
+    trial = replace(config, num_draws=2, num_burnin_steps=extra, num_steps_bw_draws=1)
+    sampler = Sampler(
+        task.model, task.per_sample_loss, task.train_data, task.eval_data, trial,
+        seed=options.seed, device=options.device, mask=options.mask,
+    )  # fmt: skip
+    laps, last = [], time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns
+        for draws in sampler.run(check_step_size=False):
+            float(draws.losses[0, 0])  # wait for a GPU
+            laps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+            if len(laps) == 2:
+                break
+    step = max(laps[0] - laps[1], 0.0) / extra  # the first lap holds four steps and a reading, the second one of each
+    reading = max(laps[1] - step, 0.0)
+    return len(sampler.groups) * (config.num_steps * step + config.num_draws * reading)
+
+
+def announcement(seconds: float, config: SGLDConfig, samples: int) -> str:
+    """What is going to happen and how long it takes."""
+    minutes = "less than a minute" if seconds < 60 else f"about {seconds / 60:,.0f} minutes"
+    if seconds > 5400:
+        minutes = f"about {seconds / 3600:,.1f} hours"
+    chains = config.num_chains
+    text = (
+        f"sampling takes {minutes} on this machine: {chains} chains of {config.num_steps:,} steps and {config.num_draws:,}"
+        f" draws, each of {samples:,} losses; the tables and the report follow"
+    )
+    return text + ("; --quick, fewer draws or fewer samples take less" if seconds > LONG else "")
 
 
 def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGLDConfig:
@@ -393,11 +513,15 @@ def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGL
 
 
 def clear(directory: Path) -> None:
-    """Remove a run's checkpoint, and nothing else."""
-    for path in directory.glob("kernel-*.pt"):
+    """Remove a run's checkpoint, and nothing else; InUseError while a process is at it."""
+    for path in directory.glob("kernel-[0-9]*.pt"):
+        claim = _files.Claim(path.with_suffix(".lock"))
         path.unlink()
+        claim.release()
     for path in directory.glob("traces-*"):
-        shutil.rmtree(path)
+        if (path / "draws.bin").is_file():
+            shutil.rmtree(path)
+    (directory / PROBE_FILE).unlink(missing_ok=True)
 
 
 def is_first_process() -> bool:
@@ -412,7 +536,9 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
     """Kernel, tables, report and results into the output folder; the most telling lines to stdout."""
     out, k = options.out, min(options.neighbors, kernel.num_samples - 1)
     kernel.save(out / "kernel.safetensors")
-    indices, distances = (t.cpu() for t in kernel.neighbors(k, exclude_same=task.labels))
+    nothing = torch.empty(kernel.num_samples, 0, dtype=torch.int64), torch.empty(kernel.num_samples, 0)
+    found = kernel.neighbors(k, exclude_same=task.labels) if k else nothing  # a single sample has no neighbour
+    indices, distances = (t.cpu() for t in found)
     listed = min(options.table, kernel.num_samples)
     rows = torch.linspace(0, kernel.num_samples - 1, listed, dtype=torch.float64).round().long().tolist()
     table = write_neighbors(out / "neighbors.tsv", indices, distances, task.names, rows)
@@ -433,7 +559,7 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
         "llc": kernel.llc,
         "diagnostics": [verdict._asdict() for verdict in verdicts],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _files.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     for verdict in verdicts:
         mark = {True: "good", False: "LOOK", None: ""}[verdict.good]
         print(f"{verdict.name:32} {mark:5} {verdict.value}\n{'':38} {verdict.words}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from harmonic_triton import estimators
 
 PROBES = 256  # samples whose traces are kept for R-hat, autocorrelation times and split-half CKA
+FOUR_DRAWS = "Needs a chain with four finite draws"
 R_HAT, TAU, CKA = 1.01, 6.0, 0.9  # R-hat: Vehtari et al. 2021; the others: experience with the method, not theorems
 
 
@@ -172,47 +173,50 @@ class Diagnostics:
         return Verdict("chains", value, not (self.dead or self.skipped), " ".join(parts) or "No loss was non-finite.")
 
     def _r_hat(self) -> Verdict:
-        worst = quantile(self.r_hat, 0.95)
-        value = f"{self.r_hat_mean_loss:.3f}; samples: median {quantile(self.r_hat, 0.5):.3f}, 95 % below {worst:.3f}"
         name = "split R̂ (mean loss)"
         if math.isnan(self.r_hat_mean_loss):
-            return Verdict(name, "–", None, "Needs four draws a chain.")
-        good = max(self.r_hat_mean_loss, quantile(self.r_hat, 0.5)) < R_HAT
+            return Verdict(name, "–", None, f"{FOUR_DRAWS}, and a mean loss that varies.")
+        median, worst = quantile(self.r_hat, 0.5), quantile(self.r_hat, 0.95)
+        value = f"{self.r_hat_mean_loss:.3f}; samples: median {digits(median, 3)}, 95 % below {digits(worst, 3)}"
+        high = above(R_HAT, 3, {"of the mean loss": self.r_hat_mean_loss, "of the median sample": median})
         words = (
-            "The chains agree with one another and with their own halves."
-            if good
-            else f"Above {R_HAT}: the chains, or their halves, sample different places. Longer burn-in, more draws, or "
-            "a larger localization; the within-chain estimate leaves differences between chains out."
+            f"R̂ {high}, is above {R_HAT}: the chains, or their halves, sample different places. Longer burn-in, more draws, "
+            "or a larger localization; the within-chain estimate leaves differences between chains out."
+            if high
+            else "The chains agree with one another and with their own halves."
         )
-        return Verdict(name, value, good, words)
+        return Verdict(name, value, not high, words)
 
     def _autocorrelation(self) -> Verdict:
         tau = quantile(self.autocorrelation_time, 0.5)
         name = "autocorrelation time (draws)"
         if math.isnan(tau):
-            return Verdict(name, "–", None, "Needs four draws a chain.")
-        value = f"{self.autocorrelation_time_mean_loss:.1f}; samples: median {tau:.1f}"
-        good = max(tau, self.autocorrelation_time_mean_loss) <= TAU
-        words = f"{self.num_draws:,} draws are worth about {self.effective_draws:,.0f} independent ones. "
-        words += (
-            "Draws are far enough apart."
-            if good
-            else "Draws repeat one another: more steps between draws, or a larger step."
+            return Verdict(name, "–", None, f"{FOUR_DRAWS}, and losses that vary.")
+        value = f"{digits(self.autocorrelation_time_mean_loss, 1)}; samples: median {tau:.1f}"
+        high = above(TAU, 1, {"of the mean loss": self.autocorrelation_time_mean_loss, "of the median sample": tau})
+        words = (
+            f"{self.num_draws:,} draws are worth about {self.effective_draws:,.0f} independent ones, sample by sample. "
         )
-        return Verdict(name, value, good, words)
+        words += (
+            f"The time {high}, is above {TAU:g} draws: they repeat one another. More steps between draws, or a larger step."
+            if high
+            else "Draws are far enough apart."
+        )
+        return Verdict(name, value, not high, words)
 
     def _split_half(self) -> Verdict:
         name = "split-half CKA"
         if math.isnan(self.split_half_cka):
-            return Verdict(name, "–", None, "Not enough draws.")
-        good = self.split_half_cka >= max(CKA, self.split_half_noise)
-        words = (
-            "Two halves of the draws give the same kernel."
-            if good
-            else "Two halves of the draws give different kernels: single entries are mostly noise. More draws."
-        )
-        value = f"{self.split_half_cka:.3f}; {self.split_half_noise:.3f} if the losses shared nothing"
-        return Verdict(name, value, good, words)
+            return Verdict(name, "–", None, "Needs two halves of two draws, and losses that vary.")
+        cka, noise = round(self.split_half_cka, 3), self.split_half_noise
+        value = f"{cka:.3f}" + ("" if math.isnan(noise) else f"; {noise:.3f} if the losses shared nothing")
+        if cka < CKA:
+            words = f"Below {CKA}: two halves of the draws give different kernels, single entries are mostly noise. More draws."
+            return Verdict(name, value, False, words)
+        if cka < round(noise, 3):
+            words = "No more than losses that share nothing would have, whose halves agree by their diagonals alone: "
+            return Verdict(name, value, False, words + "what is off the diagonal is mostly noise, or 0. More draws.")
+        return Verdict(name, value, True, "Two halves of the draws give the same kernel.")
 
     def _excess(self) -> Verdict:
         living = self.excess_loss[~self.excess_loss.isnan()]
@@ -220,13 +224,16 @@ class Diagnostics:
         if not len(living):
             return Verdict(name, "–", None, "The losses at w* are not known." if not self.dead else "No chain lives.")
         value = f"{living.mean():.4g} ({living.min():.3g} … {living.max():.3g}); loss at w* {self.initial_loss:.4g}"
-        far = [int(chain) for chain in (self.excess_loss > 3 * living.median().abs() + 1e-12).nonzero()]
+        median = living.median()
+        far = [int(chain) for chain in (self.excess_loss > median + 2 * median.abs() + 1e-12).nonzero()]
         if far and len(living) > 2:
-            which = ", ".join(map(str, far))
-            return Verdict(name, value, False, f"More than three times the median: chain {which} sampled elsewhere.")
+            which = f"chain{'s' * (len(far) > 1)} {', '.join(map(str, far))}"
+            return Verdict(name, value, False, f"Far above the median, {median:.3g}: {which} sampled elsewhere.")
         if living.mean() < 0:
             return Verdict(name, value, None, "The probe found lower losses: w* is no minimum of these samples' loss.")
-        ratio = living.mean().item() / self.initial_loss if self.initial_loss > 0 else math.inf
+        if self.initial_loss <= 0:
+            return Verdict(name, value, None, "The loss at w* is not above 0, so there is nothing to hold it against.")
+        ratio = living.mean().item() / self.initial_loss
         if ratio > 3:
             words = f"{ratio:.3g} times the loss at w*: the probe may sample another model. A larger localization."
             return Verdict(name, value, False, words)
@@ -240,18 +247,21 @@ class Diagnostics:
         if math.isnan(self.stability_bound):
             value = "–" if math.isnan(self.step_size) else f"{self.step_size:.3g}"
             return Verdict(name, value, None, "The stability bound was not computed.")
-        ratio = self.step_size / self.stability_bound
+        if math.isinf(self.stability_bound):
+            return Verdict(name, f"{self.step_size:.3g}", None, "No curvature was found that would bound it.")
         value = f"{self.step_size:.3g}; stability bound {self.stability_bound:.3g}"
+        if self.stability_bound <= 0:
+            return Verdict(name, value, False, "Gradients next to w* are not finite: no step size is stable there.")
+        ratio = self.step_size / self.stability_bound
         if ratio >= 1:
             words = "At or above 4/λmax(nβH + γ): the chains are unstable in the stiffest direction. Smaller ε."
-        elif ratio > 0.25:
-            words = (
-                f"{100 * ratio:.0f} % of the bound: stable, with a bias of {100 * ratio / (1 - ratio):.0f} % of the "
-            )
-            words += "variance in the stiffest direction."
-        else:
+            return Verdict(name, value, False, words)
+        if ratio <= 0.25:
             words = f"{100 * ratio:.2g} % of the bound: stable, and the bias of the discretisation is small."
-        return Verdict(name, value, ratio < 1, words)
+            return Verdict(name, value, True, words)
+        words = f"{100 * ratio:.0f} % of the bound: stable, with a bias of {100 * ratio / (1 - ratio):.0f} % of the "
+        words += "variance in the stiffest direction."
+        return Verdict(name, value, ratio <= 0.5, words + (" Smaller ε." if ratio > 0.5 else ""))
 
     def _constant(self) -> Verdict:
         words = "Every loss varies."
@@ -270,12 +280,24 @@ class Diagnostics:
         value = f"same label {same:.3f}, others {other:.3f}"
         good = same - other < 0.1
         words = (
-            "Pairs with one label correlate little more than others."
+            f"Pairs with one label correlate {'little' if same > other else 'no'} more than others."
             if good
             else "Pairs with one label correlate more, which noise on the output weights alone can do: leave them out of "
             "neighbours and embeddings with exclude_same=labels."
         )
         return Verdict(name, value, good, words)
+
+
+def digits(value: float, places: int) -> str:
+    """A number as the report shows it; a dash for none."""
+    return "–" if math.isnan(value) else f"{value:.{places}f}"
+
+
+def above(limit: float, places: int, figures: dict[str, float]) -> str:
+    """Which figures are above a limit, judged by the digits that are shown; "" if none is."""
+    return " and ".join(
+        f"{which}, {value:.{places}f}" for which, value in figures.items() if round(value, places) > limit
+    )
 
 
 def quantile(values: Tensor, q: float) -> float:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harmonic_triton import _validate, estimators
+from harmonic_triton import _files, _validate, estimators
 from harmonic_triton.estimators import needs
+from harmonic_triton.kernel_record import R_HAT, TAU
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +65,7 @@ def overview(
         ValueError: an argument is wrong. ImportError: without the ``analysis`` extra.
     """
     labels = sample_labels(kernel, labels)
+    check_label_names(labels, label_names)
     if embedding is None:
         embedding = kernel.embed(method, exclude_same=exclude_same)
     elif embedding.shape != (kernel.num_samples, 2):
@@ -188,8 +190,8 @@ def chains_figure(kernel: LossKernel) -> Figure:
     if traces.get_legend_handles_labels()[0]:
         traces.legend(frameon=False, fontsize=8)
     for axis, values, limit, title in (
-        (times, diagnostics.autocorrelation_time, 6.0, "autocorrelation time (draws)"),
-        (hats, diagnostics.r_hat, 1.01, "split R̂"),
+        (times, diagnostics.autocorrelation_time, TAU, "autocorrelation time (draws)"),
+        (hats, diagnostics.r_hat, R_HAT, "split R̂"),
     ):
         values = values[values.isfinite()]
         if len(values):
@@ -276,6 +278,7 @@ def write(
     if method not in EMBEDDINGS:
         raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
     labels = sample_labels(kernel, labels)
+    check_label_names(labels, label_names)
     layout = EMBEDDINGS[method] if embedding is None else "the embedding that was given"
     excluded = exclude_same is not None and exclude_same is not False
     page = (
@@ -316,7 +319,7 @@ def write(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    _files.write_text(path, page)
     return path
 
 
@@ -390,6 +393,20 @@ def configuration(kernel: LossKernel) -> str:
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def check_label_names(labels: Tensor | None, names: Sequence[str] | None) -> None:
+    """Every label has a name: a negative one would be counted from the end of them."""
+    if names is None:
+        return
+    if labels is None:
+        raise ValueError("label_names needs labels, and neither the call nor the kernel has any")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(names):
+        raise ValueError(
+            f"label_names names labels 0 ... {len(names) - 1}, and labels hold {low} ... {high}; name every label, or"
+            " number them anew, for example by labels.unique(return_inverse=True)[1]"
+        )
 
 
 def sample_labels(kernel: LossKernel, labels: Tensor | None) -> Tensor | None:

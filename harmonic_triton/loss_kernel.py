@@ -431,7 +431,8 @@ class LossKernel:
 
         figure = kernel_report.overview(self, **options)
         if path is not None:
-            figure.savefig(path, dpi=144, bbox_inches="tight")
+            with _files.replacing(path) as file:
+                figure.savefig(file, dpi=144, bbox_inches="tight", format=Path(path).suffix[1:] or None)
         return figure
 
     def report(self, path: str | os.PathLike[str], **options: Any) -> Path:

@@ -189,6 +189,7 @@ class Sampler:
         self._state: dict[str, Tensor] = {}
         self._placed = self._weights.center.new_empty(0)
         self._fingerprint: dict[str, str] | None = None
+        self._stability_bound: float | None = None
 
     @property
     def num_samples(self) -> int:
@@ -272,8 +273,10 @@ class Sampler:
             yield draws
 
     def stability_bound(self) -> float:
-        """The largest stable step size, see :func:`stability_bound`."""
-        return _stability_bound(self._weights, self.train_data, self.config, self.seed)
+        """The largest stable step size, see :func:`stability_bound`; estimated once."""
+        if self._stability_bound is None:
+            self._stability_bound = _stability_bound(self._weights, self.train_data, self.config, self.seed)
+        return self._stability_bound
 
     def _warn_if_unstable(self) -> None:
         fresh = self._group == 0 and self._draw == 0

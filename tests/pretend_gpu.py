@@ -66,6 +66,8 @@ class Pretend(TorchDispatchMode):
             bad = [tuple(t.shape) for t in tensors if t.dim() and on_cpu(t)]
             if bad:
                 raise RuntimeError(f"Expected all tensors to be on the same device: {func} has {bad} on the CPU")
+        if there and name == "_assert_async" and not args[0].item():
+            pytest.fail("a device-side assert would end this process's use of the GPU")
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type == "cuda":  # "cpu" beside a tensor is what C++ takes from it
             there, kwargs = True, {**kwargs, "device": CPU}
@@ -131,13 +133,14 @@ def install() -> None:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         return true_numpy(self, *args, **kwargs)
 
-    true_tensor = torch.tensor
+    true_tensor, true_new = torch.tensor, Tensor.new_tensor
 
     def tensor(data, *, device=None, requires_grad=False, **kwargs):
         made = true_tensor(data, **kwargs)
         return (made if device is None else moved(made, torch.device(device)).detach()).requires_grad_(requires_grad)
 
     torch.tensor = tensor
+    Tensor.new_tensor = lambda self, *args, **kwargs: moved(true_new(self, *args, **kwargs), device(self))
     Tensor.device = property(device)
     Tensor.to, Tensor.numpy, Tensor.__array__ = to, numpy, numpy
     Tensor.cpu = lambda self: to(self, "cpu")

@@ -52,7 +52,9 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name not in COPIES and any(away) and not all(away):
         raise RuntimeError(f"{name}: expected all tensors on one device, got {[str(leaf.device) for leaf in given]}")
     if name in INDEXING and not isinstance(args[0], Elsewhere) and any(isinstance(leaf, Elsewhere) for leaf in given):
-        raise RuntimeError(f"{name}: indices must be on the CPU or on the device of the indexed tensor ({args[0].device})")
+        raise RuntimeError(
+            f"{name}: indices must be on the CPU or on the device of the indexed tensor ({args[0].device})"
+        )
     wanted = kwargs.get("device")
     elsewhere = torch.device(wanted).type == DEVICE.type if wanted is not None else any(
         isinstance(leaf, Elsewhere) for leaf in given

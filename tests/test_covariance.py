@@ -51,7 +51,7 @@ def ar1(draws=3000, samples=41, spread=0.05, mean=2.0, seed=0, dtype=torch.float
     for t in range(1, length):
         z[t] = phi * z[t - 1] + math.sqrt(1 - phi**2) * z[t]
     x = z @ (0.5 * generator.standard_normal((factors, samples))) + generator.standard_normal((length, CHAINS, samples))
-    return torch.as_tensor((mean + spread / math.sqrt(3) * x).transpose(1, 0, 2)).to(dtype).contiguous()
+    return torch.from_numpy((mean + spread / math.sqrt(3) * x).transpose(1, 0, 2)).to(dtype).contiguous()
 
 
 def accumulate(chains, backend="torch", **options):
@@ -162,7 +162,7 @@ def test_half_precision_losses_are_widened(dtype, backend):
 
 def test_within_chain_estimate(backend):
     """Chains about means of their own: S_w = S - sum n_c mean_c mean_cᵀ over sum (n_c - 1), here by centring each."""
-    chains = ar1(draws=600) + 0.1 * torch.arange(CHAINS)[:, None, None].sin()
+    chains = ar1(draws=600) + 0.1 * torch.arange(CHAINS, device="cpu")[:, None, None].sin()
     accumulator = accumulate(chains, backend, buffer_size=64)
     centred = (chains.double() - chains.double().mean(1, keepdim=True)).reshape(-1, chains.shape[-1])
     wanted = centred.T @ centred / (len(centred) - CHAINS)
@@ -823,7 +823,9 @@ def test_a_reference_is_not_the_callers_memory(backend):
     assert torch.equal(accumulator.correlation(), other.correlation())
 
 
-@pytest.mark.parametrize("how", ["transposed", "every second", "backwards in memory", "expanded draws", "expanded samples"])
+@pytest.mark.parametrize(
+    "how", ["transposed", "every second", "backwards in memory", "expanded draws", "expanded samples"]
+)
 def test_losses_of_any_stride(how, backend):
     flat = ar1(600).flatten(0, 1)
     draws, samples = flat.shape

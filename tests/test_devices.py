@@ -8,8 +8,8 @@ from second_device import DEVICE, SecondDevice
 from torch import nn
 
 from harmonic_triton import estimators, kernel_cli
-from harmonic_triton.losses import regression_loss
 from harmonic_triton.loss_kernel import About, LossKernel, loss_kernel
+from harmonic_triton.losses import regression_loss
 from harmonic_triton.sgld import SGLDConfig
 
 if torch.cuda.is_available():
@@ -61,7 +61,9 @@ def test_everything_a_kernel_tells(keep, labels_at):
     _, there = kernels(keep, labels=labels)
 
     def same(read, tolerance=1e-5):
-        torch.testing.assert_close(torch.as_tensor(read(there)).cpu(), torch.as_tensor(read(here)), rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(
+            torch.as_tensor(read(there)).cpu(), torch.as_tensor(read(here)), rtol=tolerance, atol=1e-6
+        )
 
     rows = torch.tensor([3, 7])
     for at in (rows, rows.to(labels_at)):
@@ -71,7 +73,10 @@ def test_everything_a_kernel_tells(keep, labels_at):
     same(lambda kernel: kernel.product(torch.ones(12, dtype=torch.float64)))
     same(lambda kernel: kernel.distance())
     for exclude in (None, True, labels):
-        found, expected = there.neighbors(4, exclude_same=exclude), here.neighbors(4, exclude_same=None if exclude is None else LABELS)
+        found, expected = (
+            there.neighbors(4, exclude_same=exclude),
+            here.neighbors(4, exclude_same=None if exclude is None else LABELS),
+        )
         assert torch.equal(found[0].cpu(), expected[0])
         torch.testing.assert_close(found[1].cpu(), expected[1])
         table = there.neighbor_table([1, 5], 3, exclude_same=exclude)
@@ -111,7 +116,9 @@ def test_estimators_take_labels_from_any_device(neighbors_at, labels_at):
         estimators.cka(rho, rho.square())
     )
     x, y = draws()[0], draws()[1]
-    assert estimators.cka_of_factors(x.to(neighbors_at), y.to(labels_at)) == pytest.approx(estimators.cka_of_factors(x, y))
+    assert estimators.cka_of_factors(x.to(neighbors_at), y.to(labels_at)) == pytest.approx(
+        estimators.cka_of_factors(x, y)
+    )
     torch.testing.assert_close(estimators.bif(x.to(neighbors_at), y.to(labels_at)).cpu(), estimators.bif(x, y))
     assert estimators.split_half_cka(draws().to(neighbors_at)) == pytest.approx(estimators.split_half_cka(draws()))
 

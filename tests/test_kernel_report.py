@@ -1,6 +1,7 @@
 """Pictures and reports of kernels: what they show, that they stand alone, and that odd kernels get one too."""
 
 import base64
+import dataclasses
 import io
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from harmonic_triton import estimators, kernel_report
+from harmonic_triton.kernel_record import Diagnostics
 from harmonic_triton.loss_kernel import About, LossKernel
 
 GROUPS = torch.arange(60) % 3
@@ -169,3 +171,129 @@ def test_pca_is_that_of_the_centred_correlations():
     assert estimators.knn_purity(nearest(points), GROUPS) == 1.0
     with pytest.raises(ValueError, match="'umap' or 'pca'"):
         kernel().embed("tsne")
+
+
+# --- verdicts: what the words say is what the numbers show ----------------------------------------------------------------
+
+DIAGNOSTICS = Diagnostics(
+    num_chains=4, num_draws=400, r_hat_mean_loss=1.0, r_hat=torch.ones(60).double(), autocorrelation_time_mean_loss=1.0,
+    autocorrelation_time=torch.ones(60).double(), split_half_cka=0.95, initial_loss=1.0, excess_loss=torch.ones(4).double(),
+    dead={}, skipped={}, constant_samples=0, step_size=0.1, stability_bound=1.0, confound=None,
+)  # fmt: skip
+
+
+def verdict(name, **changes):
+    (found,) = [v for v in dataclasses.replace(DIAGNOSTICS, **changes).verdicts() if v.name.startswith(name)]
+    return found
+
+
+def all_at(value):
+    return torch.full((60,), value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["split R̂", "autocorrelation time"])
+@pytest.mark.parametrize("of_mean", [0.998, 1.0, 1.0099, 1.0104, 1.0106, 1.5])
+@pytest.mark.parametrize("of_samples", [0.998, 1.0099, 1.0104, 1.0106, 1.5, math.nan])
+def test_what_is_called_above_a_limit_is_shown_above_it(name, of_mean, of_samples):
+    """And all that is shown above it is called so; digits that are not shown decide nothing."""
+    limit, scale = (1.01, 1.0) if name == "split R̂" else (6.0, 5.95)
+    of_mean, of_samples = (x if scale == 1 else 6 + 10 * (x - 1.01) for x in (of_mean, of_samples))
+    field = "r_hat" if name == "split R̂" else "autocorrelation_time"
+    found = verdict(name, **{f"{field}_mean_loss": of_mean, field: all_at(of_samples)})
+    if name.startswith("auto") and math.isnan(of_samples):
+        assert found.good is None and "Needs" in found.words
+        return
+    shown = [float(number) for number in re.findall(r"\d+\.\d+", found.value.partition(", 95")[0])]
+    assert found.good == (max(shown) <= limit)
+    said = re.search(r"(?:R̂|The time) (.*), is above ([\d.]+)", found.words)
+    if found.good:
+        assert said is None
+        return
+    assert float(said[2]) == limit
+    named = [float(number) for number in re.findall(r"\d+\.\d+", said[1])]
+    assert named == [number for number in shown if number > limit]
+    assert ("of the mean loss" in said[1]) == (shown[0] > limit)
+
+
+@pytest.mark.parametrize(
+    ("cka", "noise_tau", "good", "words"),
+    [
+        (0.95, 1.0, True, "give the same kernel"),
+        (0.85, 1.0, False, "Below 0.9"),
+        (0.8999, 1.0, True, "give the same kernel"),  # shown as 0.900
+        (0.95, 0.01, False, "share nothing"),  # 0.997 by the diagonals alone
+        (0.5, 0.01, False, "Below 0.9"),
+    ],
+)
+def test_split_half_words(cka, noise_tau, good, words):
+    found = verdict("split-half", split_half_cka=cka, autocorrelation_time=all_at(noise_tau))
+    assert found.good == good and words in found.words
+    cka, noise = (float(number) for number in re.findall(r"\d\.\d{3}", found.value))
+    assert good == (cka >= max(0.9, noise))
+
+
+@pytest.mark.parametrize(
+    ("excess", "initial", "good", "words"),
+    [
+        ([1.0, 1.1, 0.9, 1.0], 1.0, True, "100 % of the loss"),
+        ([1.0, 1.1, 0.9, 5.0], 1.0, False, "Far above the median, 1: chain 3 sampled elsewhere"),
+        ([1.0, 1.1, 1.0, 5.0, 6.0], 1.0, False, "chains 3, 4 sampled elsewhere"),
+        ([-1.0, -1.1, -0.9, 2.0], 1.0, False, "Far above the median, -1: chain 3"),
+        ([-1.0, -1.1, -0.9, -1.0], 1.0, None, "lower losses"),
+        ([1.0, 1.0], 0.0, None, "not above 0"),
+        ([1.0, 1.0], -2.0, None, "not above 0"),
+        ([4.0, 4.0], 1.0, False, "4 times the loss"),
+        ([1e-3, 1e-3], 1.0, False, "hardly moves"),
+    ],
+)
+def test_excess_words(excess, initial, good, words):
+    found = verdict("excess", excess_loss=torch.tensor(excess, dtype=torch.float64), initial_loss=initial)
+    assert found.good is good and words in found.words and "inf" not in found.words + found.value
+
+
+@pytest.mark.parametrize(
+    ("step", "bound", "good", "words"),
+    [
+        (0.1, 1.0, True, "10 % of the bound"),
+        (0.4, 1.0, True, "bias of 67 %"),
+        (0.9, 1.0, False, "bias of 900 % of the variance in the stiffest direction. Smaller"),
+        (1.0, 1.0, False, "unstable"),
+        (0.1, 0.0, False, "not finite"),
+        (0.1, math.inf, None, "No curvature"),
+        (0.1, math.nan, None, "not computed"),
+    ],
+)
+def test_step_size_words(step, bound, good, words):
+    found = verdict("step size", step_size=step, stability_bound=bound)
+    assert found.good is good and words in found.words and "inf" not in found.value
+
+
+@pytest.mark.parametrize(
+    ("same", "other", "words"), [(0.1, 0.05, "little more"), (0.1, 0.5, "no more"), (0.5, 0.1, "leave them out")]
+)
+def test_confound_words(same, other, words):
+    assert words in verdict("same-label", confound=estimators.SameLabelConfound(same, other)).words
+
+
+@pytest.mark.parametrize("labels", [GROUPS - 1, GROUPS + 1, torch.where(GROUPS == 0, 7, GROUPS)])
+def test_labels_without_a_name_are_refused(labels, tmp_path):
+    """-1 would be the last name: a sample without a label would be shown as one of the last class."""
+    names = ["a", "b", "c"]
+    for call in (kernel_report.overview, lambda kernel, **options: kernel.report(tmp_path / "report.html", **options)):
+        with pytest.raises(
+            ValueError, match=rf"labels 0 ... 2, and labels hold {int(labels.min())} ... {int(labels.max())}"
+        ):
+            call(kernel(), labels=labels, label_names=names, method="pca")
+        with pytest.raises(ValueError, match="label_names needs labels"):
+            call(kernel(labels=None), label_names=names, method="pca")
+    assert not (tmp_path / "report.html").exists()
+    page = kernel().report(tmp_path / "report.html", labels=labels, method="pca")  # numbers need no names
+    assert page.exists()
+
+
+@pytest.mark.parametrize("samples", [[-1], [60], torch.tensor([0, -60])])
+def test_neighbours_are_asked_for_by_number(samples):
+    with pytest.raises(ValueError, match="samples must lie between 0 and m - 1 = 59"):
+        kernel().neighbor_table(samples, names=[str(i) for i in range(60)])
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        kernel().neighbor_table([0], 0)

@@ -460,7 +460,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
         ({"seed": 2}, "seed: 1 there, 2 here"),
         ({"model": model}, "model: "),
         ({"data": other}, "train data: .*evaluation data: "),
-        ({"keep": "traces"}, "keep: covariance there, traces here"),
+        ({"keep": "traces"}, "keep: covariance there, traces in bfloat16 here"),
         ({"config": dataclasses.replace(STORED, lr=2e-3)}, "lr: 0.001 there, 0.002 here"),
     ):
         arguments = {"config": STORED, "keep": "covariance", **options}

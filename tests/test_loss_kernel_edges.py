@@ -42,7 +42,9 @@ def run(config=CONFIG, samples=12, **options):
 @pytest.mark.parametrize("keep", KEEPS)
 def test_everything_of_one_two_and_three_samples(keep, samples, method, tmp_path):
     kernel = run(samples=samples, keep=keep, labels=torch.arange(samples) % 2)
-    expected = torch.stack([losses for draw in sample_losses(*arguments(samples), seed=0, progress=False) for losses in draw]).double()
+    expected = torch.stack(
+        [losses for draw in sample_losses(*arguments(samples), seed=0, progress=False) for losses in draw]
+    ).double()
     torch.testing.assert_close(kernel.variance, expected.var(0), rtol=1e-5, atol=0)
     assert kernel.correlation.shape == (samples, samples) and (kernel.correlation.diagonal() - 1).abs().max() < 1e-6
     assert all(verdict.words for verdict in kernel.diagnostics.verdicts())
@@ -118,7 +120,10 @@ def test_a_run_does_not_see_the_default_dtype(keep, method, tmp_path):
         found += [kernel.diagnostics.r_hat, kernel.diagnostics.autocorrelation_time]
         kernel.report(tmp_path / "report.html", method="umap")
         found += [LossKernel.load(kernel.save(tmp_path / "kernel.safetensors")).covariance]
-        return [*found, torch.tensor(stability_bound(model, regression_loss, (x, y), config, seed=0), dtype=torch.float64)]
+        return [
+            *found,
+            torch.tensor(stability_bound(model, regression_loss, (x, y), config, seed=0), dtype=torch.float64),
+        ]
 
     plain = results()
     torch.set_default_dtype(torch.float64)

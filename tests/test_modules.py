@@ -298,12 +298,12 @@ def test_fsdp2_shards_a_head_with_a_learnable_exponent(tmp_path):
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_an_exponent_of_shape_1_is_one_of_shape_0(backend, reduction):
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(rows, 12, generator=generator) for rows in (6, 9))
-    target = torch.tensor([0, 3, 4, 8, -100, 2])
+    generator = torch.Generator("cpu").manual_seed(0)
     found = []
     for shape in ((), (1,)):
         n = torch.full(shape, 5.0, requires_grad=True)
+        x, w = (torch.randn(rows, 12, generator=generator.manual_seed(0), device="cpu").to(n.device) for rows in (6, 9))
+        target = torch.tensor([0, 3, 4, 8, -100, 2], device=n.device)
         loss = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, backend=backend)
         loss.backward(torch.linspace(0.3, 2.0, 6, dtype=loss.dtype) if reduction == "none" else torch.tensor(1.7))
         assert n.grad.shape == shape

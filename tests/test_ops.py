@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
+from harmonic_triton import _ops
 from harmonic_triton._numerics import Rows
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -61,6 +62,14 @@ def relative(out: Tensor, ref: Tensor) -> float:
     out, ref = (tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1) for tensor in (out, ref))
     error, norm = (out - ref).norm(dim=1), ref.norm(dim=1)
     return torch.where(error == 0, 0.0, error / norm).max().item()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def weights(classes: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -356,6 +365,27 @@ def test_forward_mode_of_a_fused_loss_raises(backend, by, how):
                 tangents(loss, given[by], how)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("how", ["jvp of compiled", "compiled jvp", "dual", "dual after a plain call"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_mode_of_a_compiled_loss_raises(reduction, how, fullgraph):
+    """Dynamo, which knows no forward mode of a Function, drops no tangent either."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+
+    def loss(x):
+        return ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction).sum()
+
+    compiled = torch.compile(loss, fullgraph=fullgraph, backend="aot_eager")
+    match = "no derivative in forward mode" + "|functorch" * (fullgraph and how == "jvp of compiled")
+    if how == "dual after a plain call":
+        compiled(x)
+    if how == "compiled jvp":
+        compiled = torch.compile(lambda x: tangents(loss, x, "jvp"), fullgraph=fullgraph, backend="aot_eager")
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported), match=match):
+        compiled(x) if how == "compiled jvp" else tangents(compiled, x, how.split()[0])
+
+
 @pytest.mark.parametrize("how", ["jvp", "dual", "linearize"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_mode_beside_a_fused_loss(backend, how):
@@ -399,6 +429,28 @@ def test_forward_mode_where_there_is_one(what, by):
     gradient = grad(by_logits if what.startswith("topk") else function)(value)
     slope = tangents(function, value, "dual" if what == "topk_dual" else "jvp")
     torch.testing.assert_close(slope, (gradient * (direction if value.dim() else 0.5)).sum(), rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("correlation", [False, True])
+@pytest.mark.parametrize("how", ["jvp", "dual", "linearize", "jacfwd", "hessian", "compiled jvp"])
+def test_forward_mode_of_loss_covariance(how, correlation):
+    """The derivative that goes backward gives, in fp64."""
+    losses = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses[:, 2] = 3.0
+    weight = torch.linspace(0.2, 1.4, 25, dtype=torch.float64).view(5, 5)
+
+    def function(losses):
+        return (ht.loss_covariance(losses, correlation=correlation) * weight).square().sum()
+
+    if how == "compiled jvp":
+        slope = torch.compile(lambda losses: tangents(function, losses, "jvp"), backend="aot_eager")(losses)
+    else:
+        slope = tangents(function, losses, how)
+    one = torch.linspace(0.5, 1.5, 35, dtype=torch.float64).view(7, 5)
+    wanted = {"jacfwd": jacrev(function), "hessian": jacrev(jacrev(function))}.get(how, grad(function))(losses)
+    torch.testing.assert_close(slope, wanted if how in ("jacfwd", "hessian") else (wanted * one).sum(),
+                               rtol=1e-9, atol=1e-10)  # fmt: skip
 
 
 # --- what else PyTorch puts on top
@@ -566,11 +618,25 @@ def test_vmap_of_grad_over_the_second_dimension(reduction, backend):
             assert relative(mine[:, k], wanted) < 1e-6
 
 
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_bad_target_shows_in_its_loss(backend, function, monkeypatch):
+    """On a device whose assert does nothing, as ROCm's: NaN for that token and for the sum, and nothing else changes."""
+    monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
+    x, w, target, _ = inputs(dtype=torch.float32)
+    wanted = function(x, w, target, reduction="none", backend=backend)
+    for bad in (10**12, -(10**12), 9, -1):
+        wrong = target.clone()
+        wrong[1] = bad
+        losses = function(x, w, wrong, reduction="none", backend=backend)
+        assert losses.isnan().tolist() == [k == 1 for k in range(len(target))]
+        assert torch.equal(losses[2:], wanted[2:])
+        assert function(x, w, wrong, backend=backend).isnan()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_target_reads_nothing_outside(backend, monkeypatch):
-    """On a device whose assert does nothing, as ROCm's: that token's loss is NaN, the others' are what they were."""
-    from harmonic_triton import _ops
-
+    """The operators themselves, the gradients too."""
     monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
     for bad in (10**12, -(10**12), 9, -1):
         for name in ("rows_forward", "reduced_forward", "rows_backward"):
@@ -659,14 +725,6 @@ def test_activation_checkpointing(backend, reduction, reentrant):
 
 
 # --- torch.compile
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled_equals_eager(function: Any, compiled: Any, leaves: list[Tensor], tolerance: float = 0.0) -> None:

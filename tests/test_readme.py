@@ -154,3 +154,30 @@ def test_the_public_names_are_documented():
 
     for name in ht.__all__:
         assert getattr(ht, name).__doc__, name
+
+
+def test_the_loss_kernel_command_is_the_makefiles_and_can_be_parsed():
+    """Every option is known, the entry point takes its arguments, and the environment that runs it holds the extra."""
+    import argparse
+    import inspect
+    import shlex
+
+    from harmonic_triton import kernel_cli
+
+    (command,) = re.findall(r"^\.venv/bin/python -m harmonic_triton (loss-kernel .*)$", README, re.MULTILINE)
+    parser = argparse.ArgumentParser()
+    kernel_cli.add_arguments(parser)
+    options = parser.parse_args(shlex.split(command)[1:])
+    assert options.quick
+    given = dict(argument.split("=") for argument in options.entry_arg)
+    pytest.importorskip("tokenizers")
+    assert set(given) <= set(inspect.signature(kernel_cli.resolve(options.entry)).parameters)
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    recipe = re.search(
+        r"^kernel: \$\(VENV\)/analysis.*\n\t\$\(BIN\)/python -m harmonic_triton (.*) \$\(ARGS\)$",
+        makefile,
+        re.MULTILINE,
+    )
+    assert shlex.split(recipe[1]) == shlex.split(command)
+    assert re.search(r"^\$\(VENV\)/analysis: .*\n\t\$\(PIP\) -e '\.\[examples,analysis\]'", makefile, re.MULTILINE)
+    assert README.index("pip install '.[analysis]'") < README.index(command)

@@ -95,6 +95,31 @@ def test_products_compile_for_other_amd_gpus():
     assert all(map(int, run.stdout.split()))
 
 
+def test_products_of_transposed_operands_do_not_spill():
+    """They are not copied: rows next to each other, features any number apart. All other operands are aligned first."""
+    program = """if True:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from benchmarks import static_cost
+        for name, (function, products) in static_cost.kernels().items():
+            for row, feature in (("stride_wv", "stride_wd"), ("stride_xn", "stride_xd")) if products else ():
+                switches = {switch: False for switch in static_cost.SWITCHES if switch in function.arg_names}
+                launch = static_cost.launch_of(name, function, products, switches, "bf16", "sm90")
+                one, apart = ((function.arg_names.index(argument),) for argument in (row, feature))
+                launch.signature |= {row: "constexpr", feature: "i32"}
+                launch.constants[one] = launch.constants.pop(apart)
+                launch.attributes.pop(one)
+                source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
+                compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+                print(static_cost._resource_usage(compiled.asm["cubin"])[1], "cp.async" in compiled.asm["ptx"])"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.splitlines() == ["0 True"] * 4
+
+
 def test_coefficients_may_replace_the_scores_they_come_from():
     """In one memory: every program reads its tile once, and before it writes there."""
     program = """if True:

@@ -46,7 +46,7 @@ def run(x, w, target, g, *, n, eps=0.0, uniform_mix=0.0, class_weight=None, labe
     losses = token * mixed_nll(rows.nll, uniform_mix, len(w)) + (0.0 if b is None else b * rows.smooth)
     torch.testing.assert_close(loss, (g * losses).sum(), rtol=1e-5, atol=1e-5 * float((g * losses).abs().sum()))
     loss.backward()
-    return losses.detach().cpu(), x.grad.cpu(), w.grad.cpu()
+    return losses.detach(), x.grad, w.grad
 
 
 def compare(x, w, target, g, budget=0, **options):
@@ -184,7 +184,7 @@ def nll_and_gradients(x, w, target, g):
         x.to(DEVICE), w.to(DEVICE), target.to(DEVICE), n, None, up, None, 0.0, 0.0, -100,
         True, True, False, False, "triton", 0,
     )  # fmt: skip
-    return Rows._make(fields).nll.cpu(), dx.cpu(), dw.cpu()
+    return Rows._make(fields).nll, dx, dw
 
 
 # --- deterministic, without waiting -----------------------------------------------------------------------------------

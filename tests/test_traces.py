@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmonic_triton import _neighbors
+from harmonic_triton import _checkpoint, _neighbors
 from harmonic_triton.loss_kernel import LossKernel
 from harmonic_triton.traces import LossTraces
 
@@ -532,16 +532,13 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_what_a_killed_process_leaves_does_not_count(tmp_path):
-    """Draws without a header that counts them, half a state, half a header: the last complete update is what there is."""
+    """Draws that no state counts, half a state beside the last: the last complete update is what there is."""
     losses = small()
     want = filled(losses, 8)
     filled(losses[:24], 8, path=tmp_path)
-    header = json.loads((tmp_path / "header.json").read_text())
-    unused = {"state-0.npz": "state-1.npz", "state-1.npz": "state-0.npz"}[header["state"]]
     with open(tmp_path / "draws.bin", "ab") as file:
         file.write(b"\xff" * 12_345)
-    (tmp_path / unused).write_bytes(b"PK half")
-    (tmp_path / "header.json.new").write_text('{"format"')
+    (tmp_path / ".state.pt.0123456789abcdef.tmp").write_bytes(b"PK half")
     traces = LossTraces.open(tmp_path)
     assert traces.count == 24
     for start in range(24, 40, 8):
@@ -554,13 +551,19 @@ def test_one_writer_at_a_time(tmp_path):
     """Readers see the draws of their opening; another writer is refused, and so is one whose view is out of date."""
     losses = small()
     first, reader = filled(losses[:16], path=tmp_path), LossTraces.open(tmp_path)
-    with pytest.raises(RuntimeError, match="written by another process"):
+    with pytest.raises(RuntimeError, match="written by another object or thread of this process"):
         reader.update(losses[16])
     first.update(losses[16:32])
     assert reader.count == 16 and torch.equal(reader.draws(), first.draws(slice(16)))
-    del first
+    first.close()
     with pytest.raises(RuntimeError, match="open it again"):
         reader.update(losses[16])
+    again = LossTraces.open(tmp_path)
+    again.update(losses[32:])
+    with pytest.raises(RuntimeError, match="another object"):
+        first.update(losses[16])
+    assert first.count == 32 and torch.equal(first.draws(), again.draws(slice(32)))
+    assert same(again, filled(losses, path=tmp_path / "whole"))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -642,12 +645,11 @@ def test_directories_of_others_are_refused(tmp_path):
         LossTraces(150, path=tmp_path / "a", dtype=torch.float32)
     with pytest.raises(FileNotFoundError, match="holds no traces"):
         LossTraces.open(tmp_path / "b")
-    header = json.loads((tmp_path / "a" / "header.json").read_text())
     os.truncate(tmp_path / "a" / "draws.bin", 1000)
     with pytest.raises(ValueError, match="is damaged"):
         LossTraces.open(tmp_path / "a")
-    (tmp_path / "a" / "header.json").write_text(json.dumps(header | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
+    _checkpoint.save(tmp_path / "a" / "state.pt", {}, "the state of loss traces, format 99")
+    with pytest.raises(ValueError, match="format 99, not the state of loss traces, format 2"):
         LossTraces.open(tmp_path / "a")
 
 
@@ -755,7 +757,9 @@ def test_what_the_dtypes_cost_a_correlation(sigma, draws):
 
 def test_the_kernel_of_traces_takes_float32():
     losses = small().reshape(2, 20, 150)
-    narrow, wide = (LossKernel.from_losses(losses, keep="traces", **options) for options in ({}, {"trace_dtype": torch.float32}))
+    narrow, wide = (
+        LossKernel.from_losses(losses, keep="traces", **options) for options in ({}, {"trace_dtype": torch.float32})
+    )
     assert (narrow.accumulator.dtype, wide.accumulator.dtype) == (torch.bfloat16, torch.float32)
     exact = torch.from_numpy(np.corrcoef(small().double().numpy().T))
     assert (wide.correlation - exact).abs().max() < 5e-6 < (narrow.correlation - exact).abs().max()
@@ -763,7 +767,12 @@ def test_the_kernel_of_traces_takes_float32():
 
 def test_constants_far_apart_have_no_variance():
     """Their mean over 5,000 equal draws is dozens of last places off; the squares of those are still exact."""
-    losses = torch.cat([torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5, torch.tensor([1e-30, 3e10])])
+    losses = torch.cat(
+        [
+            torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5,
+            torch.tensor([1e-30, 3e10]),
+        ]
+    )
     traces = LossTraces(42, dtype=torch.float32)
     traces.update(losses.expand(5000, 42))
     traces.update(losses.expand(777, 42))
@@ -776,7 +785,12 @@ def everything(losses, backend):
     found = []
     for dtype in DTYPES.values():
         traces = filled(losses, dtype=dtype, backend=backend)
-        found += [traces.correlation(slice(None)), traces.covariance(slice(0, 9)), traces.matvec(losses[0]), traces.mean()]
+        found += [
+            traces.correlation(slice(None)),
+            traces.covariance(slice(0, 9)),
+            traces.matvec(losses[0]),
+            traces.mean(),
+        ]
         found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
         problem = _neighbors.Problem(traces._stored(), *traces._moments(), None)
         if backend == "torch":

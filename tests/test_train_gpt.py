@@ -8,6 +8,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -596,3 +597,74 @@ def test_a_dense_head_holds_at_least_its_logits():
     cost = json.loads(run.stdout)
     assert cost["ms"] > 0
     assert 1024 * 4096 * 4 < cost["bytes"] < 6 * 1024 * 4096 * 4
+
+
+# --- texts and files that are not as they should be -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": null}', b"\xff\xfe\0"])
+def test_a_damaged_tokenizer_is_one_line_with_the_mend(content, bins, corpus, text, tmp_path, capsys):
+    """Beside nanoGPT's files and in the run's own data folder."""
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes((bins / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert train.main(arguments(data=str(tmp_path), out=tmp_path / "out", steps=1)) == 2
+    found = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*tokenizer\.json cannot be read as a tokenizer \(.*\): .*remove it.*\n", found)
+
+    config = replace(Config(), **TINY, data=(str(text),), out=str(tmp_path / "own"))
+    data.load(config)
+    (path,) = (tmp_path / "own" / "data").glob("*/tokenizer.json")
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json cannot be read .*: remove .* to have the text tokenised again"
+    ):
+        data.load(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("meta.json", b""),
+        ("meta.json", b"[1]"),
+        ("meta.json", b'{"bytes": 3}'),
+        ("train.bin", b""),
+        ("val.bin", b"abc"),
+    ],
+)
+def test_a_damaged_data_folder_is_named_with_the_mend(name, content, text, tmp_path):
+    config = replace(Config(), **TINY, data=(str(text),), out=str(tmp_path))
+    whole = data.load(config)
+    (path,) = (tmp_path / "data").glob(f"*/{name}")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is .*: remove .* to have the text tokenised again"):
+        data.load(config)
+    shutil.rmtree(path.parent)
+    assert data.load(config).fingerprint == whole.fingerprint
+
+
+def test_three_megabytes_of_one_character_are_tokenised_in_seconds(tmp_path):
+    """In time that grows with the text: a word's pairs are merged in time quadratic in its length, and this is one word.
+
+    Processor time, for the machine may be busy.
+    """
+    seconds = {}
+    for size in (300_000, 3_000_000):
+        path = tmp_path / f"{size}.txt"
+        path.write_text("é" * (size // 2))
+        config = replace(Config(), **TINY, data=(str(path),), out=str(tmp_path / str(size)))
+        start = time.process_time()
+        corpus = data.load(config)
+        seconds[size] = time.process_time() - start
+        ids = corpus.val[:50].tolist() + corpus.val[-50:-1].tolist()
+        assert set(corpus.vocabulary.decode(ids)) <= {"é", "\ufffd"}
+        assert corpus.vocabulary.decode(corpus.vocabulary.encode("aé" * 700)) == "aé" * 700
+    assert seconds[3_000_000] < 40 * max(seconds[300_000], 0.1) and seconds[3_000_000] < 40
+
+
+def test_ordinary_words_are_whole(corpus):
+    """Only words beyond 512 bytes come in pieces."""
+    split = corpus.vocabulary.tokenizer.pre_tokenizer.pre_tokenize_str
+    assert [word for word, _ in split("return a_rather_long_name + " + "x" * 512)][-2:] == ["Ġ" + "x" * 511, "x"]
+    assert [len(word) for word, _ in split("y" * 1100)] == [512, 512, 76]
+    assert [word for word, _ in split("return value\n")] == ["return", "Ġvalue", "Ċ"]

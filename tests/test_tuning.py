@@ -1,12 +1,14 @@
 """The tuner where the right answer can be computed, and on a small network."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from test_sgld import N, classes, regression
 from torch import nn
 
+from harmonic_triton import tuning
 from harmonic_triton.estimators import autocorrelation_time, gelman_rubin
 from harmonic_triton.losses import classification_loss, regression_loss
 from harmonic_triton.sgld import Sampler
@@ -115,3 +117,57 @@ def test_chains_that_always_die_raise():
     falls = lambda model, batch: -1e30 * (model.weight.square().sum() ** 3).expand(len(batch)) + model.bias
     with pytest.raises((RuntimeError, ValueError)):
         tune(model, falls, torch.zeros(20, 3), seed=0, target_excess=1.0, max_trials=2, verbose=False)
+
+
+# --- single decisions of the search ------------------------------------------------------------------------------------
+
+
+def trial(localization, excess, dead=0):
+    return tuning.Trial(localization, 1e-3, excess, 2.0, 1.0, dead, 50)
+
+
+def test_a_trial_with_a_dead_chain_is_never_on_target():
+    """Its living chains may have the right excess by chance; the others left the model: more localization, not this one."""
+    healthy, sick = trial(10.0, 1.0), trial(10.0, 1.0, dead=1)
+    assert tuning._ratio(healthy, 1.0) == 1.0
+    assert tuning._ratio(sick, 1.0) > 1e3 and tuning._ratio(trial(10.0, math.nan, 4), 1.0) > 1e3
+    assert tuning._next_localization([sick], 1.0) > 100 * sick.localization
+    assert not tuning._at_its_largest([trial(10.0, 1.0), trial(1.0, 1.0, dead=1)])
+    assert tuning._at_its_largest([trial(10.0, 1.0), trial(1.0, 1.0)])
+
+
+def runs_of(monkeypatch, answer):
+    """tune on a regression whose trials are answered by a function of the localization; their localizations."""
+    tried = []
+
+    def run(self, localization, num_draws):
+        tried.append(localization)
+        return answer(localization, num_draws)
+
+    monkeypatch.setattr(tuning._Probe, "run", run)
+    model, x, y = regression()
+    return tried, lambda **options: tune(
+        model, regression_loss, (x, y), seed=0, target_excess=1.0, batch_size=N, verbose=False, **options
+    )
+
+
+def test_the_search_leaves_localizations_where_chains_die(monkeypatch):
+    """One of four chains dies below 300 although the others are on target there; above it the excess is a third of it."""
+    answer = lambda localization, draws: trial(localization, *((1.0, 1) if localization < 300 else (0.7, 0)))
+    tried, search = runs_of(monkeypatch, answer)
+    result = search()
+    assert any(localization < 300 for localization in tried)  # otherwise this shows nothing
+    assert result.config.localization >= 300 and result.table[-1].dead == 0
+
+
+def test_burn_in_covers_ten_autocorrelation_times(monkeypatch):
+    """Of the longer run that checks the result, and not less than a direction without curvature needs to forget w*."""
+    for time, thinning in ((2.0, 1), (80.0, 14)):
+        by_draws = {tuning.TRIAL_DRAWS: 1.0, tuning.CHECK_DRAWS: time}
+        answer = lambda gamma, draws, by_draws=by_draws: tuning.Trial(gamma, 1e-3, 1.0, by_draws[draws], 1.0, 0, 50)
+        _, search = runs_of(monkeypatch, answer)
+        config = search(num_chains=2).config
+        floor = min(max(20, math.ceil(3 / (config.lr * config.localization / 2))), 300)
+        assert config.num_burnin_steps == max(floor, 10 * time)
+        assert config.num_steps_bw_draws == thinning == math.ceil(time / LONGEST)
+    assert 10 * time > floor  # so that the second case tells them apart

@@ -91,11 +91,17 @@ def from_checkpoint(
     path = Path(run) / loss / "checkpoint.pt"
     if not path.is_file():
         raise FileNotFoundError(f"run={run}: no {path}; train one with python -m examples.train_gpt --out {run}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    identity = dict(state["identity"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        identity, weights = dict(state["identity"]), state["model"]
+    except Exception as error:  # cut short, or not a checkpoint: torch.load has no one error for that
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): train again with"
+            f" python -m examples.train_gpt --out {run} --no-resume"
+        ) from error
     corpus, config = open_corpus(run, identity.pop("data"), identity, data)
     gpt = GPT(config, corpus.vocab_size, loss)
-    gpt.load_state_dict(state["model"])
+    gpt.load_state_dict(weights)
     block = config.block
     ids = corpus.train if split == "train" else corpus.val
     starts = window_starts(len(ids), block, -(-count // block))

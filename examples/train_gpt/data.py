@@ -15,13 +15,14 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from .config import GPT2_TOKENS, Config, is_binary
 
 SEPARATOR = "<|endoftext|>"
 ENCODE_AT_ONCE = 2**24  # characters
+LONGEST_WORD = 512  # bytes: merging the pairs of a word takes time quadratic in its length
 
 # Left out of the default corpus: installed packages, tests, and files that are tables rather than code.
 STDLIB_EXCLUDED = {
@@ -205,7 +206,7 @@ def load_binary(config: Config) -> Corpus:
         digest.update(f"{split} {size} ".encode() + ends)
     vocabulary: Vocabulary = TokenIds()
     if (root / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+        tokenizer = read_tokenizer(root / "tokenizer.json", "replace it, or remove it to show tokens as numbers")
         if tokenizer.get_vocab_size() > config.vocab_size:
             needed = f"{root / 'tokenizer.json'} has {tokenizer.get_vocab_size()} tokens"
             raise ValueError(f"--vocab-size is {config.vocab_size} but {needed}: give at least as many")
@@ -231,19 +232,45 @@ def load_text(config: Config) -> Corpus:
     if not (root / "meta.json").is_file():  # written last
         root.mkdir(parents=True, exist_ok=True)
         tokenize(config, files, root, gpt2)
-    meta = json.loads((root / "meta.json").read_text())
-    vocabulary = gpt2 or BPE(Tokenizer.from_file(str(root / "tokenizer.json")))
+    mend = f"remove {root} to have the text tokenised again"
+    try:
+        meta = json.loads((root / "meta.json").read_text())
+        vocab_size, size = int(meta["vocab_size"]), int(meta["bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{root / 'meta.json'} is damaged ({type(error).__name__}: {error}): {mend}") from error
+    vocabulary = gpt2 or BPE(read_tokenizer(root / "tokenizer.json", mend))
+    for split in ("train", "val"):
+        path = root / f"{split}.bin"
+        if not path.is_file() or path.stat().st_size == 0 or path.stat().st_size % 2:
+            raise ValueError(f"{path} is missing or cut short: {mend}")
     splits = [np.memmap(root / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")]
     source = "Python standard library" if not config.data else ", ".join(Path(d).name for d in config.data)
-    text = f"{source}: {len(files)} file{'s' * (len(files) > 1)}, {meta['bytes'] / 1e6:.1f} MB"
-    return Corpus(splits[0], splits[1], vocabulary, meta["vocab_size"], text, fingerprint)
+    text = f"{source}: {len(files)} file{'s' * (len(files) > 1)}, {size / 1e6:.1f} MB"
+    return Corpus(splits[0], splits[1], vocabulary, vocab_size, text, fingerprint)
+
+
+def read_tokenizer(path: Path, mend: str) -> Tokenizer:
+    """A vocabulary of the ``tokenizers`` library.
+
+    Raises:
+        ValueError: the file holds none; ``mend`` says what to do.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{path} cannot be read as a tokenizer ({error}): {mend}") from error
 
 
 def tokenize(config: Config, files: list[tuple[str, Path]], root: Path, gpt2: GPT2 | None) -> None:
     """Train the vocabulary where there is none and write train.bin, val.bin, tokenizer.json and meta.json."""
     if gpt2 is None:
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+                pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), "isolated"),  # what is longer comes in pieces
+            ]
+        )
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size,

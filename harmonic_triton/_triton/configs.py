@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from harmonic_triton import _files
+
 ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
 KEPT_ROWS, KEPT_ENTRIES = 32, 512  # of the element-wise pass over stored log-scores: rows of a tile, entries of a warp
 MOST_WARPS = 16  # of a program, on every GPU: 1024 threads, and AMD's warps have 64
@@ -101,9 +103,7 @@ def store_tuned(key: str, config: TileConfig) -> Path:
     """Add one to the file, or replace it; this process takes it from now on."""
     path, every = tuned_path(), {**tuned(), key: config}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps({name: asdict(one) for name, one in sorted(every.items())}, indent=1) + "\n")
-    beside.replace(path)
+    _files.write_text(path, json.dumps({name: asdict(one) for name, one in sorted(every.items())}, indent=1) + "\n")
     tuned.cache_clear()
     return path
 

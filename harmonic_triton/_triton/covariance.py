@@ -38,6 +38,9 @@ class UpdateConfig:
     num_stages: int
 
 
+# Triton 3.6 puts Blackwell's operands into shared memory twice, and three parts in tiles of 128 compile to a trap there.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
 # (architecture, parts) -> configuration
 CONFIGS = {
     ("sm80", 3): UpdateConfig(128, 32, 8, 3),
@@ -46,8 +49,8 @@ CONFIGS = {
     ("sm90", 3): UpdateConfig(128, 64, 8, 2),
     ("sm90", 2): UpdateConfig(128, 64, 8, 3),
     ("sm90", 1): UpdateConfig(64, 32, 8, 3),
-    ("sm100", 3): UpdateConfig(128, 64, 8, 2),
-    ("sm100", 2): UpdateConfig(128, 64, 8, 3),
+    ("sm100", 3): UpdateConfig(64 if OLD else 128, 64, 8, 2),
+    ("sm100", 2): UpdateConfig(128, 64, 8, 2 if OLD else 3),
     ("sm100", 1): UpdateConfig(64, 32, 8, 3),
     ("gfx942", 3): UpdateConfig(128, 32, 8, 2),
     ("gfx942", 2): UpdateConfig(128, 32, 8, 2),
