@@ -125,7 +125,7 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
         return_stats, process_group, backend, deterministic, memory_budget, uniform_mix=uniform_mix,
     )  # fmt: skip
     n = exponent_tensor(n, input.shape[-1], input.device, compute_dtype(call.x.dtype))
-    loss, stats = call.run(n, eps)
+    loss, stats = call.run(n, float(eps))
     return loss if stats is None else (loss, HarmonicStats(*stats))
 
 
@@ -215,7 +215,7 @@ class _Call:
         self.x, self.w, self.labels = input.reshape(-1, input.shape[-1]), linear_weight, labels.reshape(-1)
         self.shape = target.shape
         self.class_weight, self.ignore_index, self.uniform_mix = class_weight, ignore_index, float(uniform_mix)
-        self.reduction, self.num_items, self.label_smoothing = reduction, num_items, label_smoothing
+        self.reduction, self.num_items, self.label_smoothing = reduction, num_items, float(label_smoothing)
         self.return_stats, self.budget = return_stats, memory_budget or 0
 
     def run(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...] | None]:

@@ -138,7 +138,7 @@ def test_ignored_tokens_have_no_class_weight(backend, ignored):
     kept = target != ignored
     wanted = gradients(x[kept], w, target[kept], backend=backend, **options)
     all_close((got[0], got[1][kept], got[2]), wanted, 1e-6)
-    if not x.is_cuda:  # where it would stop the device
+    if x.device.type == "cpu":  # a GPU would stop
         with pytest.raises(ValueError, match=f"target holds {ignored}, outside"):
             gradients(x, w, target, backend=backend, **{**options, "ignore_index": -100})
 
@@ -239,7 +239,7 @@ def test_shift_is_slicing(backend, shift, reduction):
     x, target, g = x.view(2, 3, 4, WIDTH), target.view(2, 3, 4), g.view(2, 3, 4)[..., int(shift) :]
     target[0, 1, 2] = -100
     options = {"reduction": reduction, "upstream": g if reduction == "none" else 1.7}
-    for which in (backend, "reference"):
+    for which in (backend, "reference") if backend == "torch" else (backend,):
         got = gradients(x, w, target, shift=shift, backend=which, **options)
         wanted = gradients(x[..., : -int(shift), :], w, target[..., int(shift) :], backend=which, **options)
         assert got[0].shape == wanted[0].shape

@@ -268,6 +268,11 @@ def test_numpy_scalars_are_numbers(backend):
             for options in (numbers, {**wrapped, "memory_budget": np.int64(2**20)})
         )
         assert torch.equal(plain, other)
+        plain, other = (  # fp32's share of a ninth is not fp64's
+            ht.linear_harmonic_loss(x.double(), W.double(), TARGET, reduction=reduction, backend=backend, **options)
+            for options in (numbers, wrapped)
+        )
+        assert torch.equal(plain, other)
     assert torch.equal(ht.harmonic_topk(X, W, np.int64(3), n=np.float64(2))[1], ht.harmonic_topk(X, W, 3, n=2)[1])
     with pytest.raises(TypeError, match="eps must be a number"):
         ht.linear_harmonic_loss(X, W, TARGET, eps=np.bool_(True))
