@@ -70,12 +70,12 @@ def _rehearsal(out: Sequence[str]) -> list[Step]:
     named = ("--baselines", "ours_triton", "ours_lce_triton", "ours_torch", "ours_lce_torch", "liger", "cross_entropy")
     return [
         Step("doctor", ("-m", "harmonic_triton", "doctor"), 30, interpreter),
-        Step("compile", ("-m", "benchmarks.gpu", "compile", "--tiny"), 60, interpreter),
+        Step("compile", ("-m", "benchmarks.gpu", "compile", "--tiny"), 90, interpreter),
         Step("verify", _verify(["12x200x70"], ["fp32", "bf16"]), 120, interpreter),
         Step("tests", _tests("tests/test_triton.py", "-k", "bad_token"), 60, interpreter, _missing("pytest")),
-        Step("benchmarks-tiny", (*bench, *named), 110, interpreter),
+        Step("benchmarks-tiny", (*bench, *named), 95, interpreter),
         Step("products", ("-m", "benchmarks.gpu", "products", "--tiny"), 30),
-        Step("strategies-tiny", (*bench, "--dtype", "bf16", "--inputs", "trained", *STRATEGIES), 110, interpreter),
+        Step("strategies-tiny", (*bench, "--dtype", "bf16", "--inputs", "trained", *STRATEGIES), 95, interpreter),
         Step("profile-tiny", ("-m", "benchmarks.profiling", "--workload", "tiny", "--n", "64"), 50),
         Step("counters", (), 0, skip=f"ncu reads GPU counters; {NO_GPU}", optional=True),
         Step("memcheck", (), 0, skip=f"compute-sanitizer checks GPU kernels; {NO_GPU}", optional=True),
