@@ -2,7 +2,7 @@
 
 Candidates that spill registers or exceed the shared memory are rejected by ahead-of-time compilation, which needs no GPU
 (``--static sm90`` lists what remains and stores nothing). The others run forward and backward by both strategies; the
-fastest sum of medians goes to the file that ``harmonic_triton/_triton/configs.py`` describes, for this architecture,
+fastest sum of medians goes to the file that ``harmonic_triton/_triton/tile_configs.py`` describes, for this architecture,
 dtype and bucket of D. Nothing tunes by itself: a call takes what the file or the package's own table holds.
 """
 
@@ -21,7 +21,7 @@ from benchmarks import UsageError, static_cost
 from benchmarks.workloads import DTYPES, MODELS
 
 if TYPE_CHECKING:
-    from harmonic_triton._triton.configs import TileConfig
+    from harmonic_triton.fused.triton.tile_configs import TileConfig
 
 SPACE = {
     "block_n": (64, 128),
@@ -31,14 +31,14 @@ SPACE = {
     "num_stages": (2, 3, 4),
 }
 PRODUCTS = {  # what a call by one of the strategies computes tiles of products with
-    "forward_kernel": [{"KEEP": False}, {"KEEP": True}],
-    "gradient_kernel": [{"KEPT": False}, {"KEPT": True}],
+    "forward_kernel": [{"STORE_SCORES": False}, {"STORE_SCORES": True}],
+    "gradient_kernel": [{"STORED": False}, {"STORED": True}],
 }
 
 
 def candidates() -> Iterator[TileConfig]:
     """All of SPACE but tiles too small to keep the matrix units busy."""
-    from harmonic_triton._triton.configs import TileConfig
+    from harmonic_triton.fused.triton.tile_configs import TileConfig
 
     for values in itertools.product(*SPACE.values()):
         config = TileConfig(*values)
@@ -51,7 +51,7 @@ def rejection(config: TileConfig, dtype: str, arch: str) -> str | None:
     found = static_cost.kernels()
     for name, variants in PRODUCTS.items():
         for variant in variants:
-            switches = {"DOT": False, "MOMENTS": False, "SMOOTHING": False, **variant}
+            switches = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, **variant}
             switches = {key: value for key, value in switches.items() if key in found[name][0].arg_names}
             try:
                 cost = static_cost.compile_one(name, *found[name], switches, dtype, arch, config)
@@ -67,20 +67,21 @@ def rejection(config: TileConfig, dtype: str, arch: str) -> str | None:
 def inaccuracy(dtype: torch.dtype) -> float:
     """Largest relative error of dX and dW by both strategies against the torch backend in fp32, on a small shape."""
     import harmonic_triton as ht
-    from harmonic_triton import _strategy
+    from harmonic_triton.fused import strategy as strategies
+    from harmonic_triton.fused.options import BackendName
 
     x = torch.randn(300, 192, device="cuda").to(dtype)
     w = torch.randn(2000, 192, device="cuda").mul_(0.1).to(dtype)
     target = torch.randint(2000, (300,), device="cuda")
 
-    def gradients(backend: str, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def gradients(backend: BackendName, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
         leaves = [tensor.to(wide).requires_grad_() for tensor in (x, w)]
         loss = ht.linear_harmonic_loss(leaves[0], leaves[1], target, backend=backend, reduction="sum")
         return torch.autograd.grad(loss, leaves)
 
     worst, wanted = 0.0, gradients("torch", torch.float32)
     for strategy in ("chunks", "recompute"):
-        with _strategy.force(strategy):
+        with strategies.force(strategy):
             for got, want in zip(gradients("triton", dtype), wanted, strict=True):
                 worst = max(worst, float((got.float() - want).norm() / want.norm()))
     return worst
@@ -91,7 +92,7 @@ def milliseconds(tokens: int, width: int, classes: int, dtype: torch.dtype) -> f
     import triton
 
     import harmonic_triton as ht
-    from harmonic_triton import _strategy
+    from harmonic_triton.fused import strategy as strategies
 
     x = torch.randn(tokens, width, device="cuda").to(dtype).requires_grad_()
     w = torch.randn(classes, width, device="cuda").mul_(0.02).to(dtype).requires_grad_()
@@ -102,21 +103,21 @@ def milliseconds(tokens: int, width: int, classes: int, dtype: torch.dtype) -> f
 
     total = 0.0
     for strategy in ("chunks", "recompute"):
-        with _strategy.force(strategy):
+        with strategies.force(strategy):
             total += triton.testing.do_bench(step, warmup=50, rep=200, grad_to_none=[x, w], return_mode="median")
     return total
 
 
 def tune(tokens: int, width: int, classes: int, dtype: str, arch: str) -> tuple[TileConfig, float]:
     """The fastest candidate on this GPU; it is what the file holds afterwards."""
-    from harmonic_triton._triton import configs
+    from harmonic_triton.fused.triton import tile_configs
 
-    key = configs.key_of(arch, static_cost.DTYPES[dtype], width)
+    key = tile_configs.key_of(arch, static_cost.DTYPES[dtype], width)
     best: tuple[float, TileConfig] | None = None
     for config in candidates():
         reason = rejection(config, dtype, arch)
         if reason is None:
-            configs.store_tuned(key, config)
+            tile_configs.store_tuned(key, config)
             error = inaccuracy(DTYPES[dtype])
             if not error <= 4 * torch.finfo(DTYPES[dtype]).eps:
                 reason = f"gradients are off by {error:.1e}"
@@ -128,7 +129,7 @@ def tune(tokens: int, width: int, classes: int, dtype: str, arch: str) -> tuple[
             print(f"{config}: {reason}", flush=True)
     if best is None:
         raise UsageError(f"every candidate was rejected for {dtype} on {arch}")
-    configs.store_tuned(key, best[1])
+    tile_configs.store_tuned(key, best[1])
     return best[1], best[0]
 
 
@@ -147,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not torch.cuda.is_available():
         parse.error("torch finds no GPU here; --static ARCH lists what compiles without one")
-    from harmonic_triton._triton import configs
+    from harmonic_triton.fused.triton import tile_configs
 
-    model, arch = MODELS[options.workload], configs.architecture(torch.device("cuda"))
+    model, arch = MODELS[options.workload], tile_configs.architecture(torch.device("cuda"))
     config, took = tune(options.n, model.dim, model.classes, options.dtype, arch)
-    print(f"stored in {configs.tuned_path()}: {config}, {took:.3f} ms for a step by each strategy")
+    print(f"stored in {tile_configs.tuned_path()}: {config}, {took:.3f} ms for a step by each strategy")
     return 0
 
 

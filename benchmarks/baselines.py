@@ -146,19 +146,19 @@ def ours_triton(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor
 
 
 def _register_strategy(strategy: str, describe: str, memory_budget: int | None) -> None:
-    """One strategy of the Triton backend, whatever harmonic_triton._strategy would choose."""
+    """One strategy of the Triton backend, whatever harmonic_triton.fused.strategy would choose."""
 
     @register(
         f"ours_triton_{strategy}",
         "harmonic",
         describe,
-        imports="harmonic_triton._strategy",
+        imports="harmonic_triton.fused.strategy",
         target_exact=True,
         interpreted_on_cpu=True,
     )
     def run(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
         options = {"n": exponent, "backend": "triton", "memory_budget": memory_budget}
-        with _peer("harmonic_triton._strategy").force(strategy):
+        with _peer("harmonic_triton.fused.strategy").force(strategy):
             loss: Tensor = _peer("harmonic_triton").linear_harmonic_loss(x, w, target, **options)
         return loss
 

@@ -68,7 +68,7 @@ def make_losses(samples: int, draws: int) -> np.ndarray:
 
 
 def ours(losses: np.ndarray, buffer: int, backend: str = "torch") -> tuple[float, float, Any]:
-    from harmonic_triton.covariance import StreamingCovariance
+    from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
 
     start = time.perf_counter()
     accumulator = StreamingCovariance(losses.shape[1], buffer_size=buffer, backend=backend)
@@ -82,9 +82,9 @@ def ours(losses: np.ndarray, buffer: int, backend: str = "torch") -> tuple[float
 
 def ours_panels(losses: np.ndarray, buffer: int) -> tuple[float, float, Any]:
     """Without SciPy."""
-    from harmonic_triton import _triangle
+    from harmonic_triton.losskernel.covariance import triangle
 
-    _triangle._packed_update = lambda: (None, "left out for this row")  # type: ignore[assignment]
+    triangle._packed_update = lambda: (None, "left out for this row")  # type: ignore[assignment]
     return ours(losses, buffer)
 
 
@@ -359,8 +359,8 @@ def measure_gpu(samples: int, k: int, repeats: int) -> list[dict[str, Any]]:
     ``of_limit`` is the rate over that of the same device's own products: a square fp32 product of PyTorch's for "ieee",
     a bf16 one over the number of split products else.
     """
-    from harmonic_triton._triangle import Triangle
-    from harmonic_triton._triton.covariance import GAP, PARTS, rank_k_
+    from harmonic_triton.losskernel.covariance.rank_k_triton import GAP, PARTS, rank_k_
+    from harmonic_triton.losskernel.covariance.triangle import Triangle
 
     device = torch.device("cuda")
     x = torch.randn(k, samples, device=device)

@@ -156,19 +156,16 @@ def compile_kernels(tiny: bool) -> int:
 def _compile(dtype: str, loss: str, tiny: bool) -> float:
     """Seconds for calls of few tokens, a multiple of 16 as the many are: that and the rest of the shape is what is compiled."""
     import harmonic_triton as ht
-    from harmonic_triton import _strategy
+    from harmonic_triton.fused import strategy as strategies
 
     started, device = time.perf_counter(), "cpu" if tiny else "cuda"
-    function: Callable[..., torch.Tensor] = {
-        "harmonic": ht.linear_harmonic_loss,
-        "cross_entropy": ht.linear_cross_entropy,
-    }[loss]
+    function: Callable[..., torch.Tensor] = ht.linear_harmonic_loss if loss == "harmonic" else ht.linear_cross_entropy
     for n, width, classes in HEADS[tiny].values():
         x, w = (torch.randn(k, width, dtype=DTYPES[dtype], device=device) for k in (min(n, 64), classes))
         target = torch.arange(len(x), device=device)
         for strategy in ("chunks", "recompute"):
             leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
-            with _strategy.force(strategy):
+            with strategies.force(strategy):
                 function(*leaves, target, backend="triton").backward()
     if device == "cuda":
         torch.cuda.synchronize()

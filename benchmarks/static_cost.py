@@ -35,14 +35,14 @@ SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  #
 SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 LOSS_KERNEL = {"covariance", "neighbors"}  # modules of kernels over m x m or m x k, with tests of their own
-SWITCHES = ("DOT", "MOMENTS", "SMOOTHING", "SCALED", "KEEP", "KEPT")
+SWITCHES = ("DOT", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "STORE_SCORES", "STORED")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
 TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_ref_ptr": "fp64"}
 GRADIENTS = {"dx_ptr", "dw_ptr"}  # in fp32 where they are formed in the forward pass: the variant WIDE
 FLOATS = {"eps"}  # scalar arguments that are not i32
-SMOOTHING_ONLY = {"v_ptr", "v_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
-KEPT_ONLY = {"kept_ptr", "tile_best_ptr"}  # None where no log-scores are stored
+SMOOTHING_ONLY = {"smooth_weight_ptr", "smooth_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
+STORED_ONLY = {"stored_ptr", "tile_best_ptr"}  # None where no log-scores are stored
 HARMONIC_ONLY = {"norms_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
@@ -76,10 +76,10 @@ class Launch:
 
 def kernels() -> dict[str, tuple[Any, bool]]:
     """Every kernel of the heads by name, and whether it computes products."""
-    from harmonic_triton import _triton
+    from harmonic_triton.fused.triton import backend
 
     found = {}
-    for module in pkgutil.iter_modules(_triton.__path__, _triton.__name__ + "."):
+    for module in pkgutil.iter_modules(backend.__path__, backend.__name__ + "."):
         if module.name.rpartition(".")[2] in LOSS_KERNEL:
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
@@ -102,7 +102,7 @@ def launch_of(
 
     A ``KeyError`` names a constant that is not known here.
     """
-    from harmonic_triton._triton.configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, kept_tile
+    from harmonic_triton.fused.triton.tile_configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, stored_tile
 
     config = config or CONFIGS[arch, DTYPES[dtype]]
     fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
@@ -112,14 +112,14 @@ def launch_of(
     if products:
         fixed |= {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        if switches.get("KEPT"):
-            fixed["BLOCK_N"], options["num_warps"] = kept_tile(config).values()
+        if switches.get("STORED"):
+            fixed["BLOCK_N"], options["num_warps"] = stored_tile(config).values()
     elif name == "coefficient_kernel":
         fixed["BLOCK_N"] = 128
     if not switches.get("SMOOTHING", True):
         fixed |= dict.fromkeys(SMOOTHING_ONLY)
-    if not switches.get("KEEP", False) and not switches.get("KEPT", False):
-        fixed |= dict.fromkeys(KEPT_ONLY)
+    if not switches.get("STORE_SCORES", False) and not switches.get("STORED", False):
+        fixed |= dict.fromkeys(STORED_ONLY)
     if switches.get("DOT", False):
         fixed |= dict.fromkeys(HARMONIC_ONLY)
     compile_time = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
@@ -129,7 +129,7 @@ def launch_of(
             launch.signature[argument], launch.constants[(position,)] = "constexpr", fixed[argument]
         elif argument.endswith("_ptr"):
             kind = dtype if argument in OPERANDS else TYPES.get(argument, "fp32")
-            if argument == "kept_ptr" and dtype != "fp32":
+            if argument == "stored_ptr" and dtype != "fp32":
                 kind = "fp16"
             if argument in GRADIENTS and switches["WIDE"]:
                 kind = "fp32"

@@ -3,7 +3,7 @@
 See :func:`linear_harmonic_loss` and :func:`loss_kernel`; ``python -m harmonic_triton doctor`` says what serves here.
 """
 
-from harmonic_triton.covariance import CovarianceResult, StreamingCovariance, loss_covariance
+from harmonic_triton._moved import register
 from harmonic_triton.functional import (
     CrossEntropyStats,
     HarmonicStats,
@@ -14,11 +14,12 @@ from harmonic_triton.functional import (
     linear_harmonic_loss,
     log_harmax,
 )
-from harmonic_triton.loss_kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.covariance.streaming import CovarianceResult, StreamingCovariance, loss_covariance
+from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.sampling.sampler import SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.losskernel.sampling.tuning import tune
+from harmonic_triton.losskernel.traces.traces import LossTraces
 from harmonic_triton.modules import HarmonicHead, LinearHarmonicLoss
-from harmonic_triton.sgld import SGLDConfig, sample_losses, stability_bound
-from harmonic_triton.traces import LossTraces
-from harmonic_triton.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -44,3 +45,5 @@ __all__ = [
     "stability_bound",
     "tune",
 ]
+
+register()

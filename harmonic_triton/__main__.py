@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from harmonic_triton import __version__, doctor, kernel_cli, verify
+from harmonic_triton import __version__
+from harmonic_triton.losskernel import cli
+from harmonic_triton.tools import doctor, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,13 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     verify.add_arguments(
         commands.add_parser("verify", help="every backend against the fp64 reference, on this machine")
     )
-    kernel_cli.add_arguments(
+    cli.add_arguments(
         commands.add_parser("loss-kernel", help="covariance of a trained model's per-sample losses, with a report")
     )
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         return doctor.main()
-    return verify.main(options) if options.command == "verify" else kernel_cli.main(options)
+    return verify.main(options) if options.command == "verify" else cli.main(options)
 
 
 if __name__ == "__main__":

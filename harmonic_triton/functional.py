@@ -13,10 +13,22 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from harmonic_triton import _ops, _strategy, _validate, reference
-from harmonic_triton._dispatch import resolve
-from harmonic_triton._numerics import IDENTICAL, SMALLEST_SQ, Rows, compute_dtype, full_fp32, mixed_nll
+from harmonic_triton._common import validate
+from harmonic_triton._common.precision import compute_dtype, full_fp32
+from harmonic_triton._common.transforms import forward_mode, in_transform
+from harmonic_triton.fused import ops
+from harmonic_triton.fused.call import autocast, exponent_tensor, loss_and_statistics
+from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ
+from harmonic_triton.fused.options import (
+    CROSS_ENTROPY,
+    HARMONIC,
+    CrossEntropyOptions,
+    HarmonicOptions,
+    collect,
+    signature,
+)
 
 TOPK_CHUNK = 2**24  # bytes of the part of the N x V matrix held at a time
 
@@ -43,31 +55,24 @@ class CrossEntropyStats(NamedTuple):
 
 @overload
 def linear_harmonic_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[False] = ..., **options: Any
-) -> Tensor: ...
-@overload
-def linear_harmonic_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Any
-) -> tuple[Tensor, HarmonicStats]: ...
-def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what changes the type
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    n: float | Tensor | None = None,
-    eps: float = 0.0,
-    uniform_mix: float = 0.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    shift: bool | int = False,
-    return_stats: bool = False,
-    process_group: object | None = None,
-    backend: str = "auto",
-    deterministic: bool | None = None,
-    memory_budget: int | None = None,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[HarmonicOptions],
+) -> Tensor: ...
+@overload
+def linear_harmonic_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[HarmonicOptions],
+) -> tuple[Tensor, HarmonicStats]: ...
+def linear_harmonic_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
 ) -> Tensor | tuple[Tensor, HarmonicStats]:
     """Harmonic loss of a linear head, -log HarMax(||w - x||)_target, without the N x V matrix (paper, section 3).
 
@@ -117,42 +122,31 @@ def linear_harmonic_loss(  # type: ignore[misc]  # the overloads name what chang
     2^-9 (bfloat16; float16 2^-12) of sum_j |A_j| ||w_j||, and dW_j of sum_i |A_ij| ||x_i||. With an offset common to x and W that is
     up to ||x||/||x - w|| times the rounding of the result: 2e-2 at 12 in bfloat16, where the torch backend has 2e-3.
     """
-    _validate.exponent(n)
-    _validate.eps(eps)
-    _validate.between("uniform_mix", uniform_mix, 0.0, _validate.FP32_LIMIT)
-    call = _Call(
-        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
-        return_stats, process_group, backend, deterministic, memory_budget, uniform_mix=uniform_mix,
-    )  # fmt: skip
-    n = exponent_tensor(n, input.shape[-1], input.device, compute_dtype(call.x.dtype))
-    loss, stats = call.run(n, float(eps))
-    return loss if stats is None else (loss, HarmonicStats(*stats))
+    given = collect("linear_harmonic_loss", options, HARMONIC)
+    loss, statistics = loss_and_statistics(input, linear_weight, target, given, harmonic=True)
+    return (loss, HarmonicStats(*statistics)) if given.return_stats else loss
 
 
 @overload
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[False] = ..., **options: Any
-) -> Tensor: ...
-@overload
-def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Any
-) -> tuple[Tensor, CrossEntropyStats]: ...
-def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what changes the type
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    shift: bool | int = False,
-    return_stats: bool = False,
-    process_group: object | None = None,
-    backend: str = "auto",
-    deterministic: bool | None = None,
-    memory_budget: int | None = None,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[CrossEntropyOptions],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, CrossEntropyStats]: ...
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy of a linear head, -log softmax(x W^T)_target, without the N x V matrix (paper, Eq. 1).
 
@@ -163,6 +157,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what chang
     Args:
         input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
             process_group, backend, deterministic, memory_budget: as in :func:`linear_harmonic_loss`.
+        z_loss: coefficient of a squared log-sum-exp of the logits added to every token's loss, which keeps their scale from
+            drifting; class weights and smoothing leave it alone, the reduction divides it as it does the rest.
         return_stats: return ``(loss, CrossEntropyStats)``, from the same pass.
 
     Returns, Raises:
@@ -172,139 +168,13 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads name what chang
     p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient. With 16-bit operands gradients as in
     :func:`linear_harmonic_loss`, with p_j in place of A_j.
     """
-    call = _Call(
-        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
-        return_stats, process_group, backend, deterministic, memory_budget,
-    )  # fmt: skip
-    loss, stats = call.run(None, 0.0)
-    return loss if stats is None else (loss, CrossEntropyStats(*stats))
+    given = collect("linear_cross_entropy", options, CROSS_ENTROPY)
+    loss, statistics = loss_and_statistics(input, linear_weight, target, given, harmonic=False)
+    return (loss, CrossEntropyStats(*statistics)) if given.return_stats else loss
 
 
-class _Call:
-    """A checked call of one of the two losses: flat operands, the weight of every token, and the backend that serves."""
-
-    def __init__(
-        self, input: Tensor, linear_weight: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int,
-        reduction: str, num_items: float | Tensor | None, label_smoothing: float, shift: bool | int, return_stats: bool,
-        process_group: object | None, backend: str, deterministic: bool | None, memory_budget: int | None,
-        uniform_mix: float = 0.0,
-    ) -> None:  # fmt: skip
-        _validate.tensors(input=input, linear_weight=linear_weight, target=target)
-        input, linear_weight = _autocast(input, linear_weight)
-        _validate.features(input, linear_weight)
-        self.shift = _validate.offset(shift)
-        _validate.labels(input, target, self.shift)
-        _validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
-        _validate.class_weight(class_weight, linear_weight)
-        _validate.integer("ignore_index", ignore_index)
-        _validate.flag("return_stats", return_stats)
-        _validate.flag("deterministic", deterministic, none=True)
-        _validate.reduction(reduction, num_items)
-        _validate.budget(memory_budget)
-        if process_group is not None:
-            raise ValueError(
-                "process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first"
-            )
-        mixed = bool(uniform_mix and label_smoothing)
-        self.backend = resolve(backend, input.device, input.dtype, mixed_smoothing=mixed)
-        labels = target.long()
-        if self.shift:
-            labels = F.pad(labels[..., self.shift :], (0, self.shift), value=ignore_index)
-        if isinstance(num_items, Tensor):
-            num_items = _ops.positive(num_items, "num_items must be finite and > 0")
-        self.x, self.w, self.labels = input.reshape(-1, input.shape[-1]), linear_weight, labels.reshape(-1)
-        self.shape = target.shape
-        self.class_weight, self.ignore_index, self.uniform_mix = class_weight, ignore_index, float(uniform_mix)
-        self.reduction, self.num_items, self.label_smoothing = reduction, num_items, float(label_smoothing)
-        self.return_stats, self.budget = return_stats, memory_budget or 0
-
-    def run(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The loss and, where asked for, the fields of its statistics. ``n=None``: cross-entropy."""
-        if self.backend == "reference":
-            loss, stats = self._reference(n, eps)
-        else:
-            loss, stats = self._fused(n, eps)
-        if self.reduction == "none":
-            loss = self._shaped(loss)
-        return loss, tuple(map(self._shaped, stats)) if self.return_stats else None
-
-    def _shaped(self, values: Tensor) -> Tensor:
-        values = values.reshape(self.shape)
-        return values[..., : -self.shift] if self.shift else values
-
-    def _reference(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        _ops.check_values(self.labels, len(self.w), self.ignore_index, n)
-        labels, bad = _ops.inside(self.labels, len(self.w), self.ignore_index)
-        options: dict[str, Any] = {
-            "class_weight": self.class_weight, "ignore_index": self.ignore_index, "reduction": self.reduction,
-            "num_items": self.num_items, "label_smoothing": self.label_smoothing,
-        }  # fmt: skip
-        if n is None:
-            loss = reference.linear_cross_entropy(self.x, self.w, labels, **options)
-        else:
-            loss = reference.linear_harmonic_loss(
-                self.x, self.w, labels, n=n, eps=eps, uniform_mix=self.uniform_mix, **options
-            )
-        stats: tuple[Tensor, ...] = ()
-        if self.return_stats:
-            stats = reference.statistics(self.x, self.w, labels, n, eps, self.ignore_index)
-        loss = loss.masked_fill(bad if self.reduction == "none" else bad.any(), math.nan)
-        return loss.to(compute_dtype(self.x.dtype)), stats
-
-    def _fused(self, n: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, w, n, self.class_weight = _ops.without_tangents(self.x, self.w, n, self.class_weight)
-        classes, dtype = len(w), compute_dtype(x.dtype)
-        v = None
-        if self.label_smoothing:
-            v = (x.new_ones(classes) if self.class_weight is None else self.class_weight).to(dtype) / classes
-        token, smooth = self._token_weights(dtype)
-        wanted = [t is not None and torch.is_grad_enabled() and _ops.requires_grad(t) for t in (x, w, n)]
-        options = (float(eps), self.uniform_mix, self.ignore_index)
-        last = (self.return_stats or wanted[2], self.backend, self.budget)
-        in_forward = self.reduction != "none" and any(wanted)
-        if in_forward and _strategy.gradients_in_forward(self.backend, x, w, self.budget):
-            loss, _, _, _, *fields = _ops.ReducedFunction.apply(
-                x, w, n, v, self.labels, token, smooth, *options, *wanted, *last
-            )
-            rows = Rows._make(fields)
-        else:
-            if any(wanted):
-                fields = _ops.RowsFunction.apply(x, w, n, v, self.labels, *options, *last)
-            else:
-                fields = torch.ops.harmonic_triton.rows_forward(x, w, self.labels, n, v, *options, *last)
-            rows = Rows._make(fields)
-            losses = token * mixed_nll(rows.nll, self.uniform_mix, classes)
-            if smooth is not None:
-                losses = losses + smooth * rows.smooth
-            loss = losses if self.reduction == "none" else losses.sum()
-        return loss, self._stats(rows, n) if self.return_stats else ()
-
-    def _token_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """(N,) weights of a token's loss and of its smoothing term in the result."""
-        kept = (self.labels != self.ignore_index).to(dtype)
-        token = kept
-        if self.class_weight is not None:
-            known = self.labels.clamp(0, len(self.class_weight) - 1)
-            token = kept * self.class_weight.to(dtype)[known]
-        divisor: float | Tensor = 1.0
-        if self.num_items is not None:
-            items = self.num_items
-            divisor = items.to(kept.device, dtype) if isinstance(items, Tensor) else items
-        elif self.reduction == "mean":
-            total = token.sum()
-            divisor = torch.where(total == 0, 1.0, total)
-        smooth = kept * self.label_smoothing / divisor if self.label_smoothing else None
-        return token * (1 - self.label_smoothing) / divisor, smooth
-
-    def _stats(self, rows: Rows, n: Tensor | None) -> tuple[Tensor, ...]:
-        rows, labels = Rows(*(field.detach() for field in rows)), self.labels
-        kept = labels != self.ignore_index
-        first = torch.where(rows.rival_score == 0, torch.minimum(rows.rival, labels), rows.rival)
-        predicted = torch.where(rows.rival_score < 0, labels, first)  # a NaN score predicts the rival
-        entropy = torch.where(kept, rows.entropy, 0.0)
-        shown = torch.where(kept, predicted, self.ignore_index)
-        own = rows.target_ref if n is None else rows.target_ref.sqrt()
-        return entropy, shown, kept & (predicted == labels), own, -rows.nll
+linear_harmonic_loss.__signature__ = signature(linear_harmonic_loss, HARMONIC)  # type: ignore[attr-defined]
+linear_cross_entropy.__signature__ = signature(linear_cross_entropy, CROSS_ENTROPY)  # type: ignore[attr-defined]
 
 
 def harmonic_logits(
@@ -325,7 +195,7 @@ def harmonic_logits(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    _validate.flag("normalize", normalize)
+    validate.flag("normalize", normalize)
     x, w, n = _checked_head(input, linear_weight, n, eps)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
         scores, nearest = _scores_from_nearest(x.to(w.dtype), w, n, eps)
@@ -353,10 +223,10 @@ def harmonic_topk(
         TypeError, ValueError: an argument is wrong.
     """
     x, w, n = _checked_head(input, linear_weight, n, eps)
-    _validate.integer("k", k)
+    validate.integer("k", k)
     if not 1 <= k <= len(w):
         raise ValueError(f"k must be between 1 and V = {len(w)}, got {k}")
-    if _in_transform() or _ops.forward_mode():  # which allow no shared scratch; nor is a derivative dropped there
+    if in_transform() or forward_mode():  # which allow no shared scratch; nor is a derivative dropped there
         values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).topk(k)
         return values, indices
     with torch.no_grad(), _full_products():  # autocast leaves products with out= alone
@@ -402,17 +272,17 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
 
 def _log_harmax(distances: Tensor, n: float | Tensor, dim: int) -> Tensor:
     """log HarMax in the compute dtype."""
-    _validate.tensors(distances=distances)
-    _validate.exponent(n)
+    validate.tensors(distances=distances)
+    validate.exponent(n)
     if n is None:
         raise TypeError(
             "n must be a number or a tensor of one element; a default needs the width D, which distances do not show"
         )
-    if distances.dtype not in _validate.FLOAT_DTYPES:
+    if distances.dtype not in validate.FLOAT_DTYPES:
         raise TypeError(
-            f"distances must be bfloat16, float16, float32 or float64, got {_validate.describe(distances)}; cast them"
+            f"distances must be bfloat16, float16, float32 or float64, got {validate.describe(distances)}; cast them"
         )
-    _validate.dimension(dim, distances)
+    validate.dimension(dim, distances)
     d = distances.to(compute_dtype(distances.dtype))
     exponent = exponent_tensor(_checked_value(n), 0, d.device, d.dtype)
     at_zero = d == 0
@@ -422,31 +292,15 @@ def _log_harmax(distances: Tensor, n: float | Tensor, dim: int) -> Tensor:
     return scores.log_softmax(dim)
 
 
-def exponent_tensor(n: float | Tensor | None, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient and shape."""
-    if isinstance(n, Tensor):
-        return n.reshape(()).to(device, dtype)
-    return torch.full((), math.sqrt(width) if n is None else float(n), device=device, dtype=dtype)
-
-
-def _autocast(*values: Tensor) -> list[Tensor]:
-    """Cast as F.linear would inside torch.autocast; float64 is left alone."""
-    device = values[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(values)
-    dtype = torch.get_autocast_dtype(device)
-    return [v.to(dtype) if v.is_floating_point() and v.dtype != torch.float64 else v for v in values]
-
-
 def _checked_head(
     input: Tensor, linear_weight: Tensor, n: float | Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked operands: x (N, D), w (V, D) in the compute dtype, and n () beside them."""
-    _validate.tensors(input=input, linear_weight=linear_weight)
-    input, linear_weight = _autocast(input, linear_weight)
-    _validate.features(input, linear_weight)
-    _validate.exponent(n)
-    _validate.eps(eps)
+    validate.tensors(input=input, linear_weight=linear_weight)
+    input, linear_weight = autocast(input, linear_weight)
+    validate.features(input, linear_weight)
+    validate.exponent(n)
+    validate.eps(eps)
     n = _checked_value(n)
     w = linear_weight.to(compute_dtype(input.dtype))
     return input.reshape(-1, input.shape[-1]), w, exponent_tensor(n, input.shape[-1], w.device, w.dtype)
@@ -454,12 +308,7 @@ def _checked_head(
 
 def _checked_value(n: float | Tensor | None) -> float | Tensor | None:
     """The same n; a tensor's value is checked, also inside a traced or transformed function."""
-    return _ops.positive(n, "n must be a finite harmonic exponent > 0") if isinstance(n, Tensor) else n
-
-
-def _in_transform() -> bool:
-    """Inside vmap, grad or another transform of torch.func, run eagerly."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return ops.positive(n, "n must be a finite harmonic exponent > 0") if isinstance(n, Tensor) else n
 
 
 def _full_products() -> AbstractContextManager[None]:
@@ -474,7 +323,7 @@ def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tupl
     """
     nearest = u.argmin(1, keepdim=True)
     close = nearest.squeeze(1)
-    floor = (IDENTICAL * (x.square().sum(1) + norms[close]) + SMALLEST_SQ).detach()
+    floor = (NEAREST_SHARE * (x.square().sum(1) + norms[close]) + NEAREST_SQ).detach()
     return nearest, torch.maximum((x - w[close]).square().sum(1) + eps, floor).unsqueeze(1)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from harmonic_triton import _validate
+from harmonic_triton._common import validate
 from harmonic_triton.functional import HarmonicStats, harmonic_logits, linear_harmonic_loss
-
-LOSS_OPTIONS = [p.name for p in inspect.signature(linear_harmonic_loss).parameters.values() if p.kind == p.KEYWORD_ONLY]
+from harmonic_triton.fused.options import HARMONIC, HEAD, HeadOptions, ModuleOptions, check_names
 
 
 class HarmonicHead(nn.Module):
@@ -52,18 +51,18 @@ class HarmonicHead(nn.Module):
         std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **loss_options: Any,
+        **loss_options: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
-        _validate.integer("in_features", in_features, 1)
-        _validate.integer("out_features", out_features, 1)
-        _validate.exponent(n)
-        _validate.eps(eps)
-        _validate.flag("learnable_n", learnable_n)
-        _validate.between("std", std, 0.0, _validate.FP32_LIMIT)
-        if dtype is not None and dtype not in _validate.FLOAT_DTYPES:
+        validate.integer("in_features", in_features, 1)
+        validate.integer("out_features", out_features, 1)
+        validate.exponent(n)
+        validate.eps(eps)
+        validate.flag("learnable_n", learnable_n)
+        validate.between("std", std, 0.0, validate.FP32_LIMIT)
+        if dtype is not None and dtype not in validate.FLOAT_DTYPES:
             raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-        _validate.options("HarmonicHead", loss_options, LOSS_OPTIONS)
+        check_names("HarmonicHead", loss_options, HEAD)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
@@ -80,13 +79,13 @@ class HarmonicHead(nn.Module):
             nn.init.constant_(self.n, self.initial_n)
 
     def forward(
-        self, input: Tensor, target: Tensor | None = None, **options: Any
+        self, input: Tensor, target: Tensor | None = None, **options: Unpack[HeadOptions]
     ) -> Tensor | tuple[Tensor, HarmonicStats]:
         """Log-probabilities, or the loss where a target is given (``options`` override the module's)."""
         if target is None:
             return harmonic_logits(input, self.weight, n=self.n, eps=self.eps)
-        options = {**self.loss_options, **options}
-        return linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **options)
+        every = cast(Any, {**self.loss_options, **options})
+        return linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **every)
 
     def _trained_with(self) -> tuple[float, float]:
         """n and eps; NaN for an n that is a parameter."""
@@ -161,14 +160,14 @@ class LinearHarmonicLoss(nn.Module):
         **options: keyword arguments of :func:`linear_harmonic_loss`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[ModuleOptions]) -> None:
         super().__init__()
-        _validate.options("LinearHarmonicLoss", options, LOSS_OPTIONS)
+        check_names("LinearHarmonicLoss", options, HARMONIC)
         self.options = options
 
     def forward(self, linear_weight: Tensor, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, HarmonicStats]:
         """The loss of input (..., D) against linear_weight (V, D) and target (...)."""
-        return linear_harmonic_loss(input, linear_weight, target, **self.options)
+        return linear_harmonic_loss(input, linear_weight, target, **cast(Any, self.options))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

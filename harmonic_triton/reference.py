@@ -105,20 +105,23 @@ def linear_cross_entropy(
     reduction: str = "mean",
     num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of a linear head as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
     kept = target != ignore_index
-    z, _ = relative_logits(input[kept], linear_weight, target[kept])
-    return _loss(z, target, kept, 0.0, class_weight, reduction, num_items, label_smoothing)
+    z, own = relative_logits(input[kept], linear_weight, target[kept])
+    log_sum = negative_log_likelihood(z, target[kept]) + own
+    added = z_loss * log_sum.square() if z_loss else 0.0
+    return _loss(z, target, kept, 0.0, class_weight, reduction, num_items, label_smoothing, added)
 
 
 def _loss(
     z: Tensor, target: Tensor, kept: Tensor, uniform_mix: float, class_weight: Tensor | None, reduction: str,
-    num_items: Tensor | float | None, label_smoothing: float,
+    num_items: Tensor | float | None, label_smoothing: float, added: Tensor | float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The reduced loss from the relative log-scores (kept tokens, V)."""
+    """The reduced loss from the relative log-scores (kept tokens, V); ``added`` to the losses as they are."""
     log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
-    rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing)
+    rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing) + added
     losses = rows.new_zeros(len(target)).index_put((kept.nonzero().squeeze(1),), rows)
     weights = kept.double() if class_weight is None else class_weight.double()[target.where(kept, 0)] * kept
     return reduce(losses, weights, reduction, num_items)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_sgld import classes, draws, network, settings
 
-from harmonic_triton import _checkpoint
-from harmonic_triton.losses import classification_loss, regression_loss
-from harmonic_triton.sgld import METHODS, Sampler, sample_losses
+from harmonic_triton.losskernel import checkpoint
+from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
+from harmonic_triton.losskernel.sampling.sampler import METHODS, Sampler, sample_losses
 
 # The parent imports, then forks and kills its children with SIGKILL at random moments. It runs no torch operation itself
 # before the last fork, so that forking is safe. Each child goes on from what its predecessors left on the disk.
@@ -22,8 +22,8 @@ KILLED = textwrap.dedent("""
     sys.path.insert(0, "tests")
     from test_checkpoint import kill_settings
     from test_sgld import classes, network
-    from harmonic_triton.losses import classification_loss
-    from harmonic_triton.sgld import sample_losses
+    from harmonic_triton.losskernel.per_sample_losses import classification_loss
+    from harmonic_triton.losskernel.sampling.sampler import sample_losses
     torch.set_num_threads(1)
     method, kills, directory, longest = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
     chance = random.Random(0)
@@ -222,8 +222,8 @@ def test_dead_chains_are_remembered(tmp_path):
 
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
-    _checkpoint.save(path, {"a": torch.arange(3), "b": {"c": [1, "x", None]}})
-    assert torch.equal(_checkpoint.load(path)["a"], torch.arange(3)) and _checkpoint.load(path)["b"] == {
+    checkpoint.save(path, {"a": torch.arange(3), "b": {"c": [1, "x", None]}})
+    assert torch.equal(checkpoint.load(path)["a"], torch.arange(3)) and checkpoint.load(path)["b"] == {
         "c": [1, "x", None]
     }
 
@@ -232,29 +232,29 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
             raise RuntimeError("not to be saved")
 
     with pytest.raises(RuntimeError, match="not to be saved"):
-        _checkpoint.save(path, {"a": torch.zeros(1000), "b": Unsavable()})
-    assert torch.equal(_checkpoint.load(path)["a"], torch.arange(3))
+        checkpoint.save(path, {"a": torch.zeros(1000), "b": Unsavable()})
+    assert torch.equal(checkpoint.load(path)["a"], torch.arange(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
-    _checkpoint.save(path, {"a": 2})
-    assert _checkpoint.load(path) == {"a": 2}
+    checkpoint.save(path, {"a": 2})
+    assert checkpoint.load(path) == {"a": 2}
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "state.pt"
     with pytest.raises(FileNotFoundError):
-        _checkpoint.load(path)
+        checkpoint.load(path)
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="is no checkpoint"):
-        _checkpoint.load(path)
+        checkpoint.load(path)
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match="has no checksum at its end"):
-        _checkpoint.load(path)
+        checkpoint.load(path)
 
 
 def test_digest_sees_every_kind_of_change():
     base = {"w": torch.randn(10, 10), "n": torch.arange(4)}
-    seen = {_checkpoint.digest(base)}
-    assert _checkpoint.digest(copy.deepcopy(base)) in seen
+    seen = {checkpoint.digest(base)}
+    assert checkpoint.digest(copy.deepcopy(base)) in seen
     changed = base["w"].clone()
     changed[3, 3] = torch.nextafter(changed[3, 3], torch.tensor(9.0))
     for other in (
@@ -266,11 +266,11 @@ def test_digest_sees_every_kind_of_change():
         {"v": base["w"], "n": base["n"]},
         {"w": base["w"]},
     ):
-        found = _checkpoint.digest(other)
+        found = checkpoint.digest(other)
         assert found not in seen
         seen.add(found)
     large = torch.zeros(3 * 2**20)
     one, two = large.clone(), large.clone()
     one[1], two[2**21 + 1] = 1.0, 2.0  # neither is among the entries sampled
-    assert len({_checkpoint.digest({"w": t}) for t in (large, one, two)}) == 3
-    assert _checkpoint.digest({"w": torch.zeros(0)}) and _checkpoint.digest({"w": torch.zeros(3, dtype=torch.bfloat16)})
+    assert len({checkpoint.digest({"w": t}) for t in (large, one, two)}) == 3
+    assert checkpoint.digest({"w": torch.zeros(0)}) and checkpoint.digest({"w": torch.zeros(3, dtype=torch.bfloat16)})

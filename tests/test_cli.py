@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from harmonic_triton import verify
 from harmonic_triton.__main__ import main
+from harmonic_triton.tools import verify
 
 TINY = ["verify", "--shape", "6x200x30"]  # n = 14: the rounding of bf16 inputs leaves a loss of 1e-20 near there
 
@@ -44,9 +44,9 @@ def test_verify_passes_and_prints_bounds(capsys):
 @pytest.mark.parametrize("broken", ["loss", "dX", "dW", "dn"])
 def test_verify_fails_when_a_backend_is_wrong(broken, capsys, monkeypatch):
     """A relative error of 2e-4 in one output, in the worst row only, is found."""
-    from harmonic_triton import _torch
+    from harmonic_triton.fused.pytorch import backend
 
-    forward, backward = _torch.rows_forward, _torch.rows_backward
+    forward, backward = backend.rows_forward, backend.rows_backward
 
     def wrong_forward(*args):
         rows = forward(*args)
@@ -60,8 +60,8 @@ def test_verify_fails_when_a_backend_is_wrong(broken, capsys, monkeypatch):
         dw[3] *= 1 + 2e-4 * (broken == "dW")
         return dx, dw
 
-    monkeypatch.setattr(_torch, "rows_forward", wrong_forward)
-    monkeypatch.setattr(_torch, "rows_backward", wrong_backward)
+    monkeypatch.setattr(backend, "rows_forward", wrong_forward)
+    monkeypatch.setattr(backend, "rows_backward", wrong_backward)
     assert main([*TINY, "--dtype", "fp32", "--backend", "torch"]) == 1
     assert "FAILED" in capsys.readouterr().out
 

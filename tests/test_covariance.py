@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from harmonic_triton import _triangle
-from harmonic_triton._triangle import PACKED, Triangle
-from harmonic_triton.covariance import CovarianceResult, StreamingCovariance, loss_covariance
+from harmonic_triton.losskernel.covariance import triangle
+from harmonic_triton.losskernel.covariance.streaming import CovarianceResult, StreamingCovariance, loss_covariance
+from harmonic_triton.losskernel.covariance.triangle import PACKED, Triangle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def backend(request):
 def library(request, monkeypatch):
     """The CPU's rank-k update with SciPy and as it is without."""
     if request.param == "panels":
-        monkeypatch.setattr(_triangle, "_packed_update", lambda: (None, "for this test"))
+        monkeypatch.setattr(triangle, "_packed_update", lambda: (None, "for this test"))
     else:
         pytest.importorskip("scipy")
 
@@ -131,7 +131,7 @@ def test_every_entry_is_where_it_belongs_in_tiles(samples):
 @pytest.mark.parametrize(("precision", "limit"), [("split", 5e-7), ("fast", 1e-5), ("ieee", 5e-7)])
 def test_precisions_of_the_triton_products(precision, limit):
     """One update against fp64, relative to |x_i| |x_j|: 24, 16 and 24 bits, and fp32 sums of 64 to 6 * 64 terms."""
-    from harmonic_triton._triton.covariance import GAP, rank_k_
+    from harmonic_triton.losskernel.covariance.rank_k_triton import GAP, rank_k_
 
     generator = torch.Generator().manual_seed(0)
     draws = (2.0 + torch.randn(64, 40, generator=generator)).to(DEVICE)
@@ -700,8 +700,8 @@ def test_works_without_scipy():
     program = """if True:
         import sys, torch
         sys.modules["scipy"] = None
-        from harmonic_triton._triangle import cpu_library
-        from harmonic_triton.covariance import StreamingCovariance
+        from harmonic_triton.losskernel.covariance.triangle import cpu_library
+        from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
         x = 2 + 0.05 * torch.randn(700, 33, generator=torch.Generator().manual_seed(0))
         accumulator = StreamingCovariance(33)
         accumulator.update(x)
@@ -718,7 +718,7 @@ COMPILE = """if True:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from benchmarks.static_cost import MATRIX, TARGETS, _numbers, _resource_usage
-    from harmonic_triton._triton import covariance as c
+    from harmonic_triton.losskernel.covariance import rank_k_triton as c
 
     def compile_one(kernel, constants, pointers, aligned, arch, **options):
         signature, fixed, attributes = {}, {}, {}
@@ -907,8 +907,8 @@ WIDE = """if True:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from harmonic_triton._triton import covariance as c
-    from harmonic_triton._triton import neighbors as n
+    from harmonic_triton.losskernel.covariance import rank_k_triton as c
+    from harmonic_triton.losskernel.traces import neighbors_triton as n
 
     def products(kernel, constants, pointers):
         signature, fixed = {}, {}

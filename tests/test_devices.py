@@ -7,10 +7,10 @@ import torch
 from second_device import DEVICE, SecondDevice
 from torch import nn
 
-from harmonic_triton import estimators, kernel_cli
-from harmonic_triton.loss_kernel import About, LossKernel, loss_kernel
-from harmonic_triton.losses import regression_loss
-from harmonic_triton.sgld import SGLDConfig
+from harmonic_triton.losskernel import cli, estimators
+from harmonic_triton.losskernel.kernel import About, LossKernel, loss_kernel
+from harmonic_triton.losskernel.per_sample_losses import regression_loss
+from harmonic_triton.losskernel.sampling.sampler import SGLDConfig
 
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda")  # the real thing where there is one
@@ -87,7 +87,7 @@ def test_everything_a_kernel_tells(keep, labels_at):
     for name in ("llc", "empirical_variance", "singular_fluctuation"):
         same(lambda kernel: getattr(kernel, name))  # noqa: B023
     groups = torch.arange(12).to(labels_at) // 4
-    same(lambda kernel: kernel_cli.group_correlation(kernel, groups if kernel is there else groups.cpu()))
+    same(lambda kernel: cli.group_correlation(kernel, groups if kernel is there else groups.cpu()))
 
 
 @pytest.mark.parametrize("neighbors_at", ["cpu", DEVICE])

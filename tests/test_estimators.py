@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from harmonic_triton import estimators
-from harmonic_triton.estimators import (
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.estimators import (
     autocorrelation_time,
     bif,
     cka,

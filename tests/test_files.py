@@ -20,8 +20,8 @@ from test_sgld import classes, network, settings
 
 import harmonic_triton as ht
 from harmonic_triton import LossKernel, LossTraces
-from harmonic_triton.losses import classification_loss
-from harmonic_triton.sgld import sample_losses
+from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.losskernel.sampling.sampler import sample_losses
 
 CONFIG = settings(lr=1e-4, num_chains=4, num_draws=8, num_burnin_steps=2, chain_group_size=2)
 posix = pytest.mark.skipif(os.name != "posix", reason="links and locks as on POSIX")
@@ -230,9 +230,9 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
         return classification_loss(model, batch)
 
     loss.__qualname__ = classification_loss.__qualname__
-    from harmonic_triton import _collect
+    from harmonic_triton.losskernel import collector
 
-    held = _collect.Stored(tmp_path / "kernel", {})
+    held = collector.Stored(tmp_path / "kernel", {})
     loss(network(), classes())
     held.close()
     lines = said[0].stdout.splitlines()
@@ -247,7 +247,7 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
 @posix
 def test_a_lock_dies_with_its_process_and_not_with_its_children(tmp_path):
     """Children such as data loaders outlive a killed parent for a while."""
-    from harmonic_triton._files import Claim, InUseError
+    from harmonic_triton._common.files import Claim, InUseError
 
     ready, go = os.pipe(), os.pipe()
     parent = os.fork()
@@ -345,18 +345,20 @@ def test_no_damage_goes_unnoticed(stored, name):
 @pytest.mark.parametrize("name", READERS)
 def test_thousands_of_flips_are_noticed(stored, name):
     """And half as many cuts; read as their readers do it, but without the run around it."""
-    from harmonic_triton import _checkpoint, _collect, _files, sgld
+    from harmonic_triton._common import files
+    from harmonic_triton.losskernel import checkpoint, collector
+    from harmonic_triton.losskernel.sampling import sampler
 
     def draws():
-        blocks = _files.Blocks(stored / name, 4 * 90, "by removing it")
-        blocks.load_state_dict(_checkpoint.load(stored / "draws" / "state.pt", sgld.KIND)["draws"])
+        blocks = files.Blocks(stored / name, 4 * 90, "by removing it")
+        blocks.load_state_dict(checkpoint.load(stored / "draws" / "state.pt", sampler.KIND)["draws"])
         assert blocks.count == 32 and sum(map(len, blocks)) == 32 * 360
 
     readers = {
         "draws/draws.f32": draws,
-        "traces/kernel-0.pt": lambda: _checkpoint.load(stored / name, _collect.KIND),
-        "sums/kernel-0.pt": lambda: _checkpoint.load(stored / name, _collect.KIND),
-        "draws/state.pt": lambda: _checkpoint.load(stored / name, sgld.KIND),
+        "traces/kernel-0.pt": lambda: checkpoint.load(stored / name, collector.KIND),
+        "sums/kernel-0.pt": lambda: checkpoint.load(stored / name, collector.KIND),
+        "draws/state.pt": lambda: checkpoint.load(stored / name, sampler.KIND),
     }
     refused(readers.get(name, lambda: READERS[name](stored)), stored / name, Path(name).name, 3000)
 
@@ -408,7 +410,7 @@ def test_a_planted_link_is_not_followed(tmp_path, name):
 
 @posix
 def test_what_killed_saves_left_is_removed(tmp_path):
-    from harmonic_triton._files import replacing
+    from harmonic_triton._common.files import replacing
 
     for name in (".kernel-0.pt.1234.tmp", ".kernel-0.pt.00ff00ff00ff00ff.tmp"):
         (tmp_path / name).write_bytes(b"half a checkpoint")
@@ -421,10 +423,10 @@ def test_what_killed_saves_left_is_removed(tmp_path):
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path):
-    from harmonic_triton import _files
+    from harmonic_triton._common import files
 
-    _files.write_text(tmp_path / "a", "first")
-    with pytest.raises(Interrupted), _files.replacing(tmp_path / "a") as file:
+    files.write_text(tmp_path / "a", "first")
+    with pytest.raises(Interrupted), files.replacing(tmp_path / "a") as file:
         file.write(b"second")
         raise Interrupted
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "first"
@@ -432,8 +434,8 @@ def test_a_failed_write_leaves_the_former_file(tmp_path):
 
 def test_starting_over_removes_a_run_s_files_alone(tmp_path):
     """And nothing while the run goes on in another process."""
-    from harmonic_triton import kernel_cli
-    from harmonic_triton._files import Claim, InUseError
+    from harmonic_triton._common.files import Claim, InUseError
+    from harmonic_triton.losskernel import cli
 
     kernel(tmp_path)
     (tmp_path / "traces-of-mine").mkdir()
@@ -441,10 +443,10 @@ def test_starting_over_removes_a_run_s_files_alone(tmp_path):
     held = Claim(tmp_path / "kernel-0.lock")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InUseError):
-        kernel_cli.clear(tmp_path)
+        cli.clear(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     held.release()
-    kernel_cli.clear(tmp_path)
+    cli.clear(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["kernel-0.lock", "thesis.tex", "traces-of-mine"]
 
 
@@ -515,13 +517,13 @@ def test_traces_of_the_first_format_are_read_with_a_warning(tmp_path):
 
 def test_kernels_of_the_first_format_are_read_with_a_warning(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
-    from harmonic_triton import _kernel_files
+    from harmonic_triton.losskernel import storage
 
     found = LossKernel.from_losses(torch.randn(2, 9, 12))
     found.save(tmp_path / "new")
-    state = _kernel_files.load(tmp_path / "new")
+    state = storage.load(tmp_path / "new")
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(_kernel_files.flatten(state, tensors, "state"))
+    text = json.dumps(storage.flatten(state, tensors, "state"))
     save_file(tensors, tmp_path / "old", metadata={"format": "1", "loss_kernel": text})
     with pytest.warns(RuntimeWarning, match="before kernels had checksums"):
         same(LossKernel.load(tmp_path / "old"), found)
@@ -535,7 +537,7 @@ KILLED = textwrap.dedent("""
     torch.set_num_threads(1)
     from pathlib import Path
     import test_files
-    from harmonic_triton import _files
+    from harmonic_triton._common import files
     folder, points, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
     class Counted:  # of a module or a file: what changes the disk (of writes every sixth); at the given one it is over
@@ -587,8 +589,8 @@ KILLED = textwrap.dedent("""
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     warm()
-    _files.os = Counted(os)
-    _files.open = lambda *arguments, **options: Counted(builtins.open(*arguments, **options))
+    files.os = Counted(os)
+    files.open = lambda *arguments, **options: Counted(builtins.open(*arguments, **options))
     killed = []
     for kind in kinds:
         assert run(kind, 0) == 0

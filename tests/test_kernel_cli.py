@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from harmonic_triton import kernel_cli
 from harmonic_triton.__main__ import main
-from harmonic_triton.loss_kernel import LossKernel
-from harmonic_triton.sgld import SGLDConfig
+from harmonic_triton.losskernel import cli
+from harmonic_triton.losskernel.kernel import LossKernel
+from harmonic_triton.losskernel.sampling.sampler import SGLDConfig
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ QUICK = [
 ENTRY = """
 import torch
 from torch import nn
-from harmonic_triton.losses import regression_loss
+from harmonic_triton.losskernel.per_sample_losses import regression_loss
 
 def data(seed="0", rows="12"):
     generator = torch.Generator().manual_seed(int(seed))
@@ -113,7 +113,7 @@ def test_an_entry_point_that_cannot_serve_is_one_line_that_says_what_was_expecte
 
 
 def test_arguments_reach_the_entry_point_and_wrong_ones_are_named(here, capsys):
-    assert len(kernel_cli.load("entry_points:data", ["rows=7"]).eval_data[0]) == 7
+    assert len(cli.load("entry_points:data", ["rows=7"]).eval_data[0]) == 7
     assert command("entry_points:data", "--entry-arg", "rows") == 2
     assert "--entry-arg 'rows': write name=value" in capsys.readouterr().err
     assert command("entry_points:data", "--entry-arg", "lines=7") == 2
@@ -164,9 +164,9 @@ def test_the_same_command_goes_on_and_another_is_refused(here, capsys):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(here, monkeypatch, capsys):
-    from harmonic_triton import losses
+    from harmonic_triton.losskernel import per_sample_losses
 
-    plain, calls, stop = losses.regression_loss, [], math.inf
+    plain, calls, stop = per_sample_losses.regression_loss, [], math.inf
 
     def interrupted(model, batch):
         calls.append(1)
@@ -196,22 +196,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(here, monkeypatch, capsys):
 def test_the_probe_is_taken_from_the_curvature_where_it_is_not_given(here):
     """A linear model's Hessian is known: nbeta λmax(H) is the localization, 0.15 · 4/(2 nbeta λmax) the step size."""
     options = parsed("entry_points:data", "--batch-size", "64", "--nbeta", "40")
-    task = kernel_cli.load("entry_points:data", [])
-    config = kernel_cli.configured(options, task)
+    task = cli.load("entry_points:data", [])
+    config = cli.configured(options, task)
     x = torch.cat([task.train_data[0], torch.ones(64, 1)], 1)
     curvature = 40 * torch.linalg.eigvalsh(x.T @ x / 64).max().item()
     # power iterations come from below and are within a few per cent after twelve
     assert config.localization == pytest.approx(curvature, rel=0.1)
-    assert config.lr == pytest.approx(kernel_cli.STABILITY * 4 / (2 * curvature), rel=0.1)
-    chosen = kernel_cli.configured(parsed("entry_points:data", "--lr", "1e-4", "--localization", "3"), task)
+    assert config.lr == pytest.approx(cli.STABILITY * 4 / (2 * curvature), rel=0.1)
+    chosen = cli.configured(parsed("entry_points:data", "--lr", "1e-4", "--localization", "3"), task)
     assert (chosen.lr, chosen.localization) == (1e-4, 3)
     assert chosen.nbeta == pytest.approx(64 / torch.tensor(64.0).log().item())
 
 
 def test_the_tuner_chooses_what_is_not_given(here, capsys):
     tune = ("--tune", "--target-excess", "0.01", "--num-chains", "2", "--num-draws", "20", "--quiet")
-    task = kernel_cli.load("entry_points:data", [])
-    config = kernel_cli.configured(parsed("entry_points:data", *tune, "--nbeta", "64", "--batch-size", "64"), task)
+    task = cli.load("entry_points:data", [])
+    config = cli.configured(parsed("entry_points:data", *tune, "--nbeta", "64", "--batch-size", "64"), task)
     assert (config.nbeta, config.batch_size, config.num_chains, config.num_draws) == (64, 64, 2, 20)
     # of a quadratic loss the excess is half the trace of H (nbeta H + gamma)^-1
     x = torch.cat([task.train_data[0], torch.ones(64, 1)], 1)
@@ -226,7 +226,7 @@ def parsed(*arguments):
     import argparse
 
     parser = argparse.ArgumentParser()
-    kernel_cli.add_arguments(parser)
+    cli.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -247,14 +247,14 @@ def test_groups_correlate_as_the_covariance_of_their_mean_standardised_losses():
     groups = torch.tensor([0, 0, 0, 1, 1, 1, 3, 3, 3])
     for keep in ("covariance", "traces"):
         kernel = LossKernel.from_losses(losses, keep=keep)
-        found = kernel_cli.group_correlation(kernel, groups)
+        found = cli.group_correlation(kernel, groups)
         flat = losses.flatten(0, 1).double()
         z = (flat - flat.mean(0)) / flat.std(0)
         means = torch.stack([z[:, groups == g].mean(1) for g in (0, 1, 3)], 1)
         # traces are stored in bfloat16, which moves a correlation by a few 1e-4
         torch.testing.assert_close(found[[0, 1, 3]][:, [0, 1, 3]], torch.corrcoef(means.T), atol=2e-3, rtol=0)
         assert not found[2].any()
-    lines = kernel_cli.write_groups(Path(os.devnull), found, ["a", "b", "empty", "c"])
+    lines = cli.write_groups(Path(os.devnull), found, ["a", "b", "empty", "c"])
     assert len(lines) == 4
     assert lines[1].startswith("a\tb 0.")
     assert "empty" not in "".join(lines)
@@ -275,9 +275,9 @@ def test_as_a_program_with_a_report(here):
 
 
 def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
-    real = kernel_cli.importlib.util.find_spec
+    real = cli.importlib.util.find_spec
     monkeypatch.setattr(
-        kernel_cli.importlib.util, "find_spec", lambda name, *more: None if name == "umap" else real(name, *more)
+        cli.importlib.util, "find_spec", lambda name, *more: None if name == "umap" else real(name, *more)
     )
     assert main(["loss-kernel", "entry_points:data", *QUICK, "--out", "out"]) == 2
     assert (
@@ -288,11 +288,11 @@ def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
 
 
 def test_the_flat_loss_asks_for_a_localization(here):
-    task = kernel_cli.Task(
+    task = cli.Task(
         nn.Linear(1, 1), lambda model, batch: 0 * model(batch[0]).flatten(), *([(torch.ones(4, 1),)] * 2)
     )
     with pytest.raises(ValueError, match="give --localization"):
-        kernel_cli.configured(parsed("a:b"), task)
+        cli.configured(parsed("a:b"), task)
 
 
 # --- a run goes on as it began, and says beforehand how long it takes --------------------------------------------------
@@ -305,12 +305,12 @@ def test_a_run_goes_on_with_the_settings_it_began_with(here, monkeypatch, capsys
     first = LossKernel.load(here / "out" / "kernel.safetensors")
     began = json.loads((here / "out" / "results.json").read_text())["config"]
 
-    from harmonic_triton import sgld
+    from harmonic_triton.losskernel.sampling import sampler
 
     def other_threads(*given, **options):
         raise AssertionError("a run that goes on estimates nothing")
 
-    monkeypatch.setattr(sgld, "stability_bound", other_threads)
+    monkeypatch.setattr(sampler, "stability_bound", other_threads)
     capsys.readouterr()
     assert command(*arguments) == 0, capsys.readouterr().err
     assert "goes on from" in capsys.readouterr().out
@@ -352,7 +352,7 @@ def test_another_estimate_is_no_reason_to_refuse_a_checkpoint(here, capsys):
 def test_settings_that_cannot_be_read_are_an_error_that_says_what_to_do(here, capsys, content):
     arguments = ("entry_points:data", "--out", "out", "--checkpoint-seconds", "0")
     assert command(*arguments) == 0
-    (here / "out" / "checkpoint" / kernel_cli.PROBE_FILE).write_text(content)
+    (here / "out" / "checkpoint" / cli.PROBE_FILE).write_text(content)
     capsys.readouterr()
     assert command(*arguments) == 2
     assert re.search(r"probe\.json holds no settings of a run .*--no-resume", capsys.readouterr().err)
@@ -366,15 +366,15 @@ def test_settings_without_a_checkpoint_are_estimated_anew(here):
         path.unlink()
     assert command(*arguments, "--nbeta", "100") == 0
     config = json.loads((here / "out" / "results.json").read_text())["config"]
-    task = kernel_cli.load("entry_points:data", [])
-    anew = kernel_cli.configured(parsed("entry_points:data", *QUICK, "--nbeta", "100"), task)
+    task = cli.load("entry_points:data", [])
+    anew = cli.configured(parsed("entry_points:data", *QUICK, "--nbeta", "100"), task)
     assert config["lr"] == pytest.approx(anew.lr) and config["localization"] == pytest.approx(anew.localization)
 
 
 SLOW = """
 import time
 from entry_points import data
-from harmonic_triton.losses import regression_loss
+from harmonic_triton.losskernel.per_sample_losses import regression_loss
 
 def slow_loss(model, batch):
     time.sleep(0.01)
@@ -391,11 +391,11 @@ def test_the_expected_time_is_said_before_it_passes(here, capsys, monkeypatch):
     options = parsed("slow_entry:slow", "--chain-group-size", "1", "--num-chains", "3", "--num-draws", "40",
                      "--num-burnin-steps", "10", "--num-steps-bw-draws", "2", "--lr", "1e-4", "--localization", "10",
                      "--batch-size", "16")  # fmt: skip
-    task = kernel_cli.load("slow_entry:slow", [])
-    config = kernel_cli.configured(options, task)
+    task = cli.load("slow_entry:slow", [])
+    config = cli.configured(options, task)
     expected = 3 * ((10 + 40 * 2) * 0.01 + 40 * 0.01)
     assert (
-        expected / 1.5 < kernel_cli.expected_seconds(options, task, config) < 4 * expected
+        expected / 1.5 < cli.expected_seconds(options, task, config) < 4 * expected
     )  # a busy machine is slower
     words = ["loss-kernel", "entry_points:data", *QUICK[:-1], "--no-report", "--out", "out"]
     assert main(words) == 0
@@ -410,31 +410,31 @@ def test_the_expected_time_is_said_before_it_passes(here, capsys, monkeypatch):
 
 def test_announcements_grow_with_the_time():
     config = SGLDConfig(lr=1, nbeta=1, localization=1, batch_size=1, num_chains=2, num_draws=5)
-    said = {seconds: kernel_cli.announcement(seconds, config, 1000) for seconds in (5, 200, 1200, 9000)}
+    said = {seconds: cli.announcement(seconds, config, 1000) for seconds in (5, 200, 1200, 9000)}
     assert "less than a minute" in said[5] and "about 3 minutes" in said[200]
     assert "about 20 minutes" in said[1200] and "about 2.5 hours" in said[9000]
     assert ["--quick" in text for text in said.values()] == [False, False, True, True]
 
 
 def test_quick_is_a_setting_that_single_options_overrule(here, capsys):
-    task = kernel_cli.load("entry_points:data", [])
-    config = kernel_cli.configured(parsed("entry_points:data", "--quick", "--num-draws", "7"), task)
-    found = {name: getattr(config, name) for name in kernel_cli.QUICK}
-    assert found == {**kernel_cli.QUICK, "num_draws": 7}
+    task = cli.load("entry_points:data", [])
+    config = cli.configured(parsed("entry_points:data", "--quick", "--num-draws", "7"), task)
+    found = {name: getattr(config, name) for name in cli.QUICK}
+    assert found == {**cli.QUICK, "num_draws": 7}
     options = parsed("entry_points:data", "--quick", "--tune", "--target-excess", "0.01", "--quiet")
-    assert kernel_cli.configured(options, task).num_draws == kernel_cli.QUICK["num_draws"]
+    assert cli.configured(options, task).num_draws == cli.QUICK["num_draws"]
 
 
 def test_both_estimates_come_from_one(here, monkeypatch):
     """lr and localization need one largest curvature; two estimates are twice two dozen gradients of a large model."""
-    from harmonic_triton import sgld
+    from harmonic_triton.losskernel.sampling import sampler
 
-    real, calls = sgld.stability_bound, []
-    monkeypatch.setattr(sgld, "stability_bound", lambda *given, **options: calls.append(1) or real(*given, **options))
-    task = kernel_cli.load("entry_points:data", [])
+    real, calls = sampler.stability_bound, []
+    monkeypatch.setattr(sampler, "stability_bound", lambda *given, **options: calls.append(1) or real(*given, **options))
+    task = cli.load("entry_points:data", [])
     for given in ([], ["--lr", "1e-4"], ["--localization", "3"], ["--lr", "1e-4", "--localization", "3"]):
         calls.clear()
-        kernel_cli.configured(parsed("entry_points:data", *given), task)
+        cli.configured(parsed("entry_points:data", *given), task)
         assert len(calls) == (len(given) < 4)
 
 

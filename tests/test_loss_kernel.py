@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from harmonic_triton import estimators
-from harmonic_triton.loss_kernel import About, LossKernel, loss_kernel
-from harmonic_triton.sgld import Sampler, SGLDConfig, sample_losses
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.kernel import About, LossKernel, loss_kernel
+from harmonic_triton.losskernel.sampling.sampler import Sampler, SGLDConfig, sample_losses
 
 KEEPS = ("covariance", "traces")
 # bfloat16 traces round a shifted loss to 2^-9 of itself: 4e-3/sqrt(12) of the spread, averaged over 200 draws.
@@ -388,7 +388,7 @@ def in_child(directory, keep, steps):
 def processes():
     """Starts processes that have torch imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harmonic_triton.loss_kernel", "safetensors.torch", "scipy.linalg", "pytest"])
+    context.set_forkserver_preload(["harmonic_triton.losskernel.kernel", "safetensors.torch", "scipy.linalg", "pytest"])
     return lambda target, *arguments: context.Process(target=target, args=arguments)
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from harmonic_triton import estimators
-from harmonic_triton.loss_kernel import LossKernel, loss_kernel
-from harmonic_triton.losses import classification_loss, regression_loss
-from harmonic_triton.sgld import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
-from harmonic_triton.tuning import tune
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
+from harmonic_triton.losskernel.sampling.sampler import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.losskernel.sampling.tuning import tune
 
 KEEPS = ("covariance", "traces")
 CONFIG = SGLDConfig(lr=1e-3, nbeta=20, localization=10, batch_size=10, num_chains=4, num_draws=5)

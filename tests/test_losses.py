@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import harmonic_triton as ht
-from harmonic_triton.losses import (
+from harmonic_triton.losskernel.per_sample_losses import (
     classification_loss,
     harmonic_head_loss,
     per_sample_cross_entropy,
@@ -16,7 +16,7 @@ from harmonic_triton.losses import (
     sequence_loss,
     token_loss,
 )
-from harmonic_triton.sgld import Sampler, SGLDConfig
+from harmonic_triton.losskernel.sampling.sampler import Sampler, SGLDConfig
 
 
 def with_gradient(logits, target, function):

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
 from harmonic_triton import _ops
-from harmonic_triton._numerics import Rows
+from harmonic_triton._common.precision import Rows
 
 REDUCTIONS = ("none", "sum", "mean")
 BACKENDS = ("torch", "triton")
@@ -802,7 +802,7 @@ A_GPU_BY_ITS_PROPERTIES = """
     import sys
     import torch
     import harmonic_triton as ht
-    from harmonic_triton._dispatch import resolve
+    from harmonic_triton._common.dispatch import resolve
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     class Properties:
@@ -980,7 +980,7 @@ def test_compiled_where_no_gradient_is_wanted(how, reduction):
 def test_the_users_matmul_precision_is_left_alone(setting):
     code = f"""
 import torch, threading, harmonic_triton as ht
-from harmonic_triton._numerics import full_fp32
+from harmonic_triton._common.precision import full_fp32
 def state():
     out = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision,
            torch.backends.cuda.matmul.allow_fp16_accumulation]

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from harmonic_triton._streams import Streams
-from harmonic_triton.losses import classification_loss, regression_loss
-from harmonic_triton.sgld import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
+from harmonic_triton.losskernel.sampling.rng import Streams
+from harmonic_triton.losskernel.sampling.sampler import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
 
 N, FEATURES = 200, 8
 
@@ -224,8 +224,8 @@ def test_two_gloo_processes_draw_what_one_does(tmp_path):
         import sys, torch
         sys.path.insert(0, "tests")
         from test_sgld import classes, network, settings
-        from harmonic_triton.losses import classification_loss
-        from harmonic_triton.sgld import sample_losses
+        from harmonic_triton.losskernel.per_sample_losses import classification_loss
+        from harmonic_triton.losskernel.sampling.sampler import sample_losses
         torch.set_num_threads(1)
         rank = int(sys.argv[1])
         torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -584,7 +584,7 @@ def test_every_kind_of_data_gives_the_same_draws(monkeypatch):
     as_dict = {"x": data[0], "y": data[1]}
     by_name = lambda model, batch: classification_loss(model, (batch["x"], batch["y"]))
     assert torch.equal(draws(model, by_name, as_dict, as_dict, config), expected)
-    monkeypatch.setattr("harmonic_triton._data.HELD", 100)  # too large to hold: read at each use
+    monkeypatch.setattr("harmonic_triton.losskernel.sampling.data.HELD", 100)  # too large to hold: read at each use
     assert torch.equal(draws(model, classification_loss, Pairs(data), Pairs(data), config), expected)
 
 

@@ -18,9 +18,9 @@ import torch
 
 import harmonic_triton as ht
 from benchmarks import autotune, static_cost
-from harmonic_triton import _strategy
+from harmonic_triton.fused import strategy as strategies
 
-configs = pytest.importorskip("harmonic_triton._triton.configs")  # needs triton
+configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")  # needs triton
 
 ROOT = Path(__file__).parent.parent
 PARKED = 8  # bytes of stack: ptxas parks one register for the whole program, one store and one load outside the loops
@@ -82,10 +82,10 @@ def test_products_compile_for_other_amd_gpus():
     """CONFIGS knows one of them; what it asks of the products must not be a speciality of gfx942."""
     program = """if True:
         from benchmarks import static_cost
-        from harmonic_triton._triton.configs import CONFIGS
+        from harmonic_triton.fused.triton.tile_configs import CONFIGS
         for arch in ("gfx90a", "gfx950"):
             static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
-            switches = {"DOT": False, "MOMENTS": False, "SMOOTHING": False, "KEEP": False}
+            switches = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, "STORE_SCORES": False}
             cost = static_cost.run_job(("forward_kernel", switches, "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -130,7 +130,7 @@ def test_coefficients_may_replace_the_scores_they_come_from():
         function, products = static_cost.kernels()["gradient_kernel"]
         for arch, target in static_cost.TARGETS.items():
             for dot in (False, True):
-                switches = {"DOT": dot, "SMOOTHING": True, "KEPT": True}
+                switches = {"DOT": dot, "SMOOTHING": True, "STORED": True}
                 launch = static_cost.launch_of("gradient_kernel", function, products, switches, "bf16", arch)
                 source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
                 code = triton.compile(source, target=GPUTarget(*target), options=launch.options).asm["ttgir"]
@@ -178,7 +178,7 @@ def test_tuned_configuration_computes_the_same(tiles, strategy):
 
     def gradients():
         leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
-        with _strategy.force(strategy):
+        with strategies.force(strategy):
             return torch.autograd.grad(ht.linear_harmonic_loss(*leaves, target, backend="triton"), leaves)
 
     want = gradients()
@@ -204,7 +204,7 @@ def test_the_sweep_rejects_what_spills_or_does_not_fit():
     """The stored configuration passes; a tile of 128 x 256 spills; six stages of 128 x 128 x 64 exceed shared memory."""
     program = """if True:
         from benchmarks import autotune
-        from harmonic_triton._triton.configs import CONFIGS, TileConfig
+        from harmonic_triton.fused.triton.tile_configs import CONFIGS, TileConfig
         for config in (CONFIGS["sm90", 2], TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 128, 8, 6)):
             print(autotune.rejection(config, "bf16", "sm90"))"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -239,7 +239,7 @@ KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.i
 def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, harmonic, monkeypatch):
     """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
 
-    Learnable n (MOMENTS) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's).
+    Learnable n (WANT_SCORES) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's).
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     kernels, seen = static_cost.kernels(), set()
@@ -272,7 +272,7 @@ def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothi
     x, w = (torch.randn(rows, 32, generator=generator).to(DTYPES[dtype]).requires_grad_() for rows in (5, 7))
     n = torch.tensor(3.0, requires_grad=True)
     target = torch.randint(7, (5,), generator=generator)
-    with _strategy.force(strategy):
+    with strategies.force(strategy):
         if harmonic:
             loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
         else:

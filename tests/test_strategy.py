@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import harmonic_triton as ht
-from harmonic_triton import _ops, _strategy
-from harmonic_triton._numerics import Rows, mixed_nll
+from harmonic_triton import _ops
+from harmonic_triton._common.precision import Rows, mixed_nll
+from harmonic_triton.fused import strategy as strategies
 
-_triton = pytest.importorskip("harmonic_triton._triton")
+_triton = pytest.importorskip("harmonic_triton.fused.triton.backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.triton
 SHAPE = (37, 67, 70)  # more tokens than a tile of 32, two tiles of classes, multiples of nothing
@@ -104,7 +105,7 @@ def call(dtype=torch.bfloat16, strategy="chunks", function=ht.linear_harmonic_lo
     if function is ht.linear_harmonic_loss:
         options["n"] = torch.tensor(7.0, device=DEVICE, requires_grad=True)
         leaves.append(options["n"])
-    with _strategy.force(strategy):
+    with strategies.force(strategy):
         loss = function(x, w, target.to(DEVICE), backend="triton", **options)
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
@@ -138,7 +139,7 @@ def test_only_what_is_asked_for(wanted):
     x, w, target, _ = inputs(37, 64, 70, torch.float32, "near")
     leaves = {"x": x.to(DEVICE), "w": w.to(DEVICE), "n": torch.tensor(7.0, device=DEVICE)}
     leaves[wanted].requires_grad_()
-    with _strategy.force("chunks"):
+    with strategies.force("chunks"):
         loss = ht.linear_harmonic_loss(
             leaves["x"], leaves["w"], target.to(DEVICE), n=leaves["n"], backend="triton", memory_budget=BUDGET
         )
@@ -154,7 +155,7 @@ def test_no_token_counts(function):
         x = torch.randn(tokens, 64, device=DEVICE, requires_grad=True)
         w = torch.randn(9, 64, device=DEVICE, requires_grad=True)
         target = torch.full((tokens,), -100, device=DEVICE)
-        with _strategy.force("chunks"):
+        with strategies.force("chunks"):
             loss = function(x, w, target, backend="triton")
         grads = torch.autograd.grad(loss, (x, w))
         assert loss == 0
@@ -283,7 +284,7 @@ def test_captured_in_a_cuda_graph(harmonic):
 
 def chosen(tokens, width, classes, dtype=torch.bfloat16, budget=2**31):
     x, w = (torch.empty(rows, width, dtype=dtype, device="meta") for rows in (tokens, classes))
-    return "chunks" if _strategy.gradients_in_forward("triton", x, w, budget) else "recompute"
+    return "chunks" if strategies.gradients_in_forward("triton", x, w, budget) else "recompute"
 
 
 @pytest.mark.parametrize(("shape", "options", "wanted"), [
@@ -317,13 +318,13 @@ def test_choice_is_traced(dynamic):
 
 def test_torch_always_forms_gradients_in_forward():
     x = torch.empty(4, 8)
-    assert _strategy.gradients_in_forward("torch", x, x, 1)
+    assert strategies.gradients_in_forward("torch", x, x, 1)
 
 
 def test_force_is_undone_and_checked():
-    with pytest.raises(ValueError, match="'fast'"), _strategy.force("fast"):
+    with pytest.raises(ValueError, match="'fast'"), strategies.force("fast"):
         pass
-    with _strategy.force("chunks"), _strategy.force("recompute"):
+    with strategies.force("chunks"), strategies.force("recompute"):
         assert chosen(8192, 768, 50257) == "recompute"
     assert chosen(512, 768, 50257) == "recompute"
     assert chosen(8192, 768, 50257) == "chunks"
@@ -338,7 +339,7 @@ def test_the_strategy_is_what_runs(strategy, expected, monkeypatch):
     class Launched:
         def __getitem__(self, grid):
             def launch(*args, **constants):
-                seen.add(constants["KEPT"])
+                seen.add(constants["STORED"])
                 return kernel[grid](*args, **constants)
 
             return launch
@@ -348,7 +349,7 @@ def test_the_strategy_is_what_runs(strategy, expected, monkeypatch):
     assert seen == expected
     seen.clear()
     x, w, target, _ = (tensor.to(DEVICE) for tensor in inputs(37, 64, 70, torch.float32, "near"))
-    with _strategy.force(strategy):
+    with strategies.force(strategy):
         ht.linear_harmonic_loss(x, w, target, backend="triton")
     assert not seen
 

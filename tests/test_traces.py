@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from harmonic_triton import _checkpoint, _neighbors
-from harmonic_triton.loss_kernel import LossKernel
-from harmonic_triton.traces import LossTraces
+from harmonic_triton.losskernel import checkpoint
+from harmonic_triton.losskernel.kernel import LossKernel
+from harmonic_triton.losskernel.traces import neighbors
+from harmonic_triton.losskernel.traces.traces import LossTraces
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -197,17 +198,17 @@ def test_keys_order_as_scores_do_and_equal_scores_by_index():
     """Whatever the sign; a zero has none."""
     scores = torch.tensor([1.0, 0.5, 0.5, 1e-40, -0.0, 0.0, -1e-40, -0.5, -1.0, -math.inf])
     indices = torch.tensor([9, 2, 3, 1, 0, 2**31 - 1, 0, 7, 1, 0])
-    keys = _neighbors.pack(scores, indices)
+    keys = neighbors.pack(scores, indices)
     assert torch.equal(keys, keys.sort(descending=True).values) and len(keys.unique()) == len(keys)
-    assert torch.equal(_neighbors.unpack_score(keys), scores) and torch.equal(_neighbors.unpack_index(keys), indices)
+    assert torch.equal(neighbors.unpack_score(keys), scores) and torch.equal(neighbors.unpack_index(keys), indices)
 
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
     """Both, over several tiles: m = 150 is a multiple of none."""
-    monkeypatch.setitem(_neighbors.PANEL, "cpu", 32)
-    monkeypatch.setattr(_neighbors, "ROW_PANEL", 64)
-    monkeypatch.setattr(_neighbors, "FINISH", 40)
+    monkeypatch.setitem(neighbors.PANEL, "cpu", 32)
+    monkeypatch.setattr(neighbors, "ROW_PANEL", 64)
+    monkeypatch.setattr(neighbors, "FINISH", 40)
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param
@@ -265,14 +266,14 @@ def test_rows_are_what_they_are_among_all(backend, monkeypatch):
         part = traces.neighbors(6, labels, rows=rows)
         assert torch.equal(part.indices, whole.indices[rows.start : rows.stop])
         assert torch.equal(part.distances, whole.distances[rows.start : rows.stop])
-    monkeypatch.setitem(_neighbors.PANEL, "cpu", 1024)
-    monkeypatch.setattr(_neighbors, "ROW_PANEL", 2**15)
+    monkeypatch.setitem(neighbors.PANEL, "cpu", 1024)
+    monkeypatch.setattr(neighbors, "ROW_PANEL", 2**15)
     assert all(map(torch.equal, traces.neighbors(6, labels), whole))
 
 
 def test_backends_agree_bitwise_on_mapped_and_drifted_traces(backend, tmp_path, monkeypatch):
     """Tiles only propose: the distances are the same fp64 differences. A column panel at a time where it is mapped."""
-    monkeypatch.setattr(_neighbors, "COLUMN_BYTES", 40 * 2 * 40)
+    monkeypatch.setattr(neighbors, "COLUMN_BYTES", 40 * 2 * 40)
     losses = small()
     losses[1:] += 5 * losses.std(0)
     want = filled(losses, 1, backend="torch").neighbors(5)
@@ -334,7 +335,7 @@ def test_umap_takes_the_neighbors():
 
 MEMORY = """if True:
     import json, resource, sys, time, torch
-    from harmonic_triton.traces import LossTraces
+    from harmonic_triton.losskernel.traces.traces import LossTraces
     samples, draws, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     generator = torch.Generator().manual_seed(0)
     traces = LossTraces(samples, path=path)
@@ -648,7 +649,7 @@ def test_directories_of_others_are_refused(tmp_path):
     os.truncate(tmp_path / "a" / "draws.bin", 1000)
     with pytest.raises(ValueError, match="is damaged"):
         LossTraces.open(tmp_path / "a")
-    _checkpoint.save(tmp_path / "a" / "state.pt", {}, "the state of loss traces, format 99")
+    checkpoint.save(tmp_path / "a" / "state.pt", {}, "the state of loss traces, format 99")
     with pytest.raises(ValueError, match="format 99, not the state of loss traces, format 2"):
         LossTraces.open(tmp_path / "a")
 
@@ -676,7 +677,7 @@ COMPILE = """if True:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from benchmarks.static_cost import MATRIX, TARGETS, _numbers, _resource_usage
-    from harmonic_triton._triton.neighbors import CONFIGS, neighbors_kernel as kernel
+    from harmonic_triton.losskernel.traces.neighbors_triton import CONFIGS, neighbors_kernel as kernel
     kinds = {"row_ptr": None, "col_ptr": None, "keys_ptr": "i64", "row_label_ptr": "i32", "col_label_ptr": "i32"}
     for arch, (dtype, size), (labels, width) in itertools.product(TARGETS, {"bf16": 2, "fp32": 4}.items(), ((0, 8), (1, 64))):
         config = CONFIGS[arch, size]
@@ -710,7 +711,6 @@ def test_the_kernel_compiles_for_every_architecture():
     """No spills, shared memory within limits, bf16 products on matrix units; fp32 ones not (tf32) on NVIDIA's."""
     pytest.importorskip("triton")
     static_cost = pytest.importorskip("benchmarks.static_cost")
-    from harmonic_triton._triton import neighbors
 
     assert {arch for arch, _ in neighbors.CONFIGS} == {*static_cost.TARGETS, "interpreter"}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -792,9 +792,9 @@ def everything(losses, backend):
             traces.mean(),
         ]
         found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
-        problem = _neighbors.Problem(traces._stored(), *traces._moments(), None)
+        problem = neighbors.Problem(traces._stored(), *traces._moments(), None)
         if backend == "torch":
-            found.append(_neighbors._torch_keys(problem, 9, range(150), None))
+            found.append(neighbors._torch_keys(problem, 9, range(150), None))
     return found
 
 
@@ -817,7 +817,6 @@ def test_what_surrounds_a_call_changes_nothing(surrounding, backend):
 @pytest.mark.parametrize("how", ["column-major", "every second", "sliced", "expanded"])
 def test_the_triton_search_takes_traces_of_any_stride(how):
     """Samples apart in memory, or rows that end before the memory does: what is not there must not be read."""
-    from harmonic_triton._triton import neighbors
 
     base = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     given = {
@@ -834,10 +833,10 @@ def test_the_triton_search_takes_traces_of_any_stride(how):
     mean = values.double().mean(0) * scale * math.sqrt(40)
     scores = (scores - torch.outer(mean, mean)).fill_diagonal_(-math.inf)
     apart = lambda vector: torch.stack([vector, torch.full_like(vector, 7)], 1)[:, 0]
-    keys = _neighbors.empty_keys(64, neighbors.width_of(9), torch.device("cpu"))
+    keys = neighbors.empty_keys(64, neighbors.width_of(9), torch.device("cpu"))
     labels = apart(torch.arange(64, dtype=torch.int32) // 2)
     neighbors.take(keys, given, given, 0, 0, apart(scale.float()), apart(mean.float()), labels)
     forbidden = labels[:, None] == labels
-    found = _neighbors.unpack_score(keys).sort(1, descending=True).values[:, :5]
+    found = neighbors.unpack_score(keys).sort(1, descending=True).values[:, :5]
     expected = scores.masked_fill(forbidden, -math.inf).topk(5).values.float()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

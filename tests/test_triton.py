@@ -12,11 +12,12 @@ import torch
 from oracle import oracle
 
 import harmonic_triton as ht
-from harmonic_triton import _strategy, reference
+from harmonic_triton import reference
+from harmonic_triton.fused import strategy as strategies
 
-_triton = pytest.importorskip("harmonic_triton._triton")
+_triton = pytest.importorskip("harmonic_triton.fused.triton.backend")
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
-exp2_minus_1 = pytest.importorskip("harmonic_triton._triton.tile").exp2_minus_1
+exp2_minus_1 = pytest.importorskip("harmonic_triton.fused.triton.tile").exp2_minus_1
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -159,7 +160,7 @@ def test_rows_that_are_not_aligned(strategy, shape, how, dtype):
     results = []
     for change in (under, lambda tensor: torch.nn.functional.pad(tensor, (0, -width % 16))):
         leaves = [change(tensor).detach().requires_grad_() for tensor in (x, w)]
-        with _strategy.force(strategy):
+        with strategies.force(strategy):
             loss = ht.linear_harmonic_loss(*leaves, target, n=n, reduction="sum", backend="triton")
             token_losses = ht.linear_harmonic_loss(*leaves, target, n=n, reduction="none", backend="triton")
         dx, dw = torch.autograd.grad(0.7 * loss, leaves)
@@ -212,7 +213,7 @@ def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
     def run():
         options = {"backend": "triton", "label_smoothing": 0.1, "memory_budget": budget,
                    "reduction": "sum" if strategy == "chunks" else "none"}  # fmt: skip
-        with _strategy.force(strategy):
+        with strategies.force(strategy):
             if harmonic:
                 loss = ht.linear_harmonic_loss(*leaves, target, n=room[3], **options)
             else:
@@ -235,7 +236,7 @@ def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
 def test_the_pass_over_stored_scores_has_a_launchable_number_of_warps(block_v):
     """Whatever a tuned file holds: 1 to 16, a power of two; the stored configurations keep theirs."""
     config = _triton.configs.TileConfig(64, block_v, 32, 4, 1)
-    warps = _triton.configs.kept_tile(config)["num_warps"]
+    warps = _triton.configs.stored_tile(config)["num_warps"]
     assert 1 <= warps <= 16
     assert warps & (warps - 1) == 0
     assert block_v not in (16, 64, 128) or warps == block_v // 16
@@ -250,7 +251,7 @@ def test_narrow_tuned_tiles_compute_the_same(monkeypatch):
     gradient = Recorded(_triton.backward.gradient_kernel)
     monkeypatch.setattr(_triton.backward, "gradient_kernel", gradient)
     leaf = x.clone().requires_grad_()
-    with _strategy.force("chunks"):
+    with strategies.force("chunks"):
         loss = ht.linear_harmonic_loss(leaf, w, target, reduction="sum", backend="triton")
     assert [constants["num_warps"] for constants in gradient.constants] == [1]
     torch.testing.assert_close(loss.detach(), wanted, rtol=1e-6, atol=0.0)

@@ -8,11 +8,11 @@ import torch
 from test_sgld import N, classes, regression
 from torch import nn
 
-from harmonic_triton import tuning
-from harmonic_triton.estimators import autocorrelation_time, gelman_rubin
-from harmonic_triton.losses import classification_loss, regression_loss
-from harmonic_triton.sgld import Sampler
-from harmonic_triton.tuning import CLOSE, LONGEST, SHARE_OF_BOUND, tune
+from harmonic_triton.losskernel.estimators import autocorrelation_time, gelman_rubin
+from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
+from harmonic_triton.losskernel.sampling import tuning
+from harmonic_triton.losskernel.sampling.sampler import Sampler
+from harmonic_triton.losskernel.sampling.tuning import CLOSE, LONGEST, SHARE_OF_BOUND, tune
 
 
 def exact_excess(model, x, config):

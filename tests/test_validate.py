@@ -10,9 +10,9 @@ import torch
 
 import harmonic_triton as ht
 from harmonic_triton import _ops
-from harmonic_triton._dispatch import resolve, unsupported_reasons
-from harmonic_triton.losses import classification_loss
-from harmonic_triton.sgld import Sampler
+from harmonic_triton._common.dispatch import resolve, unsupported_reasons
+from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.losskernel.sampling.sampler import Sampler
 
 X, W, TARGET = torch.randn(6, 12), torch.randn(9, 12), torch.tensor([0, 3, 4, 8, 1, 2])
 NESTED = torch.nested.nested_tensor([[1.0, 2.0], [3.0]], layout=torch.jagged)

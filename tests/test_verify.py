@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from harmonic_triton import reference, verify
+from harmonic_triton import reference
+from harmonic_triton.tools import verify
 
 CPU = torch.device("cpu")
 

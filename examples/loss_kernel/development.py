@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from matplotlib import pyplot as plt
 
-from harmonic_triton import estimators
-from harmonic_triton.loss_kernel import loss_kernel
-from harmonic_triton.losses import classification_loss
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.kernel import loss_kernel
+from harmonic_triton.losskernel.per_sample_losses import classification_loss
 
 from . import figures, modular
 from .arithmetic import TASKS, accuracy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmonic_triton.sgld import SGLDConfig, stability_bound
+from harmonic_triton.losskernel.sampling.sampler import SGLDConfig, stability_bound
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmonic_triton import estimators
-from harmonic_triton.loss_kernel import LossKernel, loss_kernel
-from harmonic_triton.losses import classification_loss
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.per_sample_losses import classification_loss
 
 from . import figures
 from .classifiers import fit, perceptron

@@ -11,9 +11,9 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from harmonic_triton import estimators
-from harmonic_triton.loss_kernel import LossKernel, loss_kernel
-from harmonic_triton.losses import classification_loss
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.per_sample_losses import classification_loss
 
 from . import figures
 from .arithmetic import TASKS, Pairs, Transformer, accuracy, all_pairs, split, train

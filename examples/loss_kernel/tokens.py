@@ -18,9 +18,9 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from examples.train_gpt.config import LOSSES
-from harmonic_triton import estimators
-from harmonic_triton.kernel_cli import group_correlation, write_groups, write_neighbors
-from harmonic_triton.loss_kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.cli import group_correlation, write_groups, write_neighbors
+from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
 
 from . import figures, gpt
 from .experiment import Clock, Settings, step_size

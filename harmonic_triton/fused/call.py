@@ -1,0 +1,190 @@
+"""A call of one of the two losses, in four steps: check, prepare, run, reduce."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmonic_triton import reference
+from harmonic_triton._common import validate
+from harmonic_triton._common.dispatch import resolve
+from harmonic_triton._common.precision import compute_dtype
+from harmonic_triton._common.transforms import requires_grad
+from harmonic_triton.fused import ops, strategy
+from harmonic_triton.fused.options import Options
+from harmonic_triton.fused.problem import Operands, Problem, Wanted
+from harmonic_triton.fused.results import TokenResults, TokenWeights, token_losses
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked call: flat operands, the weights of every token, what is to be computed, and the caller's shape."""
+
+    operands: Operands
+    weights: TokenWeights
+    problem: Problem
+    wanted: Wanted
+    backend: str  # with "reference", which takes the options themselves
+    options: Options
+    shape: torch.Size  # of target
+    shift: int
+
+
+def loss_and_statistics(
+    input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, *, harmonic: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and, where asked for, the fields of its statistics."""
+    input, linear_weight = _check(input, linear_weight, target, options)
+    prepared = _prepare(input, linear_weight, target, options, harmonic)
+    losses, statistics = _run_reference(prepared) if prepared.backend == "reference" else _run_fused(prepared)
+    return _reduce(prepared, losses, statistics)
+
+
+def _check(input: Tensor, linear_weight: Tensor, target: Tensor, options: Options) -> list[Tensor]:
+    """Raise for whatever a look at types, shapes and devices can tell; returns the operands as autocast wants them."""
+    validate.tensors(input=input, linear_weight=linear_weight, target=target)
+    input, linear_weight = autocast(input, linear_weight)
+    validate.features(input, linear_weight)
+    validate.labels(input, target, validate.offset(options.shift))
+    validate.exponent(options.n)
+    validate.eps(options.eps)
+    validate.between("uniform_mix", options.uniform_mix, 0.0, validate.FP32_LIMIT)
+    validate.between("z_loss", options.z_loss, 0.0, validate.FP32_LIMIT)
+    validate.between("label_smoothing", options.label_smoothing, 0.0, 1.0)
+    validate.class_weight(options.class_weight, linear_weight)
+    validate.integer("ignore_index", options.ignore_index)
+    validate.flag("return_stats", options.return_stats)
+    validate.flag("deterministic", options.deterministic, none=True)
+    validate.reduction(options.reduction, options.num_items)
+    validate.budget(options.memory_budget)
+    if options.process_group is not None:
+        raise ValueError(
+            "process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first"
+        )
+    return [input, linear_weight]
+
+
+def _prepare(
+    input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool
+) -> Prepared:
+    """Flatten, shift, choose the backend, and weigh the tokens."""
+    mixed = bool(options.uniform_mix and options.label_smoothing)
+    backend = resolve(options.backend, input.device, input.dtype, mixed_smoothing=mixed)
+    dtype, shift = compute_dtype(input.dtype), validate.offset(options.shift)
+    labels = target.long()
+    if shift:
+        labels = F.pad(labels[..., shift:], (0, shift), value=options.ignore_index)
+    if isinstance(options.num_items, Tensor):
+        options = replace(options, num_items=ops.positive(options.num_items, "num_items must be finite and > 0"))
+    n = exponent_tensor(options.n, input.shape[-1], input.device, dtype) if harmonic else None
+    x, w, class_weight = input.reshape(-1, input.shape[-1]), linear_weight, options.class_weight
+    if backend != "reference":
+        x, w, n, class_weight = ops.without_tangents(x, w, n, class_weight)
+    smooth_weight = None
+    if options.label_smoothing:
+        smooth_weight = (x.new_ones(len(w)) if class_weight is None else class_weight).to(dtype) / len(w)
+    operands = Operands(x, w, labels.reshape(-1), n, smooth_weight)
+    wanted = Wanted(*(t is not None and torch.is_grad_enabled() and requires_grad(t) for t in (x, w, n)))
+    problem = Problem(
+        float(options.eps), float(options.uniform_mix), options.ignore_index, options.return_stats or wanted.n,
+        backend, options.memory_budget or 0,
+    )  # fmt: skip
+    weights = _token_weights(operands.target, class_weight, options, dtype)
+    return Prepared(operands, weights, problem, wanted, backend, options, target.shape, shift)
+
+
+def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options, dtype: torch.dtype) -> TokenWeights:
+    valid = (target != options.ignore_index).to(dtype)
+    token = valid
+    if class_weight is not None:
+        token = valid * class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)]
+    divisor: float | Tensor = 1.0
+    if options.num_items is not None:
+        items = options.num_items
+        divisor = items.to(valid.device, dtype) if isinstance(items, Tensor) else items
+    elif options.reduction == "mean":
+        total = token.sum()
+        divisor = torch.where(total == 0, 1.0, total)
+    smoothing = options.label_smoothing
+    smooth = valid * smoothing / divisor if smoothing else None
+    log_sum = valid * options.z_loss / divisor if options.z_loss else None
+    return TokenWeights(token * (1 - smoothing) / divisor, smooth, log_sum)
+
+
+def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss by a backend: gradients in the forward pass where that is possible and pays, else from the results."""
+    operands, problem, wanted = call.operands, call.problem, call.wanted
+    reduced = call.options.reduction != "none"
+    if reduced and any(wanted) and strategy.gradients_in_forward(problem, operands):
+        loss, _, _, _, *fields = ops.ForwardBackwardFunction.apply(*operands, *call.weights, *problem, *wanted)
+        results = TokenResults._make(fields)
+    else:
+        run = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
+        results = TokenResults._make(run(*operands, *problem))
+        loss = token_losses(results, call.weights, problem.mix, len(operands.w))
+        loss = loss.sum() if reduced else loss
+    return loss, _statistics(results, operands, problem.ignore_index) if call.options.return_stats else ()
+
+
+def _run_reference(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss by the dense fp64 form."""
+    x, w, target, n, _ = call.operands
+    eps, ignore_index, options = call.problem.eps, call.problem.ignore_index, call.options
+    ops.check_values(target, len(w), ignore_index, n)
+    target, bad = ops.inside(target, len(w), ignore_index)
+    common: dict[str, Any] = {
+        "class_weight": options.class_weight, "ignore_index": ignore_index, "reduction": options.reduction,
+        "num_items": options.num_items, "label_smoothing": options.label_smoothing,
+    }  # fmt: skip
+    if n is None:
+        loss = reference.linear_cross_entropy(x, w, target, z_loss=options.z_loss, **common)
+    else:
+        loss = reference.linear_harmonic_loss(
+            x, w, target, n=n, eps=eps, uniform_mix=options.uniform_mix, **common
+        )
+    statistics = reference.statistics(x, w, target, n, eps, ignore_index) if options.return_stats else ()
+    loss = loss.masked_fill(bad if options.reduction == "none" else bad.any(), math.nan)
+    return loss.to(compute_dtype(x.dtype)), statistics
+
+
+def _reduce(call: Prepared, loss: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What there is for every token in the caller's shape; sums are already sums."""
+
+    def shaped(values: Tensor) -> Tensor:
+        values = values.reshape(call.shape)
+        return values[..., : -call.shift] if call.shift else values
+
+    return shaped(loss) if call.options.reduction == "none" else loss, tuple(map(shaped, statistics))
+
+
+def _statistics(results: TokenResults, operands: Operands, ignore_index: int) -> tuple[Tensor, ...]:
+    """The fields of ``HarmonicStats`` or ``CrossEntropyStats``."""
+    results, labels = TokenResults(*(field.detach() for field in results)), operands.target
+    valid = labels != ignore_index
+    first = torch.where(results.rival_score == 0, torch.minimum(results.rival, labels), results.rival)
+    predicted = torch.where(results.rival_score < 0, labels, first)  # a NaN score predicts the rival
+    entropy = torch.where(valid, results.entropy, 0.0)
+    shown = torch.where(valid, predicted, ignore_index)
+    target_ref = results.target_ref if operands.n is None else results.target_ref.sqrt()
+    return entropy, shown, valid & (predicted == labels), target_ref, -results.nll
+
+
+def exponent_tensor(n: float | Tensor | None, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The harmonic exponent as a 0-d tensor where the kernels read it; a given tensor keeps its gradient and shape."""
+    if isinstance(n, Tensor):
+        return n.reshape(()).to(device, dtype)
+    return torch.full((), math.sqrt(width) if n is None else float(n), device=device, dtype=dtype)
+
+
+def autocast(*values: Tensor) -> list[Tensor]:
+    """Cast as F.linear would inside torch.autocast; float64 is left alone."""
+    device = values[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(values)
+    dtype = torch.get_autocast_dtype(device)
+    return [v.to(dtype) if v.is_floating_point() and v.dtype != torch.float64 else v for v in values]

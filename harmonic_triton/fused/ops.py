@@ -1,0 +1,363 @@
+"""Registered operators with their fakes and vmap rules, and the autograd Functions around them.
+
+Imports torch only; a backend is imported when an operator runs on it. Their arguments are the parts of
+``fused.problem``, laid one after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from harmonic_triton._common.precision import compute_dtype
+from harmonic_triton._common.transforms import forward_mode
+from harmonic_triton.fused.problem import Backend, Operands, Problem, Wanted, schema, unpack
+from harmonic_triton.fused.results import (
+    DIFFERENTIABLE,
+    TokenResults,
+    TokenWeights,
+    Upstream,
+    exponent_gradient,
+    token_losses,
+    upstream_of,
+)
+
+_LIBRARY = torch.library.Library("harmonic_triton", "FRAGMENT")
+_RESULTS = ", ".join(f"Tensor {name}" for name in TokenResults._fields)
+_LIBRARY.define("positive(Tensor value, str what) -> Tensor")
+
+_BACKENDS = {"torch": "harmonic_triton.fused.pytorch.backend", "triton": "harmonic_triton.fused.triton.backend"}
+
+
+def backend_module(name: str) -> Backend:
+    """The module behind a fast backend; Triton is imported here and nowhere else."""
+    return cast(Backend, importlib.import_module(_BACKENDS[name]))
+
+
+def known(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Which targets are classes or to be ignored."""
+    return ((target >= 0) & (target < classes)) | (target == ignore_index)
+
+
+def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor | None) -> None:
+    """The checks that need values: at once on the CPU, by a device-side assert on a GPU."""
+    ok = known(target, classes, ignore_index)
+    if target.device.type == "cpu":
+        if not bool(ok.all()):
+            worst = target[~ok][0].item()
+            raise ValueError(
+                f"target holds {worst}, outside 0 ... {classes - 1} (linear_weight has {classes} rows);"
+                f" mark tokens to skip with ignore_index={ignore_index}"
+            )
+    else:
+        torch._assert_async(ok.all(), "harmonic_triton: target out of range")
+    if n is not None:
+        check_exponent(n)
+
+
+def check_exponent(n: Tensor) -> None:
+    """n > 0 and finite: at once on the CPU, by a device-side assert on a GPU."""
+    good = (n > 0) & n.isfinite()
+    if n.device.type == "cpu":
+        if not bool(good):
+            raise ValueError(f"n must be a finite harmonic exponent > 0, got {n.item()}")
+    else:
+        torch._assert_async(good, "harmonic_triton: n must be finite and > 0")
+
+
+def _positive(value: Tensor, what: str) -> Tensor:
+    good = (value > 0) & value.isfinite()
+    if value.device.type != "cpu":
+        torch._assert_async(good.all(), f"harmonic_triton: {what}")
+    elif not bool(good.all()):
+        raise ValueError(f"{what}, got {value[~good].flatten()[0].item()}")
+    return value.clone()
+
+
+def positive(value: Tensor, what: str) -> Tensor:
+    """The value, if it is positive and finite: otherwise a ValueError on the CPU, a device-side assert on a GPU.
+
+    It is an operator so that ``vmap`` and ``torch.compile`` check as well. ``what`` names it and says what it must be.
+    """
+    checked = torch.ops.harmonic_triton.positive(value.detach(), what)
+    return torch.where(checked > 0, value, 0)  # the value with its derivatives; no compiler can drop the check
+
+
+_LIBRARY.impl("positive", _positive, "CompositeExplicitAutograd")
+torch.library.register_fake("harmonic_triton::positive", lambda value, what: torch.empty_like(value), lib=_LIBRARY)
+torch.library.register_vmap(
+    "harmonic_triton::positive",
+    lambda info, in_dims, value, what: (torch.ops.harmonic_triton.positive(value, what), in_dims[0]),
+    lib=_LIBRARY,
+)
+
+
+def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autograd, and without autocast, which would round the operands of every product inside.
+
+    Vectors arrive dense and, as numbers do, on a boundary of 16 bytes, whatever their strides were: a kernel reads one
+    entry after the other, and is compiled once more for every other alignment.
+    """
+
+    @functools.wraps(run)
+    def body(x: Tensor, *args: Any) -> Any:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return run(x, *(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args))
+
+    return body
+
+
+def _dense(vector: Tensor) -> Tensor:
+    vector = vector.contiguous()
+    return vector.clone() if vector.data_ptr() % 16 else vector
+
+
+def inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Targets that can index, and which were bad: a device whose assert does nothing (ROCm's) goes on with them."""
+    bad = ~known(target, classes, ignore_index)
+    return target.masked_fill(bad, 0), bad
+
+
+def _checked(operands: Operands, ignore_index: int) -> tuple[Operands, Tensor]:
+    target, bad = inside(operands.target, len(operands.w), ignore_index)
+    return operands._replace(target=target), bad
+
+
+_FORWARD = (Operands, Problem)
+_BACKWARD = (Operands, TokenResults, Upstream, Problem, Wanted)
+_FORWARD_BACKWARD = (Operands, TokenWeights, Problem, Wanted)
+_RETURNS = {
+    "forward": (_FORWARD, _RESULTS),
+    "backward": (_BACKWARD, "Tensor dx, Tensor dw"),
+    "forward_backward": (_FORWARD_BACKWARD, f"Tensor loss, Tensor dx, Tensor dw, Tensor dn, {_RESULTS}"),
+}
+
+
+@_plainly
+def _forward(*flat: Any) -> tuple[Tensor, ...]:
+    operands, problem = unpack(flat, *_FORWARD)
+    check_values(operands.target, len(operands.w), problem.ignore_index, operands.n)
+    operands, bad = _checked(operands, problem.ignore_index)
+    results = backend_module(problem.backend).forward(operands, problem)
+    results.nll.masked_fill_(bad, math.nan)
+    return tuple(results)
+
+
+@_plainly
+def _backward(*flat: Any) -> tuple[Tensor, Tensor]:
+    operands, results, upstream, problem, wanted = unpack(flat, *_BACKWARD)
+    operands, _ = _checked(operands, problem.ignore_index)
+    return backend_module(problem.backend).backward(operands, results, upstream, problem, wanted)
+
+
+@_plainly
+def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
+    operands, weights, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
+    check_values(operands.target, len(operands.w), problem.ignore_index, operands.n)
+    operands, bad = _checked(operands, problem.ignore_index)
+    results, dx, dw = backend_module(problem.backend).forward_backward(operands, weights, problem, wanted)
+    results.nll.masked_fill_(bad, math.nan)
+    dtype, classes = results.nll.dtype, len(operands.w)
+    exact = TokenResults._make(field.double() if field.is_floating_point() else field for field in results)
+    exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
+    loss = token_losses(exact, exact_weights, problem.mix, classes)
+    dn = results.nll.new_zeros(())
+    if wanted.n and operands.n is not None:
+        dn = exponent_gradient(results, operands.n, upstream_of(results, weights, problem.mix, classes)).to(dtype)
+    return loss.sum().to(dtype), dx, dw, dn, *results
+
+
+def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    operands, problem = unpack(flat, *_FORWARD)
+    like = operands.x.new_empty((), dtype=compute_dtype(operands.x.dtype))
+    return tuple(TokenResults.zeros(operands.x.shape[0], like, problem.want_scores, operands.smoothing))
+
+
+def _backward_fake(*flat: Any) -> tuple[Tensor, Tensor]:
+    operands, *_, wanted = unpack(flat, *_BACKWARD)
+    x, w = operands.x, operands.w
+    return x.new_empty(x.shape if wanted.x else (0,)), w.new_empty(w.shape if wanted.w else (0,))
+
+
+def _forward_backward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    operands, _, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
+    results = _forward_fake(*operands, *problem)
+    new, x, w = results[0].new_empty, operands.x, operands.w
+    return new(()), new(x.shape if wanted.x else (0,)), new(w.shape if wanted.w else (0,)), new(()), *results
+
+
+def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The vmap rule: run the operator for each member of the batch and stack what it returns."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        calls = [
+            operator(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        out = tuple(torch.stack(results) for results in zip(*calls, strict=True))
+        return out, (0,) * len(out)
+
+    return rule
+
+
+for _name, _run, _fake in (
+    ("forward", _forward, _forward_fake),
+    ("backward", _backward, _backward_fake),
+    ("forward_backward", _forward_backward, _forward_backward_fake),
+):
+    _parts, _returned = _RETURNS[_name]
+    _LIBRARY.define(f"{_name}({schema(*_parts)}) -> ({_returned})")
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
+    _operator = getattr(torch.ops.harmonic_triton, _name).default
+    torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_operator), lib=_LIBRARY)
+
+
+def forward(operands: Operands, problem: Problem) -> TokenResults:
+    """Per-token results without gradients."""
+    return TokenResults._make(torch.ops.harmonic_triton.forward(*operands, *problem))
+
+
+NO_TANGENT = (
+    "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual tensors);"
+    ' use jacrev or grad, or backend="reference" (dense, fp64), which has one'
+)
+
+
+class _NoTangent(torch.autograd.Function):
+    """Passes its tensor through; a tangent that it carries is an error instead of being dropped."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:  # type: ignore[override]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], tensor: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return _NoTangent.apply(tensor), in_dims[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError(NO_TANGENT)
+
+
+def without_tangents(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same tensors; in forward mode an error for one with a tangent, which the operators would not see."""
+    if not forward_mode():
+        return tensors
+    if torch.compiler.is_compiling():  # dynamo would drop the check; without fullgraph it goes back to eager from here
+        raise NotImplementedError(NO_TANGENT)
+    return tuple(None if tensor is None else _NoTangent.apply(tensor) for tensor in tensors)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Passes gradients through; differentiating them again is an error instead of a silent zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dx, dw, dn, x, w, n, g, g_smooth, g_ref):  # type: ignore[no-untyped-def]  # no *args: dynamo counts parameters
+        return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(
+            "harmonic_triton: the gradient of a fused loss cannot be differentiated again;"
+            ' use backend="reference" (dense, fp64) for second derivatives'
+        )
+
+
+def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
+    """What ``backward`` of a Function returns whose ``count`` arguments begin with the operands."""
+    given = Operands(dx if need.x else None, dw if need.w else None, None, dn if need.n else None, None)  # type: ignore[arg-type]
+    return *given, *(None,) * (count - len(given))
+
+
+def _needed(ctx: Any) -> Wanted:
+    needs = Operands(*ctx.needs_input_grad[: len(Operands._fields)])
+    return Wanted(needs.x, needs.w, needs.n)  # type: ignore[arg-type]
+
+
+class ForwardFunction(torch.autograd.Function):
+    """Per-token results of which ``DIFFERENTIABLE`` have gradients; the distances are computed again in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*flat):  # type: ignore[no-untyped-def]
+        return torch.ops.harmonic_triton.forward(*flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        operands, ctx.problem = unpack(inputs, *_FORWARD)
+        ctx.mark_non_differentiable(
+            *(field for name, field in zip(TokenResults._fields, output, strict=True) if name not in DIFFERENTIABLE)
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*operands, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[no-untyped-def, override]
+        operands, results = unpack(ctx.saved_tensors, Operands, TokenResults)
+        (given,), (x, w), need = unpack(gradients, TokenResults), operands[:2], _needed(ctx)
+        nll = torch.zeros_like(results.nll) if given.nll is None else given.nll
+        smooth = None
+        if operands.smoothing:
+            smooth = torch.zeros_like(nll) if given.smooth is None else given.smooth
+        upstream = Upstream(nll, smooth, given.target_ref)
+        dx, dw = x.new_zeros(0), w.new_zeros(0)
+        if need.x or need.w:
+            dx, dw = torch.ops.harmonic_triton.backward(*operands, *results, *upstream, *ctx.problem, *need)
+        dn = results.nll.new_zeros(())
+        if need.n:
+            dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
+        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, operands.n, *upstream)
+        return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, need)
+
+
+class ForwardBackwardFunction(torch.autograd.Function):
+    """A weighted sum of token losses whose gradients are formed in the forward pass: three products, not four."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*flat):  # type: ignore[no-untyped-def]
+        return torch.ops.harmonic_triton.forward_backward(*flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros the size of dW for the outputs without gradient
+        operands, *_ = unpack(inputs, Operands)
+        ctx.arguments = len(inputs)
+        ctx.save_for_backward(operands.x, operands.w, operands.n, *output[1:4])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
+        if g is None:
+            return (None,) * ctx.arguments
+        x, w, n, *saved = ctx.saved_tensors
+        need = _needed(ctx)
+        if any(wanted and d.shape != like.shape for wanted, d, like in zip(need, saved, (x, w), strict=False)):
+            raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
+        dx, dw, dn = (d * g for d in saved)
+        dx, dw = dx.to(x.dtype), dw.to(w.dtype)
+        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g, None, None)
+        return _slots(ctx.arguments, dx, dw, dn, need)

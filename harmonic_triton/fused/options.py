@@ -1,0 +1,127 @@
+"""The options of the losses: names, types and defaults. Functions, modules and type checkers have them from here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, TypedDict, get_type_hints
+
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+BackendName = Literal["auto", "triton", "torch", "reference"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of both losses, as a call was given them; the functions' docstrings say what each does."""
+
+    n: float | Tensor | None = None
+    eps: float = 0.0
+    uniform_mix: float = 0.0
+    z_loss: float = 0.0
+    class_weight: Tensor | None = None
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    num_items: float | Tensor | None = None
+    label_smoothing: float = 0.0
+    shift: bool | int = False
+    return_stats: bool = False
+    process_group: object | None = None
+    backend: BackendName = "auto"
+    deterministic: bool | None = None
+    memory_budget: int | None = None
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments that both losses take; ``return_stats`` beside them decides the type of the result."""
+
+    class_weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    num_items: float | Tensor | None
+    label_smoothing: float
+    shift: bool | int
+    process_group: object | None
+    backend: BackendName
+    deterministic: bool | None
+    memory_budget: int | None
+
+
+class HeadLossOptions(LossOptions, total=False):
+    """Those of the harmonic loss that a head, which has n and eps itself, is given for training."""
+
+    uniform_mix: float
+
+
+class HarmonicOptions(HeadLossOptions, total=False):
+    """The keyword arguments of the harmonic loss."""
+
+    n: float | Tensor | None
+    eps: float
+
+
+class HeadOptions(HeadLossOptions, total=False):
+    """What a head keeps for its losses."""
+
+    return_stats: bool
+
+
+class ModuleOptions(HarmonicOptions, total=False):
+    """What a loss module keeps."""
+
+    return_stats: bool
+
+
+class CrossEntropyOptions(LossOptions, total=False):
+    """The keyword arguments of cross-entropy."""
+
+    z_loss: float
+
+
+def names(options: type, *more: str) -> tuple[str, ...]:
+    """The names of a TypedDict of options in the order of :class:`Options`, and some more."""
+    known = {*get_type_hints(options), *more}
+    return tuple(field.name for field in fields(Options) if field.name in known)
+
+
+HARMONIC = names(ModuleOptions)
+HEAD = names(HeadOptions)
+CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats")
+
+
+def signature(function: Any, allowed: tuple[str, ...]) -> inspect.Signature:
+    """What ``help`` shows: the function's own signature with the options in place of ``**options``."""
+    own = inspect.signature(function)
+    keywords = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Options)
+        if f.name in allowed and f.default is not MISSING
+    ]
+    plain = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    return own.replace(parameters=[*plain, *keywords])
+
+
+def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> Options:
+    """The options of a call.
+
+    Raises:
+        TypeError: ``owner`` has no such option; the message lists those that it has.
+    """
+    check_names(owner, given, allowed)
+    return Options(**given)
+
+
+def check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) -> None:
+    """Raise a TypeError for the first name that is not allowed, with those that are."""
+    for name in given:
+        if name not in allowed:
+            reason = _ABSENT.get(name, "")
+            raise TypeError(f"{owner} has no option {name!r}{reason}; it takes {', '.join(allowed)}")
+
+
+_ABSENT = {
+    "z_loss": " (HarMax has no logits whose scale could drift: a common factor of all distances changes nothing)",
+    "bias": " (distances have none: a class vector that is moved does what a bias would)",
+}

@@ -1,0 +1,89 @@
+"""What travels from a call down to a backend, written once: schemas, packing and gradient slots follow from it."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream
+
+
+class Operands(NamedTuple):
+    """The tensors of a call."""
+
+    x: Tensor  # (N, D)
+    w: Tensor  # (V, D)
+    target: Tensor  # (N,) int64
+    n: Tensor | None  # () harmonic exponent; None: cross-entropy, whose scores are dot products
+    smooth_weight: Tensor | None  # (V,) v_j of the smoothing term
+
+    @property
+    def smoothing(self) -> bool:
+        """Whether there is a smoothing term."""
+        return self.smooth_weight is not None
+
+
+class Problem(NamedTuple):
+    """What is to be computed of them."""
+
+    eps: float  # added to every squared distance
+    mix: float  # alpha of the mix with a uniform distribution
+    ignore_index: int
+    want_scores: bool  # the sums behind entropy and the exponent's gradient
+    backend: str  # "torch" or "triton"
+    budget: int  # bytes of scratch, 0 leaves them to the backend
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    w: bool
+    n: bool
+
+
+class Backend(Protocol):
+    """A module that computes both losses. It returns per-token results and dX and dW, empty where not asked for.
+
+    Target and rival are measured directly and kept out of the products; tokens that are ignored or have no upstream
+    gradient contribute nothing. What follows from the results alone (losses, the exponent's gradient) is not its business.
+    """
+
+    def forward(self, operands: Operands, problem: Problem) -> TokenResults:
+        """Per-token results; O(N + V) memory beside the scratch."""
+
+    def backward(
+        self, operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
+    ) -> tuple[Tensor, Tensor]:
+        """dX and dW in the operands' dtype, the products computed again."""
+
+    def forward_backward(
+        self, operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
+    ) -> tuple[TokenResults, Tensor, Tensor]:
+        """Results, dX and dW of the weighted sum of the losses in one pass, dX and dW in the compute dtype: a gradient
+        scaler's factor comes before the rounding to 16 bits."""
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str",
+}  # fmt: skip
+
+
+def schema(*parts: type) -> str:
+    """The arguments of an operator that takes these parts one after the other."""
+    return ", ".join(
+        f"{_SCHEMA_TYPES[kind]} {part.__name__.lower()}_{name}"
+        for part in parts
+        for name, kind in typing.get_type_hints(part).items()
+    )
+
+
+def unpack(flat: tuple[Any, ...], *parts: Any) -> list[Any]:
+    """The parts that were laid one after the other into ``flat``."""
+    out, at = [], 0
+    for part in parts:
+        out.append(part(*flat[at : at + len(part._fields)]))
+        at += len(part._fields)
+    return out

@@ -1,0 +1,254 @@
+"""Backward kernels: token coefficients, a slice of the class coefficients A, and the finish of dX and dW.
+
+A of a slice of classes is the only N x V-like array, and only that slice of it is ever held. The two products with it
+are the library's; target and rival are outside of them, in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from harmonic_triton.fused.triton.tile import (
+    LOG2E,
+    NEAREST_SHARE,
+    NEAREST_SQ,
+    base_of,
+    exp2_minus_1,
+    gap_tile,
+    log_scores,
+    narrow,
+    scores_from_stored,
+    target_sq_of,
+    tile_terms,
+)
+
+
+@triton.jit
+def coefficient_kernel(
+    target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, norms_ptr, n_ptr, smooth_weight_ptr, smooth_sum_ptr,
+    g_ptr, g_smooth_ptr, g_score_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
+    p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr, log_norm_ptr,  # out (N,)
+    far_ptr,  # out (N,) int8
+    N, eps, DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCORED: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + ratio_j) for the classes in the products.
+
+    log2 p_j is the log-score relative to the reference less ``log_norm``.
+    ``a_target`` and ``a_rival`` multiply x - w_c and x - w_r; ``r_part`` is the rival's share of the r-form row sum.
+    With SCALED (fp16) a power of two keeps A in range; ``unscale`` undoes it.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    target = tl.load(target_ptr + rows, mask=inside, other=-1)
+    valid = target >= 0
+    rival = tl.load(rival_ptr + rows, mask=valid, other=0)
+    rival_score = tl.load(rival_score_ptr + rows, mask=valid, other=float("-inf")).to(tl.float64)
+    nll = tl.load(nll_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+    g = tl.load(g_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+    no_rival = rival_score == float("-inf")
+    others = tl.where(nll < 1e-3, nll * (1.0 - nll * (0.5 - nll * (1.0 / 6 - nll / 24))), 1.0 - tl.exp2(-nll * LOG2E))
+    rival_p = tl.exp2((rival_score - nll) * LOG2E)
+    g_p = g
+    g_others = g * others
+    g_rival = g * rival_p
+    g_v = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    log_norm = nll * LOG2E
+    if SMOOTHING:
+        g_v = tl.load(g_smooth_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+        mass = tl.load(smooth_sum_ptr).to(tl.float64)
+        v_c = tl.load(smooth_weight_ptr + target, mask=valid, other=0.0).to(tl.float64)
+        v_r = tl.load(smooth_weight_ptr + rival, mask=valid, other=0.0).to(tl.float64)
+        g_p = g + g_v * mass
+        g_others = g_p * others - g_v * (mass - v_c)
+        g_rival = g_p * rival_p - g_v * v_r
+    if SCORED:  # something depends on x.w_c itself
+        g_others -= tl.load(g_score_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+    if DOT:  # A = -G: no distance, and x appears in dW no_rival
+        factor = tl.where(valid, 1.0, 0.0).to(tl.float64)
+        on_target = factor
+        nearer = factor
+        a_rival = tl.where(valid & (no_rival == 0), -g_rival, 0.0)
+        r_part = 0.0 * factor
+        far = valid
+    else:
+        target_ref = tl.load(target_ref_ptr + rows, mask=valid, other=1.0)
+        x_sq = tl.load(x_sq_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+        scale = tl.load(scale_ptr + rows, mask=valid, other=1.0)
+        n = tl.load(n_ptr).to(tl.float64)
+        s_c = target_sq_of(target_ref, x_sq, eps)
+        by_target = scale == s_c.to(tl.float32)
+        scale = tl.where(by_target, s_c, scale.to(tl.float64))
+        log_norm -= base_of(s_c, scale, 0.5 * n)
+        s_r = tl.where(no_rival, s_c, s_c * tl.exp2(tl.where(no_rival, 0.0, rival_score) * (-2.0 * LOG2E) / n))
+        nearer = tl.maximum(scale / s_r, 1e-30)
+        norm_c = tl.load(norms_ptr + target, mask=valid, other=0.0)
+        norm_r = tl.load(norms_ptr + rival, mask=valid, other=0.0)
+        no_gradient = (target_ref + eps == 0.0) | (valid == 0)
+        floored = s_r <= 1.0001 * ((x_sq + norm_r) * NEAREST_SHARE + NEAREST_SQ)
+        skip_rival = no_gradient | floored | no_rival
+        factor = tl.where(no_gradient, 0.0, n / scale)
+        on_target = tl.where(no_gradient, 0.0, n / s_c)
+        a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
+        r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
+        far = (s_c > norm_c) & (s_r > norm_r) & by_target
+    unscale = tl.full((BLOCK_N,), 1.0, dtype=tl.float64)
+    if SCALED:
+        # No class in the products has a larger A than the rival's bound; leave 5 bits of room below fp16's maximum.
+        bound = factor * (tl.abs(g_p) * rival_p + tl.abs(g_v)) * nearer
+        power = tl.floor(tl.log2(tl.maximum(bound, 1e-300))) - 10.0
+        least = tl.log2(tl.maximum(factor * (tl.abs(g_p) + tl.abs(g_v)), 1e-300)) - 110.0  # p_coef must be finite
+        power = tl.maximum(tl.maximum(power, tl.floor(least)), -100.0)
+        unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(power, 120.0)), 1.0)
+    tl.store(p_coef_ptr + rows, (factor * g_p / unscale).to(tl.float32), mask=inside)
+    tl.store(v_coef_ptr + rows, (factor * g_v / unscale).to(tl.float32), mask=inside)
+    tl.store(a_target_ptr + rows, (on_target * g_others).to(tl.float32), mask=inside)
+    tl.store(a_rival_ptr + rows, a_rival.to(tl.float32), mask=inside)
+    tl.store(r_part_ptr + rows, r_part.to(tl.float32), mask=inside)
+    tl.store(unscale_ptr + rows, unscale.to(tl.float32), mask=inside)
+    tl.store(log_norm_ptr + rows, log_norm.to(tl.float32), mask=inside)
+    tl.store(far_ptr + rows, far.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, w_ptr, norms_ptr, target_ptr, shift_ptr, scale_ptr, x_sq_ptr, n_ptr, smooth_weight_ptr,
+    rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr, log_norm_ptr,  # in (N,)
+    stored_ptr, tile_best_ptr,  # with STORED in (N, WIDTH), (tiles, N)
+    a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
+    N, V, D, first, width, stride_an,  # the slice is classes first ... first + width
+    stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, SMOOTHING: tl.constexpr, STORED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr, FAST_LOG: tl.constexpr,
+):  # fmt: skip
+    """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding.
+
+    DOT: A = -G and no sums: dX has no term in x, dW none in w. STORED: from the log-scores that the forward pass stored,
+    and in their place; without it the products are computed again.
+    """
+    row_tile = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = first + local
+    inside = rows < N
+    target = tl.load(target_ptr + rows, mask=inside, other=-1)
+    valid = target >= 0
+    shift = tl.load(shift_ptr + rows, mask=valid, other=0.0)
+    inverse, floor, half_n = shift, shift, 0.5
+    if not DOT:
+        inverse, floor = tile_terms(
+            tl.load(scale_ptr + rows, mask=valid, other=1.0), tl.load(x_sq_ptr + rows, mask=valid, other=0.0)
+        )
+        half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
+    here = inside[:, None] & (local < width)[None, :]
+    if STORED:
+        stored = tl.load(stored_ptr + rows[:, None] * stride_an + local[None, :], mask=here, other=0.0).to(tl.float32)
+        best = tl.load(tile_best_ptr + tile.to(tl.int64) * N + rows, mask=valid, other=0.0)
+        score, shrink = scores_from_stored(stored, best, half_n, DOT)
+    else:
+        gap = gap_tile(
+            x_ptr, w_ptr, norms_ptr, rows, valid, cols, V, shift, inverse, floor,
+            D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
+        )  # fmt: skip
+        score = log_scores(gap, half_n, DOT, FAST_LOG)
+    log_norm = tl.load(log_norm_ptr + rows, mask=valid, other=0.0)
+    rival = tl.load(rival_ptr + rows, mask=valid, other=-1)
+    p_coef = tl.load(p_coef_ptr + rows, mask=valid, other=0.0)
+    log_p = tl.minimum(score - log_norm[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    slope = p_coef[:, None] * tl.exp2(log_p)
+    if SMOOTHING:
+        v = tl.load(smooth_weight_ptr + cols, mask=cols < V, other=0.0)
+        slope -= tl.load(v_coef_ptr + rows, mask=valid, other=0.0)[:, None] * v[None, :]
+    counted = valid[:, None] & (local < width)[None, :]
+    counted = counted & (cols[None, :] != target.to(tl.int32)[:, None])
+    counted = counted & (cols[None, :] != rival.to(tl.int32)[:, None])
+    if STORED and not DOT:
+        slope = tl.where(counted, slope, 0.0)
+        a = slope * tl.exp2(shrink)
+    else:
+        a = tl.where(counted, slope if DOT else slope / (1.0 + gap), 0.0)
+    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST), mask=here)
+    if not DOT:
+        if a_ptr.dtype.element_ty == tl.float16:  # nothing else is scaled
+            unscale = tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
+            a *= unscale
+            slope *= unscale
+        tiles = tl.num_programs(1)
+        tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
+        tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
+        if STORED:  # a gap = slope (1 - 1/(1 + gap))
+            weighted = -slope * exp2_minus_1(shrink, stored_ptr.dtype.element_ty != tl.float32)
+        else:
+            weighted = tl.where(counted, a * gap, 0.0)
+        tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, tl.sum(weighted, 1), mask=inside)
+
+
+@triton.jit
+def finish_x_kernel(
+    x_ptr, w_ptr, target_ptr, rival_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, far_ptr, unscale_ptr,
+    row_sums_ptr, product_ptr, dx_ptr,  # (2, N), (N, D) fp32, out (N, D)
+    N, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form.
+
+    DOT: no term in x.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    valid = target >= 0
+    rival = tl.load(rival_ptr + rows, mask=valid, other=0)
+    inside = valid[:, None] & (features < D)[None, :]
+    w_c = tl.load(w_ptr + target[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
+    w_r = tl.load(w_ptr + rival[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
+    a_c = tl.load(a_target_ptr + rows, mask=valid, other=0.0)
+    a_r = tl.load(a_rival_ptr + rows, mask=valid, other=0.0)
+    product = tl.load(product_ptr + rows[:, None] * D + features[None, :], mask=inside, other=0.0)
+    dx = product * tl.load(unscale_ptr + rows, mask=valid, other=1.0)[:, None]
+    near_x = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    if not DOT:
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd, mask=inside, other=0.0)
+        x = x.to(tl.float32)
+        far = tl.load(far_ptr + rows, mask=valid, other=0) != 0
+        plain = tl.load(row_sums_ptr + rows, mask=valid, other=0.0)
+        r_form = tl.load(row_sums_ptr + N + rows, mask=valid, other=0.0)
+        on_x = tl.where(far, tl.load(r_part_ptr + rows, mask=valid, other=0.0) + r_form, -plain)
+        near_x = tl.where(far[:, None], near_x, x)
+        dx += on_x[:, None] * x
+    dx += a_c[:, None] * (near_x - w_c.to(tl.float32))
+    dx += tl.where(a_r == 0.0, 0.0, a_r)[:, None] * (near_x - w_r.to(tl.float32))
+    all_ = (rows < N)[:, None] & (features < D)[None, :]
+    tl.store(dx_ptr + rows[:, None] * D + features[None, :], narrow(dx, dx_ptr.dtype.element_ty, UPCAST), mask=all_)
+
+
+@triton.jit
+def finish_w_kernel(
+    x_ptr, w_ptr, product_ptr, column_sums_ptr,  # (N, D), (V, D), (width, D) fp32, (width,)
+    starts_ptr, tokens_ptr, coefficients_ptr,  # (V + 1,), (2N,), (2N,): tokens of each class, in a fixed order
+    dw_ptr,  # out (V, D)
+    product_scale_ptr,  # () what the product was multiplied by
+    D, first, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j. DOT: no w_j."""
+    local = tl.program_id(0).to(tl.int64)
+    j = first + local
+    features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = features < D
+    dw = tl.load(product_ptr + local * D + features, mask=inside, other=0.0) / tl.load(product_scale_ptr)
+    w = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if not DOT:
+        w = tl.load(w_ptr + j * stride_wv + features * stride_wd, mask=inside, other=0.0).to(tl.float32)
+        dw -= tl.load(column_sums_ptr + local) * w
+    begin = tl.load(starts_ptr + j)
+    end = tl.load(starts_ptr + j + 1)
+    direct = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        entries = start + tl.arange(0, BLOCK_N)
+        token = tl.load(tokens_ptr + entries, mask=entries < end, other=0)
+        a = tl.load(coefficients_ptr + entries, mask=entries < end, other=0.0)
+        used = (a != 0.0)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + token[:, None] * stride_xn + features[None, :] * stride_xd, mask=used, other=0.0)
+        direct += tl.sum(tl.where(used, a[:, None] * (x.to(tl.float32) - w[None, :]), 0.0), 0)
+    tl.store(dw_ptr + j * D + features, narrow(dw - direct, dw_ptr.dtype.element_ty, UPCAST), mask=inside)

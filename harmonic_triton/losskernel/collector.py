@@ -1,0 +1,305 @@
+"""From a sampler's draws to sums or traces: whole chains, checkpoints, and the ranks' shares brought together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils.data import ConcatDataset, IterableDataset
+
+from harmonic_triton._common.files import Claim
+from harmonic_triton.losskernel import checkpoint
+from harmonic_triton.losskernel.chain_record import ChainRecord
+from harmonic_triton.losskernel.covariance.streaming import LARGEST, StreamingCovariance
+from harmonic_triton.losskernel.sampling.progress import Progress
+from harmonic_triton.losskernel.sampling.sampler import Draws, Sampler
+from harmonic_triton.losskernel.traces.traces import LossTraces
+
+KIND = "the checkpoint of a loss kernel"
+DENSE = 4096  # samples up to which m x m is held whatever the number of draws
+
+
+class QueryCovariance:
+    """Cov(ℓ_i, φ_q) of m samples with q queries from whole chains: sums about each chain's own mean, in fp64."""
+
+    def __init__(self, num_chains: int, num_samples: int, num_queries: int) -> None:
+        self.within = torch.zeros(num_samples, num_queries, dtype=torch.float64)
+        self.counts = torch.zeros(num_chains, dtype=torch.int64)
+        self.sample_means = torch.zeros(num_chains, num_samples, dtype=torch.float64)
+        self.query_means = torch.zeros(num_chains, num_queries, dtype=torch.float64)
+
+    def update(self, chain: int, losses: Tensor, queries: Tensor) -> None:
+        """Enter a whole chain: losses (T, m), queries (T, q)."""
+        losses, queries = losses.double().cpu(), queries.double().cpu()
+        self.counts[chain] = len(losses)
+        self.sample_means[chain], self.query_means[chain] = losses.mean(0), queries.mean(0)
+        self.within += (losses - losses.mean(0)).T @ (queries - queries.mean(0))
+
+    def compute(self, within_chain: bool) -> Tensor:
+        """(m, q) fp64 covariance, pooled over the chains or within them."""
+        used = self.counts > 0
+        counts = self.counts[used].double()
+        if within_chain:
+            return self.within / (counts - 1).sum()
+        weights = counts[:, None] / counts.sum()
+        samples, queries = self.sample_means[used], self.query_means[used]
+        between = (samples - (weights * samples).sum(0)).T @ (counts[:, None] * (queries - (weights * queries).sum(0)))
+        return (self.within + between) / (counts.sum() - 1)
+
+    def merge(self, other: QueryCovariance) -> None:
+        """Add what another entered, of other chains."""
+        for name, values in vars(other).items():
+            getattr(self, name).add_(values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> QueryCovariance:
+        new = cls.__new__(cls)
+        vars(new).update(state)
+        return new
+
+
+class Collector:
+    """Takes draws as a sampler yields them and enters whole chains into the accumulator, in the order they end.
+
+    A chain's draws wait until it has ended, T m floats for every chain that runs at the time: one that ends non-finite
+    has died, and none of its draws is entered, not even those on its way there. So the kernel is that of the other
+    chains alone, and does not depend on how chains were grouped. Single non-finite draws of a living chain are left out.
+    """
+
+    def __init__(
+        self,
+        num_chains: int,
+        num_draws: int,
+        initial_losses: Tensor,  # (m,)
+        num_read: int,  # m and the queries behind
+        keep: str,
+        device: torch.device | str,
+        backend: str,
+        path: Path | None,
+        dtype: torch.dtype = torch.bfloat16,
+        run: str | None = None,
+    ) -> None:
+        self.num_samples = len(initial_losses)
+        self.record = ChainRecord(num_chains, num_draws, initial_losses)
+        queries = num_read - self.num_samples
+        self.queries = QueryCovariance(num_chains, self.num_samples, queries) if queries else None
+        self.accumulator: StreamingCovariance | LossTraces
+        if chosen(keep, self.num_samples, num_chains * num_draws) == "covariance":
+            self.accumulator = StreamingCovariance(self.num_samples, device=device, backend=backend)
+        else:
+            self.accumulator = LossTraces(
+                self.num_samples, path=path, dtype=dtype, device=device, backend=backend, run=run
+            )
+        self.pending: dict[int, list[Tensor]] = {}
+
+    def update(self, draws: Draws) -> None:
+        """Enter draws (k, m + q)."""
+        finite = (draws.losses.abs() < LARGEST).all(1)
+        samples = draws.losses[:, : self.num_samples]
+        self.record.update(draws.chain.cpu(), draws.draw.cpu(), samples, draws.train_loss, finite)
+        for losses, chain, alive in zip(draws.losses, draws.chain.tolist(), finite.tolist(), strict=True):
+            waiting = self.pending.setdefault(chain, [])
+            if alive:
+                waiting.append(losses.clone())
+        for chain in list(self.pending):
+            if self.record.read[chain].all():
+                self._enter(chain)
+
+    def _enter(self, chain: int) -> None:
+        waiting = self.pending.pop(chain)
+        if self.record.died(chain) is not None:
+            return
+        losses = torch.stack(waiting)
+        self.accumulator.update(losses[:, : self.num_samples], chain=chain)
+        if self.queries is not None:
+            self.queries.update(chain, losses[:, : self.num_samples], losses[:, self.num_samples :])
+
+    def begin(self) -> None:
+        """Drop draws that lie in the directory of traces and that no checkpoint vouches for."""
+        if isinstance(self.accumulator, LossTraces) and self.accumulator.count:
+            self.accumulator.reset()
+
+    def close(self) -> None:
+        """Let others write to the directory of traces."""
+        if isinstance(self.accumulator, LossTraces):
+            self.accumulator.close()
+
+    def check(self) -> None:
+        """There is a kernel: two draws or more.
+
+        Raises:
+            ValueError: every chain died, or there is one draw.
+        """
+        if self.accumulator.count < 2:
+            deaths = ", ".join(f"chain {chain} at draw {draw}" for chain, draw in self.record.dead.items())
+            raise ValueError(
+                f"{self.accumulator.count} draws are left, a covariance needs two"
+                + (f"; died: {deaths}. Take a smaller step size or a larger localization" if deaths else "")
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "accumulator": self.accumulator.state_dict(),
+            "record": self.record.state_dict(),
+            "queries": None if self.queries is None else self.queries.state_dict(),
+            "pending": {chain: torch.stack(rows) if rows else None for chain, rows in self.pending.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.accumulator.load_state_dict(state["accumulator"])
+        self.record.load_state_dict(state["record"])
+        if state["queries"] is not None:
+            self.queries = QueryCovariance.from_state_dict(state["queries"])
+        device = self.accumulator.device
+        self.pending = {
+            chain: [] if rows is None else list(rows.to(device)) for chain, rows in state["pending"].items()
+        }
+
+
+def chosen(keep: str, num_samples: int, num_draws: int) -> str:
+    """What ``keep`` means: m x m pays while m is no larger than the number of draws, or small."""
+    if keep not in ("covariance", "traces", "auto"):
+        raise ValueError(f"keep must be 'covariance', 'traces' or 'auto', got {keep!r}")
+    if keep != "auto":
+        return keep
+    return "covariance" if num_samples <= max(num_draws, DENSE) else "traces"
+
+
+class Stored:
+    """The checkpoint of one process's share of a run, ``directory/kernel-RANK.pt``, and the right to write it.
+
+    Args:
+        directory: None keeps nothing.
+        fingerprint: what the run's numbers depend on.
+
+    Attributes:
+        run: a hash of the fingerprint, the traces' ``run``; state: the last checkpoint, None without one.
+
+    Raises:
+        ValueError: the checkpoint is of another run, which is told in what, or damaged. InUseError: another process or
+            thread is at this run.
+    """
+
+    def __init__(self, directory: Path | None, fingerprint: dict[str, str]) -> None:
+        self.fingerprint = fingerprint
+        self.run = hashlib.blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=12).hexdigest()
+        self.path = None if directory is None else directory / f"kernel-{processes()[0]}.pt"
+        self.state: dict[str, Any] | None = None
+        self._claim = None if self.path is None else Claim(self.path.with_suffix(".lock"))
+        if self.path is not None and self.path.exists():
+            try:
+                self.state = checkpoint.load(
+                    self.path, KIND, "remove it to start this run over, or take a new directory"
+                )
+                checkpoint.check_fingerprint(self.state["fingerprint"], fingerprint)
+            except BaseException:
+                self.close()
+                raise
+
+    def save(self, sampler: Sampler, collector: Collector) -> None:
+        """Write the present state, in place of the former."""
+        if self.path is not None:
+            parts = {"sampler": sampler.state_dict(), "collector": collector.state_dict()}
+            checkpoint.save(self.path, {"fingerprint": self.fingerprint, **parts}, KIND)
+
+    def close(self) -> None:
+        """Let others go on with the run."""
+        if self._claim is not None:
+            self._claim.release()
+
+
+def collect(sampler: Sampler, collector: Collector, stored: Stored, seconds: float, progress: bool) -> None:
+    """Run the sampler to its end into the collector, from the last checkpoint on."""
+    if stored.state is None:
+        collector.begin()
+    else:
+        sampler.load_state_dict(stored.state["sampler"])
+        collector.load_state_dict(stored.state["collector"])
+        stored.state = None
+    bar = Progress(sampler) if progress else None
+    saved = time.monotonic()
+    try:
+        for draws in sampler.run():
+            collector.update(draws)
+            if bar is not None:
+                bar.update(draws.losses)
+            if time.monotonic() - saved >= seconds or not sampler.remaining:
+                stored.save(sampler, collector)
+                saved = time.monotonic()
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def gather(
+    collector: Collector, rank: int, world: int, directory: Path | None, dtype: torch.dtype, run: str
+) -> None:
+    """Every rank's chains in each rank's collector."""
+    every: list[Any] = [None] * world
+    torch.distributed.all_gather_object(every, (collector.record, collector.queries))
+    for other, (record, queries) in enumerate(every):
+        if other != rank:
+            collector.record.merge(record)
+            if collector.queries is not None:
+                collector.queries.merge(queries)
+    if isinstance(collector.accumulator, StreamingCovariance):
+        collector.accumulator.all_reduce()
+        return
+    mine, path = collector.accumulator, directory and directory / f"traces-of-all-{rank}"
+    union = LossTraces(mine.num_samples, path=path, dtype=dtype, device=mine.device, backend=mine.backend, run=run)
+    if union.count:  # of an earlier end of this run
+        union.reset()
+    counts = torch.zeros(collector.record.num_chains, dtype=torch.int64, device=mine.device)
+    for chain, count in mine.chain_counts.items():
+        counts[chain] = count
+    torch.distributed.all_reduce(counts)
+    for chain, count in enumerate(counts.tolist()):
+        if not count:
+            continue
+        losses = torch.empty(count, mine.num_samples, dtype=torch.float64, device=mine.device)
+        if chain % world == rank:
+            losses.copy_(mine.draws(mine.chains == chain)).add_(mine.reference)
+        torch.distributed.broadcast(losses, src=chain % world)
+        union.update(losses, chain=chain)
+    mine.close()
+    collector.accumulator = union
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number of processes) of torch.distributed; (0, 1) without."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def joined(first: Any, second: Any) -> Any:
+    """The samples of two data sets, one after the other.
+
+    Raises:
+        TypeError: they are not of one form.
+    """
+    columns = (Tensor, tuple, dict)
+    if isinstance(first, columns) and isinstance(second, columns):
+        if tree_flatten(first)[1] == tree_flatten(second)[1]:
+            return tree_map(lambda a, b: torch.cat([a, b]), first, second)
+    elif not isinstance(first, (*columns, IterableDataset)) and not isinstance(second, (*columns, IterableDataset)):
+        return ConcatDataset([first, second])
+    raise TypeError(
+        "query_data must have the form of eval_data (tensors alike, or map-style datasets), got"
+        f" {type(second).__name__} for {type(first).__name__}"
+    )
+
+
+def num_samples(data: Any) -> int:
+    """Samples of tensors or of a dataset."""
+    return len(tree_leaves(data)[0] if isinstance(data, (Tensor, tuple, dict)) else data)

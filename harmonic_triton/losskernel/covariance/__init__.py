@@ -1,0 +1,1 @@
+"""The (m, m) covariance of losses, accumulated draw by draw."""

@@ -1,0 +1,1 @@
+"""Localised SGLD around trained weights."""

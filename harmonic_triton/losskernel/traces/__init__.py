@@ -1,0 +1,1 @@
+"""Losses kept draw by draw, where (m, m) would not fit."""

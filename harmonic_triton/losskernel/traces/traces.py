@@ -1,0 +1,550 @@
+"""The factor form of the loss kernel: the draws themselves, and what can be asked of their covariance without forming it.
+
+Notation: m samples, T draws of their losses; K = cov(losses) over draws, rho its correlation (*The loss kernel*, section 2).
+For m >> T the T x m traces are smaller than the m x m matrix and hold as much.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from harmonic_triton._common import validate
+from harmonic_triton._common.dispatch import resolve
+from harmonic_triton._common.precision import exact_products
+from harmonic_triton.losskernel.traces import neighbors
+from harmonic_triton.losskernel.traces.store import MEND, FileStore, MemoryStore, State, read_state
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
+LARGEST_LOSS = 2.0**52  # from there on a draw is as dead as one that is not finite, as in StreamingCovariance
+CHUNK = 2**24  # values converted at a time
+SMALLEST_SUM = 1e-70  # of squares about a mean: below it a sample is constant, since fp32 cannot hold its scale
+NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
+
+Samples = slice | Sequence[int] | Tensor
+
+
+class Neighbors(NamedTuple):
+    """The nearest samples, nearest first; where there are fewer than k, index -1 at an infinite distance."""
+
+    indices: Tensor  # (rows, k) int64
+    distances: Tensor  # (rows, k) fp32, sqrt(2(1 - rho))
+
+
+class LossTraces:
+    """Draws of m per-sample losses, less a constant reference, in memory or memory-mapped.
+
+    The reference is the mean of the first batch of draws, in fp64. Stored are the shifted losses in ``dtype``. bfloat16
+    moves correlations by about 2.4e-3/sqrt(T) in the root mean square, below Monte-Carlo noise; single ones by a few 1e-4
+    for bell-shaped losses, by 1e-3 to 3e-3 where a few draws hold most of a sample's variance (log-normal losses), and
+    by 2^-7 at most. float32 moves none by more than 5e-6: take it where single correlations matter. ``mean`` and
+    ``variance`` come from fp64 sums of the losses before rounding, so they hold even where the traces have drifted too
+    far from the reference to be stored well (which is warned of); everything else comes from the stored values and is
+    consistent in itself: every block of the covariance belongs to one positive semi-definite matrix, and rho_ii = 1. A
+    spread below 1e-35/sqrt(T) counts as none, and rho is 0.
+
+    Example::
+
+        traces = ht.LossTraces(m, path="runs/traces")   # continues where the directory ends
+        for losses in draws:                            # (k, m)
+            traces.update(losses, chain=0)
+        indices, distances = traces.neighbors(15, exclude_same=labels)
+
+    Args:
+        num_samples: m.
+        path: directory to keep the draws in (``draws.bin``, ``state.pt``, ``lock``); opened again where it already holds
+            some. Every update is on the disk when it returns (a few milliseconds: better many draws at a time), and a
+            process killed at any moment leaves the last complete one. Checksums are kept of everything; they are
+            compared when draws are first read or gone on from, and damage raises. One object may write, from its first
+            update to :meth:`close` or its end; others may read what was there when they were opened. None keeps the draws
+            on ``device``.
+        dtype: torch.bfloat16 or torch.float32.
+        device: of the computations, and of the draws without ``path``; None is the CPU.
+        backend: of ``neighbors``: "auto", "triton" or "torch". Only "auto" falls back.
+        capacity: number of draws to reserve room for; more can follow.
+        run: what the draws are of, in a word that no other run has. It is kept in ``path``, and a directory of another
+            run is refused. None takes any.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or ``path`` holds traces of another shape, dtype, format or run, or
+            files that are not as they were written; the message says which and what to do.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        capacity: int = 0,
+        run: str | None = None,
+    ) -> None:
+        validate.integer("num_samples", num_samples, 1)
+        validate.integer("capacity", capacity, 0)
+        if dtype == torch.float16:
+            raise ValueError(
+                "dtype=torch.float16 holds nothing above 65504 and little below 6e-5: heavy-tailed losses overflow"
+                " and small spreads vanish; use torch.bfloat16 or torch.float32"
+            )
+        if dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype!r}")
+        self.num_samples, self.dtype, self.backend = int(num_samples), dtype, backend
+        self.device = torch.device("cpu" if device is None else device)
+        self.path = None if path is None else Path(path)
+        self._resolve_backend()
+        state: State | None = None
+        self._store: MemoryStore | FileStore
+        if self.path is None:
+            self._store = MemoryStore(self.num_samples, dtype, self.device, capacity)
+        else:
+            self._store = FileStore(self.path, self.num_samples, dtype, capacity, run)
+            state = self._store.state(self.device)
+        self._set(state or self._nothing())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], **options: Any) -> LossTraces:
+        """The traces that a directory holds, whatever their number of samples and dtype; options as of the class.
+
+        Raises:
+            FileNotFoundError: there are none. ValueError: what it holds is damaged.
+        """
+        found = read_state(Path(path))
+        if found is None:
+            raise FileNotFoundError(f"path={str(path)!r} holds no traces (no state.pt)")
+        return cls(found["num_samples"], path=path, dtype=DTYPES[found["dtype"]], **options)
+
+    def _nothing(self) -> State:
+        sums = torch.zeros(2, self.num_samples, dtype=torch.float64, device=self.device)
+        return State(0, None, sums, torch.empty(0, dtype=torch.int64), {})
+
+    def _set(self, state: State) -> None:
+        self._state = state
+        self._moments_of_stored: tuple[Tensor, Tensor] | None = None
+
+    def _resolve_backend(self) -> str:
+        if self.backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend is {self.backend!r}; it must be 'auto', 'triton' or 'torch'")
+        return resolve(self.backend, self.device, self.dtype)
+
+    # --- draws in ------------------------------------------------------------------------------------------------
+
+    def update(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None = None) -> None:
+        """Append draws.
+
+        A draw with a loss that is not finite (or 2^52 and more) is left out and counted in ``dead`` under its chain.
+
+        Args:
+            losses: (m,) one draw or (k, m), floating, any device.
+            chain: the chain of every draw, an int or (k,) ints; None is chain 0.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            RuntimeError: another process, or another object of this one, writes to ``path``.
+        """
+        losses, chains = self._checked_draws(losses, chain)
+        state = self._state
+        alive = (torch.linalg.vector_norm(losses, math.inf, dim=1) < LARGEST_LOSS).cpu()  # false for NaN
+        dead = self.dead
+        for number in chains[~alive].tolist():
+            dead[number] = dead.get(number, 0) + 1
+        kept = (losses if alive.all() else losses[alive.to(losses.device)]).to(self.device)
+        reference, sums = state.reference, state.sums.clone()
+        draws = torch.empty(kept.shape, dtype=self.dtype, device=self.device)
+        if reference is None and len(kept):
+            reference = torch.zeros_like(sums[0])
+            for row in kept:
+                reference += row
+            reference /= len(kept)
+        for row, draw in zip(kept, draws, strict=True):  # one by one, so that sums do not depend on the batches
+            shifted = row - reference
+            sums[0] += shifted
+            sums[1].addcmul_(shifted, shifted)
+            draw.copy_(shifted)
+        if len(kept):
+            self._store.write(state.count, draws)
+        state = State(state.count + len(kept), reference, sums, torch.cat([state.chains, chains[alive]]), dead)
+        if len(losses):
+            self._store.commit(state)
+        self._set(state)
+
+    def _checked_draws(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
+        """(losses (k, m), chains (k,) int64 on the CPU)."""
+        validate.tensors(losses=losses)
+        if not losses.is_floating_point():
+            raise TypeError(f"losses must be floating, got {validate.describe(losses)}; cast them first")
+        if losses.dim() not in (1, 2) or losses.shape[-1] != self.num_samples:
+            raise ValueError(
+                f"losses must be (m,) or (k, m) with m = num_samples = {self.num_samples}, got {validate.describe(losses)}"
+            )
+        losses = losses.detach().reshape(-1, self.num_samples)
+        if not isinstance(chain, (Tensor, Sequence)):
+            validate.integer("chain", 0 if chain is None else chain)
+            return losses, torch.full((len(losses),), int(chain or 0))
+        chains = torch.as_tensor(chain, dtype=None if len(losses) else torch.int64)
+        if chains.is_floating_point() or chains.dtype == torch.bool or chains.is_complex():
+            raise TypeError(f"chain must hold ints, got {validate.describe(chain)}")
+        if chains.dim() == 0:
+            chains = chains.expand(len(losses))
+        if chains.shape != (len(losses),):
+            raise ValueError(
+                f"chain must be an int or hold one for each of the {len(losses)} draws, got shape {tuple(chains.shape)}"
+            )
+        return losses, chains.detach().to("cpu", torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: with ``path`` which draws count, by their checksums; without it the draws themselves."""
+        held: dict[str, Any] = {"num_samples": self.num_samples, "dtype": str(self.dtype), "draws": None}
+        if isinstance(self._store, FileStore):
+            held["blocks"] = self._store.blocks.state_dict()
+        else:
+            held["draws"] = self._stored().clone()
+        return asdict(self._state) | held
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint: draws that were added after it are dropped, from the directory too.
+
+        Raises:
+            ValueError: the checkpoint is of other traces, or its draws are not here or not as they were.
+            RuntimeError: as :meth:`update`.
+        """
+        for name, here in (("num_samples", self.num_samples), ("dtype", str(self.dtype))):
+            if state[name] != here:
+                raise ValueError(f"the state is of traces with {name} {state[name]}, these have {here}")
+        reference = state["reference"]
+        found = State(
+            count=state["count"],
+            reference=None if reference is None else reference.to(self.device, copy=True),
+            sums=state["sums"].to(self.device, copy=True),
+            chains=state["chains"].cpu().clone(),
+            dead=dict(state["dead"]),
+        )
+        if not isinstance(self._store, FileStore):
+            if state["draws"] is None:
+                raise ValueError("the state's draws are in the directory it was taken from; give LossTraces that path")
+            self._store.write(0, state["draws"].to(self.device))
+        else:
+            if state["draws"] is not None:
+                raise ValueError("the state holds its draws, so it was taken without path; load it without path")
+            if "blocks" not in state:
+                raise ValueError(
+                    "the state was taken by a version that kept no checksums; begin anew, in another directory"
+                )
+            if self.count < found.count:
+                raise ValueError(
+                    f"path={str(self.path)!r} holds {self.count} draws, the state counts {found.count}; {MEND}"
+                )
+            if not self._store.blocks.begins_with(state["blocks"]):
+                raise ValueError(f"path={str(self.path)!r} holds the draws of another run than the state's")
+            if (self.count, self.dead) != (found.count, found.dead):
+                self._store.commit(found)
+        self._set(found)
+
+    def reset(self) -> None:
+        """Drop every draw, from the directory too.
+
+        Raises:
+            RuntimeError: as :meth:`update`.
+        """
+        nothing = self._nothing()
+        self._store.commit(nothing)
+        self._set(nothing)
+
+    def close(self) -> None:
+        """Let other objects and processes write to ``path``. The draws stay readable; an update takes the right again."""
+        self._store.close()
+
+    # --- draws out -----------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Draws stored, of all chains."""
+        return self._state.count
+
+    @property
+    def chains(self) -> Tensor:
+        """(count,) int64 on the CPU, the chain of every stored draw."""
+        return self._state.chains
+
+    @property
+    def chain_counts(self) -> dict[int, int]:
+        """Draws stored of each chain."""
+        numbers, counts = self.chains.unique(return_counts=True)
+        return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+    @property
+    def dead(self) -> dict[int, int]:
+        """Draws left out, by chain, because a loss in them was not finite."""
+        return dict(self._state.dead)
+
+    @property
+    def reference(self) -> Tensor:
+        """(m,) fp64, what was subtracted from every draw. ValueError before the first."""
+        if self._state.reference is None:
+            raise ValueError("there is no reference before the first draw; call update first")
+        return self._state.reference
+
+    def draws(self, draws: Samples = slice(None), samples: Samples = slice(None)) -> Tensor:
+        """Losses less ``reference`` as stored: (draws, samples) fp32 on ``device``.
+
+        Args:
+            draws: which draws, a slice or indices or a mask: ``traces.draws(traces.chains == 3)`` is a chain,
+                ``traces.draws(slice(0, traces.count // 2))`` a half.
+            samples: which samples, likewise.
+        """
+        rows, columns = _selection("draws", draws, self.count), _selection("samples", samples, self.num_samples)
+        stored = self._stored()
+        part = stored[rows][:, columns] if isinstance(rows, slice) else stored[:, columns][rows]  # slices copy nothing
+        return part.to(self.device, torch.float32, copy=True)
+
+    @property
+    def chain_means(self) -> dict[int, Tensor]:
+        """Mean loss of every sample in each chain, {chain: (m,) fp64}, from the stored values."""
+        total = {chain: torch.zeros_like(self._state.sums[0]) for chain in self.chain_counts}
+        for draw, chain in zip(self._stored(), self.chains.tolist(), strict=True):
+            total[chain] += draw.to(self.device)
+        return {chain: self.reference + total[chain] / count for chain, count in self.chain_counts.items()}
+
+    # --- moments and products ------------------------------------------------------------------------------------
+
+    def mean(self) -> Tensor:
+        """Mean loss of every sample, (m,) fp64, from the losses before rounding."""
+        self._need(1)
+        return self.reference + self._state.sums[0] / self.count
+
+    def variance(self) -> Tensor:
+        """Variance of every sample's loss, (m,) fp64, divisor T - 1, from the losses before rounding."""
+        self._need(2)
+        total, squares = self._state.sums
+        # exactly 0 for a constant: it lies a few last places of its fp64 mean off, and fp64 holds the squares of such
+        return (squares - total.square() / self.count) / (self.count - 1)
+
+    def covariance(self, rows: Samples, columns: Samples | None = None) -> Tensor:
+        """A block of K, (rows, columns) fp32, divisor T - 1.
+
+        Args:
+            rows: which samples, a slice, indices or a mask; columns: likewise, None for the same ones.
+        """
+        products, row_scale, column_scale = self._products(rows, columns)
+        row_spread, column_spread = (torch.where(scale > 0, 1 / scale, 0.0) for scale in (row_scale, column_scale))
+        return products.mul_(row_spread.unsqueeze(1)).mul_(column_spread).div_(self.count - 1).float()
+
+    def correlation(self, rows: Samples, columns: Samples | None = None) -> Tensor:
+        """A block of rho, (rows, columns) fp32 in [-1, 1]; 0 where either variance is 0. Arguments as in covariance."""
+        return self._products(rows, columns)[0].clamp_(-1.0, 1.0).float()
+
+    def _products(self, rows: Samples, columns: Samples | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(rho of rows and columns in fp64, scales of rows, of columns)."""
+        row_at = _selection("rows", rows, self.num_samples)
+        column_at = row_at if columns is None else _selection("columns", columns, self.num_samples)
+        mean, scale = self._moments()
+        total = torch.zeros(len(mean[row_at]), len(mean[column_at]), dtype=torch.float64, device=self.device)
+
+        def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
+            return (chunk[:, at].to(self.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
+
+        with exact_products(self.device):
+            for chunk in self._stored().split(1024):  # as many as an fp32 product sums without harm
+                left = standardised(chunk, row_at)
+                total += left.t() @ (left if columns is None else standardised(chunk, column_at))
+        return total, scale[row_at], scale[column_at]
+
+    def matvec(self, v: Tensor, *, correlation: bool = False, centered: bool = False) -> Tensor:
+        """K v, in one pass over the draws, (m,) or (m, p) fp64 like v.
+
+        Args:
+            v: (m,) or (m, p), floating.
+            correlation: rho instead of K.
+            centered: H K H (or H rho H) with H = I - 1/m, as the first principal component takes it.
+        """
+        validate.tensors(v=v)
+        validate.flag("correlation", correlation)
+        validate.flag("centered", centered)
+        if not v.is_floating_point() or v.dim() not in (1, 2) or len(v) != self.num_samples:
+            raise ValueError(
+                f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {validate.describe(v)}"
+            )
+        mean, scale = self._moments()
+        x = v.detach().to(self.device, torch.float64).reshape(self.num_samples, -1)
+        factor = scale.unsqueeze(1) if correlation else (self.count - 1) ** -0.5
+        x = factor * (x - x.mean(0) if centered else x)
+        out = torch.zeros_like(x)
+        for chunk in self._stored().split(max(1, CHUNK // self.num_samples)):
+            values = chunk.to(self.device, torch.float64)
+            out.addmm_(values.t(), values @ x - mean @ x)  # one factor about its mean is enough
+        out *= factor
+        return (out - out.mean(0) if centered else out).reshape(v.shape)
+
+    def linear_operator(self, *, correlation: bool = True, centered: bool = False) -> LinearOperator:
+        """The products of :meth:`matvec` for ``scipy.sparse.linalg``: ``eigsh(traces.linear_operator(), k=5)``.
+
+        Returns:
+            A symmetric (m, m) LinearOperator on fp64 NumPy vectors.
+        """
+        validate.flag("correlation", correlation)
+        validate.flag("centered", centered)
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError("linear_operator needs scipy: pip install 'harmonic-triton[analysis]'") from error
+
+        def product(v: Any) -> Any:
+            return self.matvec(torch.as_tensor(v).double(), correlation=correlation, centered=centered).cpu().numpy()
+
+        shape = (self.num_samples, self.num_samples)
+        return LinearOperator(shape, product, rmatvec=product, matmat=product, rmatmat=product, dtype="float64")
+
+    # --- neighbours ----------------------------------------------------------------------------------------------
+
+    def neighbors(
+        self,
+        k: int,
+        exclude_same: Tensor | Sequence[int] | None = None,
+        *,
+        rows: range | slice | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> Neighbors:
+        """The k samples most correlated with each, without the m x m matrix; never the sample itself.
+
+        Equal distances go to the lower index. A sample of variance 0 is at sqrt(2) from all. Memory is O(m k) beside tiles.
+
+        Args:
+            k: at least 1.
+            exclude_same: (m,) integer labels; samples of the same label are left out before the k are taken.
+            rows: consecutive samples whose neighbours are wanted, None for all: processes that open one path can share the
+                work, and a range that was interrupted is done again. The result for a row does not depend on it.
+                All rows at once take about half the products on the PyTorch backend: each serves both its samples.
+            progress: True for a bar (tqdm), or called with (tiles done, tiles in all).
+
+        Returns:
+            Neighbors(indices (rows, k) int64, distances (rows, k) fp32) on ``device``, distance sqrt(2(1 - rho)), nearest
+            first; index -1 at distance infinity where a row has fewer than k partners.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or there are fewer than two draws.
+        """
+        validate.integer("k", k, 1)
+        if not callable(progress):
+            validate.flag("progress", progress)
+        chosen = range(self.num_samples)
+        if rows is not None:
+            if not isinstance(rows, (range, slice)):
+                raise TypeError(f"rows must be a range or a slice, got {validate.describe(rows)}")
+            chosen = rows if isinstance(rows, range) else chosen[rows]
+            if chosen.step != 1 or not 0 <= chosen.start <= chosen.stop <= self.num_samples:
+                raise ValueError(f"rows must be consecutive samples between 0 and m = {self.num_samples}, got {rows!r}")
+        labels = None if exclude_same is None else self._checked_labels(exclude_same)
+        backend = self._resolve_backend()
+        if backend == "triton" and k > neighbors.LARGEST_TRITON_K:
+            if self.backend == "triton":
+                raise ValueError(
+                    f"backend='triton' keeps at most k = {neighbors.LARGEST_TRITON_K} neighbours, got {k};"
+                    " backend='auto' falls back"
+                )
+            backend = "torch"
+        problem = neighbors.Problem(self._stored(), *self._moments(), labels)
+        if progress is True:
+            return Neighbors(*_with_bar(lambda report: neighbors.search(problem, k, chosen, backend, report)))
+        return Neighbors(*neighbors.search(problem, k, chosen, backend, progress or None))
+
+    def _checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
+        """(m,) int32, equal where the labels are."""
+        given = torch.as_tensor(labels)
+        if given.is_floating_point() or given.is_complex():
+            raise TypeError(f"exclude_same must hold integer labels, got {validate.describe(given)}")
+        if given.shape != (self.num_samples,):
+            raise ValueError(
+                f"exclude_same must hold a label for each of the m = {self.num_samples} samples, got shape {tuple(given.shape)}"
+            )
+        return given.to(self.device).unique(return_inverse=True)[1].int()
+
+    # --- stored values -------------------------------------------------------------------------------------------
+
+    def _stored(self) -> Tensor:
+        """(count, m) as stored."""
+        return self._store.read(self.count)
+
+    def _need(self, draws: int) -> None:
+        if self.count < draws:
+            raise ValueError(f"this takes {draws} draws at least, there are {self.count}; call update first")
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """(mean, 1/sqrt(sum of squares about it) or 0 where constant) of the stored values, (m,) fp64 each."""
+        self._need(2)
+        if self._moments_of_stored is None:
+            total, squares = torch.zeros_like(self._state.sums)
+            stored = self._stored()
+            low = stored[0].to(self.device, torch.float64)
+            high = low.clone()
+            for draw in stored:  # one by one: what a sample gets depends on its own values alone
+                value = draw.to(self.device, torch.float64)
+                total += value
+                squares.addcmul_(value, value)
+                torch.minimum(low, value, out=low)
+                torch.maximum(high, value, out=high)
+            about_mean = squares - total.square() / self.count
+            varies = (low < high) & (about_mean > SMALLEST_SUM)
+            self._warn_of_drift(squares[varies] / about_mean[varies])
+            self._moments_of_stored = total / self.count, torch.where(varies, about_mean.rsqrt(), 0.0)
+        return self._moments_of_stored
+
+    def _warn_of_drift(self, ratio: Tensor) -> None:
+        """``ratio``: mean square over variance of the stored values; rounding adds about eps^2/12 of the former."""
+        noise = ratio * torch.finfo(self.dtype).eps ** 2 / 12
+        noisy = int((noise > NOISE).sum())
+        if noisy:
+            warnings.warn(
+                f"the losses of {noisy} of {self.num_samples} samples have drifted from their reference by up to"
+                f" {float(ratio.max()) ** 0.5:.3g} standard deviations, and {self.dtype} rounds away up to"
+                f" {float(noise.max()):.1%} of their variance; burn in longer, begin with a larger batch of draws,"
+                " or store float32",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _selection(name: str, chosen: Samples, size: int) -> slice | Tensor:
+    """A slice, or indices on the CPU, of ``size`` things."""
+    if isinstance(chosen, slice):
+        if (chosen.step or 1) < 1:
+            raise ValueError(f"{name} must go forward, got {chosen}")
+        return chosen
+    if not isinstance(chosen, (Tensor, Sequence)) and not hasattr(chosen, "__array__"):
+        raise TypeError(f"{name} must be a slice, indices or a mask, got {validate.describe(chosen)}")
+    index = torch.as_tensor(chosen).cpu()
+    if index.dtype == torch.bool and index.shape == (size,):
+        return index.nonzero()[:, 0]
+    if index.numel() == 0 and index.dim() == 1:
+        return index.long()
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.dim() != 1:
+        raise TypeError(f"{name} must be a slice, 1-d indices or a mask of {size}, got {validate.describe(index)}")
+    if int(index.min()) < -size or int(index.max()) >= size:
+        raise ValueError(f"{name} must lie between 0 and {size - 1}, got {int(index.min())} ... {int(index.max())}")
+    return index.long() % size
+
+
+def _with_bar(work: Callable[[Callable[[int, int], None]], Any]) -> Any:
+    """Run ``work(report)`` under a progress bar."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install 'harmonic-triton[analysis]'") from error
+    with tqdm(unit="tile", desc="neighbours") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return work(report)
