@@ -162,9 +162,9 @@ def install() -> None:
     launch = interpreter.InterpretedFunction.run
 
     def run(kernel, *args, **options):
-        for leaf in (*args, *options.values()):
+        for name, leaf in (*zip(kernel.arg_names, args, strict=False), *options.items()):
             if isinstance(leaf, Tensor) and not on_gpu(leaf):
-                pytest.fail(f"{kernel.fn.__name__}: Pointer argument cannot be accessed from Triton (cpu tensor?)")
+                pytest.fail(f"{kernel.fn.__name__}: Pointer argument {name} cannot be accessed from Triton (cpu tensor?)")
         with _disable_current_modes():
             return launch(kernel, *args, **options)
 
