@@ -180,7 +180,10 @@ def measure_products(tiny: bool) -> int:
         x, w, a = (torch.randn(shape, dtype=kind, device=device) for shape in ((n, d), (v, d), (n, v)))
         for product, left, right in (("x w^T", x, w.t()), ("A w", a, w), ("A^T x", a.t(), x)):
             seconds = min(_seconds(left, right) for _ in range(5))
-            print(f"{name} {dtype} {product}: {1e3 * seconds:.3f} ms, {2e-12 * n * d * v / seconds:.1f} TFLOP/s", flush=True)
+            print(
+                f"{name} {dtype} {product}: {1e3 * seconds:.3f} ms, {2e-12 * n * d * v / seconds:.1f} TFLOP/s",
+                flush=True,
+            )
         del x, w, a
     return 0
 
@@ -212,7 +215,10 @@ def run_step(step: Step, folder: Path, seconds_left: float) -> dict[str, Any]:
         return record
     limit = min(step.seconds, seconds_left - GRACE_SECONDS)
     if limit <= 0:
-        return record | {"status": "skipped" if step.optional else "not reached", "reason": "the time was spent before it"}
+        return record | {
+            "status": "skipped" if step.optional else "not reached",
+            "reason": "the time was spent before it",
+        }
     words = [sys.executable, *step.command] if step.command[0] == "-m" else list(step.command)
     words = [sys.executable if word == "python" else word for word in words]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
@@ -304,7 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse.add_argument("part", nargs="?", choices=("compile", "products"), help="one step of its own, in this process")
     parse.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes through the Triton interpreter")
     parse.add_argument("--out", type=Path, default=RESULTS, help="where its folder goes (default benchmarks/results)")
-    parse.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help=f"for everything (default {BUDGET_SECONDS})")
+    parse.add_argument(
+        "--seconds", type=float, default=BUDGET_SECONDS, help=f"for everything (default {BUDGET_SECONDS})"
+    )
     arguments = parse.parse_args(argv)
     cuda = torch.cuda.is_available()
     if not cuda and not arguments.tiny:

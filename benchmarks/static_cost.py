@@ -34,7 +34,6 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gf
 SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  # bytes of a multiprocessor
 SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOSS_KERNEL = {"covariance", "neighbors"}  # modules of kernels over m x m or m x k, with tests of their own
 SWITCHES = ("DOT", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "STORE_SCORES", "STORED")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
@@ -76,12 +75,10 @@ class Launch:
 
 def kernels() -> dict[str, tuple[Any, bool]]:
     """Every kernel of the heads by name, and whether it computes products."""
-    from harmonic_triton.fused.triton import backend
+    from harmonic_triton.fused import triton as package
 
     found = {}
-    for module in pkgutil.iter_modules(backend.__path__, backend.__name__ + "."):
-        if module.name.rpartition(".")[2] in LOSS_KERNEL:
-            continue
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if name.endswith("_kernel"):
                 found[name] = (value, "BLOCK_V" in value.arg_names)
@@ -290,7 +287,7 @@ def _predictions(found: dict[tuple[str, str], inner_loops.Loops]) -> Iterator[li
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, or JSON lines."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_cost", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON line per compilation")
     parser.add_argument("--arch", action="append", choices=TARGETS, help="only this one (can be repeated)")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
