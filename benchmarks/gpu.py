@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import ROOT, describe
-from benchmarks.runs import RESULTS
+from benchmarks.runs import RESULTS, name_of
 from benchmarks.workloads import DTYPES
 
 BUDGET_SECONDS = 570
@@ -294,7 +294,7 @@ def run_all(planned: Sequence[Step], folder: Path, facts: dict[str, Any], budget
     return records
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     raise Stopped
 
 
@@ -321,12 +321,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.part is not None:
         return {"compile": compile_kernels, "products": measure_products}[arguments.part](arguments.tiny)
     machine = _machine("cuda" if cuda else "cpu")
-    label = "tiny" if arguments.tiny else "gpu"
-    folder = (arguments.out / f"{machine['time'].replace(':', '').replace('-', '')}-{label}").resolve()
+    label = "tiny" if arguments.tiny else "everything"
+    folder = (arguments.out / name_of("gpu", "cuda" if cuda else "cpu", label, machine["time"])).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     note = None if cuda and not arguments.tiny else NO_GPU if not cuda else "--tiny: nothing measured on this GPU"
     planned = steps(arguments.tiny, folder)
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     records = run_all(planned, folder, {"machine": machine, "note": note}, arguments.seconds)
     for record in records:
         seconds = "" if record["seconds"] is None else f"{record['seconds']:.1f} s"

@@ -36,13 +36,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _quiet(header: Record, records: Sequence[Record]) -> str | None:
-    """A warning where something else was running: during the timing if the run knows that, else when it began."""
+    """A warning where something else was running during the timing, or may have been."""
     others = [record["other_work_cores"] for record in records if record.get("other_work_cores") is not None]
     load, cores = header["load_before"], header["cores"]
+    again = "Measure again before quoting a time."
     if others and max(others) > 0.05 * cores:
         busy = f"other processes kept up to {max(others):.2f} of {cores} cores busy during the timing"
-    elif not others and load is not None and load > 0.25 * cores:
-        busy = f"load {load} on {cores} cores before the run"
-    else:
-        return None
-    return f"The machine was not quiet: {busy}. Measure again before quoting a time."
+        return f"The machine was not quiet: {busy}. {again}"
+    if not others and load is not None and load > 0.25 * cores:
+        return f"Other processes were not watched, and the load before the run was {load} on {cores} cores. {again}"
+    return None

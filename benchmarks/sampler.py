@@ -266,7 +266,7 @@ def sections(run: Run) -> list[str]:
         profile = sorted(records["ours"]["profile"].items(), key=lambda part: -part[1])
         rows.append([
             *(str(value) for value in case[:4]),
-            *("-" if not seconds[name] else f"{1 / seconds[name]:.1f}" for name in SAYS),
+            *("-" if not one else f"{1 / one:.1f}" for one in (seconds[name] for name in SAYS)),
             "-" if faster is None else f"{faster:.2f}",
             ", ".join(f"{name} {share:.0%}" for name, share in profile),
         ])  # fmt: skip

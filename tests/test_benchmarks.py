@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,22 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import (
-    UsageError, covariance, gpu, growth, head, head_figures, head_report, inner_loops, machine, plots, readme, report, runs,
-    sampler, static_cost, workers,
-)  # fmt: skip
+    UsageError,
+    covariance,
+    covariance_methods,
+    gpu,
+    growth,
+    head,
+    head_report,
+    inner_loops,
+    machine,
+    plots,
+    readme,
+    report,
+    runs,
+    sampler,
+    static_cost,
+)
 from benchmarks.__main__ import SUITES, main, parse_arguments, write
 from benchmarks.baselines import REGISTRY, Baseline, register
 from benchmarks.gate import Gate, Truth
@@ -344,7 +358,7 @@ def test_lines_come_back_as_the_same_table(tmp_path):
     assert "Some CPU, 2 cores, 2 threads" in table
     assert "abababababab + changes" in table
     assert "not quiet" not in table
-    assert "not quiet: load 3.0" in text_of(runs.Run("busy", {**HEADER, "load_before": 3.0}))
+    assert "load before the run was 3.0 on 2 cores" in text_of(runs.Run("busy", {**HEADER, "load_before": 3.0}))
     measured = [record | {"other_work_cores": 0.4, "copy_bytes_per_second": 1e10} for record in loaded.records]
     assert "0.40 of 2 cores busy" in text_of(runs.Run("busy", HEADER, measured))
 
@@ -454,6 +468,121 @@ def test_a_file_that_is_no_run_is_named(tmp_path, content, says):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UsageError, match=f"x.jsonl.*{says}"):
         runs.load(tmp_path / "x.jsonl")
+
+
+# --- the other suites, one format ------------------------------------------------------------------------------------
+
+
+def test_stored_runs_are_in_one_format_and_their_reports_are_what_the_writer_makes():
+    """Of every suite there is one; header and rows have the same keys in all."""
+    found = [runs.load(path) for path in sorted(runs.RESULTS.glob("*.jsonl"))]
+    assert {one.header["suite"] for one in found} == set(SUITES)
+    rows = [record for one in found for record in one.records]
+    assert set.intersection(*(set(one.header) for one in found)) >= set(HEADER)
+    assert set.intersection(*map(set, rows)) == set(runs.blank("any", {}))
+    assert {row["status"] for row in rows} <= {"ok", "checked", "skipped", "failed", "failed the gate"}
+    for stored in found:
+        assert (runs.RESULTS / f"{stored.name}.md").read_text().startswith(text_of(stored))
+
+
+def test_results_have_one_naming_scheme_and_an_index():
+    """Of what is stored for good; a run of one's own may lie beside it unlisted."""
+    index = (runs.RESULTS / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([^)]+)\)", index)
+    assert linked and all((runs.RESULTS / name).is_file() for name in linked)
+    git = subprocess.run(["git", "ls-files", "."], cwd=runs.RESULTS, capture_output=True, text=True)
+    for name in set(git.stdout.split()) - {"README.md"}:
+        stem = re.match(r"[a-z0-9]+-(?:cpu|cuda)-[\w.+-]+-\d{8}T\d{6}Z", name)
+        assert stem, name
+        assert stem[0] in index, name
+
+
+def test_the_covariance_suite_measures_in_processes_of_its_own(tmp_path, capsys):
+    words = [
+        "--suite",
+        "covariance",
+        "--samples",
+        "60",
+        "--draws",
+        "300",
+        "--buffer",
+        "128",
+        "--rounds",
+        "1",
+        "--repeats",
+    ]
+    words += ["2", "--threads", "1", "--baselines", "ours_panels", "torch_addmm", "devinterp"]
+    assert main([*words, "--devinterp-python", "/no/such/python", "--out", str(tmp_path)]) == 0
+    (stored,) = tmp_path.glob("covariance-*.jsonl")
+    run = runs.load(stored)
+    assert run.header["command"].endswith("devinterp --devinterp-python PATH")
+    assert run.header["settings"] == {"repeats": 2, "rounds": 1}
+    by_name = {record["baseline"]: record for record in run.records}
+    for name in ("ours_panels", "torch_addmm"):
+        assert by_name[name]["error"] < 1e-6
+        assert {len(seconds["values"]) for seconds in by_name[name]["seconds"].values()} == {2}
+    assert by_name["devinterp"]["status"] == "failed"
+    assert "/no/such/python does not run" in by_name["devinterp"]["reason"]
+    assert "NOT MEASURED  peak memory, ours / devinterp: ours was not in this run" in capsys.readouterr().out
+
+
+def test_the_covariance_methods_agree():
+    pytest.importorskip("scipy")
+    losses = covariance_methods.make_losses(50, 300)
+    truth = torch.corrcoef(torch.from_numpy(losses).double().T)
+    for name, method in covariance_methods.METHODS.items():
+        if name in (
+            "ours_panels",
+            "devinterp",
+        ):  # the one leaves this process without SciPy, the other is not installed
+            continue
+        first, whole, rho = method(losses, 128)
+        assert 0 <= first <= whole
+        torch.testing.assert_close(torch.as_tensor(rho).double(), truth, rtol=0, atol=2e-6)
+
+
+def test_the_covariance_targets_follow_the_figures():
+    def record(name, seconds, memory):
+        timing = {step: runs.summary([seconds]) for step in ("second_moment", "correlation")}
+        return runs.blank(name, {}) | {"status": "ok", "seconds": timing, "memory_bytes": memory}
+
+    records = {name: record(name, *figures) for name, figures in
+               {"ours": (1.0, 10), "scipy_ssyrk": (0.8, 5), "torch_addmm": (2.0, 5), "devinterp": (9.0, 90)}.items()}  # fmt: skip
+    lines = [target.judge(records) for target in covariance.TARGETS]
+    assert [line.split()[0] for line in lines] == ["FAIL", "FAIL", "PASS", "PASS", "PASS"]
+    records["devinterp"] |= {"status": "skipped", "reason": "not installed"}
+    assert covariance.TARGETS[-1].judge(records).endswith("devinterp skipped: not installed")
+
+
+def test_the_sampler_suite_measures_its_own_sampler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampler, "CASES", (sampler.Case(batch=4, chains=2, steps=1, inputs=4, draws=2),))
+    assert main(["--suite", "sampler", "--threads", "2", "--out", str(tmp_path)]) == 0
+    (stored,) = tmp_path.glob("sampler-*.jsonl")
+    by_name = {record["baseline"]: record for record in runs.load(stored).records}
+    assert {name: record["status"] for name, record in by_name.items()} == {
+        "ours": "ok", "ours_loop": "ok", "ours_processes": "ok", "devinterp": "skipped",
+    }  # fmt: skip
+    assert sum(by_name["ours"]["profile"].values()) == pytest.approx(1, abs=0.01)
+    assert "| 4     |      2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--suite", "heads"], "--suite 'heads' is not known: choose from head, covariance, sampler"),
+        (["--suite", "covariance", "--draws", "0"], "--draws 0: give an integer of at least 1"),
+        (["--suite", "covariance", "--baselines", "keops"], "--baselines 'keops' is not a method of this suite"),
+        (["--suite", "sampler", "--repeats", "0"], "--repeats 0 measures nothing"),
+    ],
+)
+def test_a_bad_request_of_a_suite_is_refused(words, says, capsys):
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_run_of_no_known_suite_is_refused():
+    with pytest.raises(UsageError, match="x: the header's suite '' is not known: choose from head"):
+        write(runs.Run("x", {"kind": "run"}), runs.RESULTS)
 
 
 # --- static cost -----------------------------------------------------------------------------------------------------
@@ -657,7 +786,7 @@ def test_a_gpu_run_that_is_ended_leaves_its_record(number, tmp_path):
         import signal, sys
         from pathlib import Path
         from benchmarks import gpu
-        signal.signal(signal.SIGTERM, gpu._stop)
+        signal.signal(signal.SIGTERM, gpu.stop)
         one, two = "print('done')", "import time; print('half', flush=True); time.sleep(20)"
         planned = [gpu.Step(str(k), (sys.executable, "-c", words), 50) for k, words in enumerate((one, two, one))]
         gpu.run_all(planned, Path({str(tmp_path)!r}), {{"machine": "here"}}, 100)"""
