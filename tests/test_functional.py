@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import harmonic_triton as ht
-from harmonic_triton import functional, reference
+from harmonic_triton import reference
 from harmonic_triton.functional import linear_harmonic_loss
+from harmonic_triton.fused import call
 from harmonic_triton.fused import ops as _ops
+from harmonic_triton.fused.options import Options
 
 TOKENS, WIDTH, CLASSES, N = 13, 21, 37, 6.0
 
@@ -265,10 +267,8 @@ def test_statistics_are_shifted_with_the_loss(backend, name):
 
 def test_shift_copies_no_input():
     x, w, target, _ = make(tokens=24)
-    call = functional._Call(
-        x.view(2, 12, WIDTH), w, target.view(2, 12), None, -100, "mean", None, 0.0, 3, False, None, "auto", None, None
-    )
-    assert call.x.data_ptr() == x.data_ptr()
+    prepared = call._prepare(x.view(2, 12, WIDTH), w, target.view(2, 12), Options(shift=3), harmonic=True)
+    assert prepared.operands.x.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
