@@ -8,11 +8,9 @@ compiled as a launch would specialise them: contiguous operands, pointers and wi
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -34,7 +32,6 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gf
 SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  # bytes of a multiprocessor
 SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOSS_KERNEL = {"covariance", "neighbors"}  # modules of kernels over m x m or m x k, with tests of their own
 SWITCHES = ("DOT", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "STORE_SCORES", "STORED")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
@@ -42,8 +39,9 @@ TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_ref_ptr": "fp64"}
 GRADIENTS = {"dx_ptr", "dw_ptr"}  # in fp32 where they are formed in the forward pass: the variant WIDE
 FLOATS = {"eps"}  # scalar arguments that are not i32
 SMOOTHING_ONLY = {"smooth_weight_ptr", "smooth_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
+SCORED_ONLY = {"g_score_ptr"}  # None where nothing depends on the target's logit itself
 STORED_ONLY = {"stored_ptr", "tile_best_ptr"}  # None where no log-scores are stored
-HARMONIC_ONLY = {"norms_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
+HARMONIC_ONLY = {"norms_ptr", "smallest_ptr", "largest_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
 
@@ -76,16 +74,12 @@ class Launch:
 
 def kernels() -> dict[str, tuple[Any, bool]]:
     """Every kernel of the heads by name, and whether it computes products."""
-    from harmonic_triton.fused.triton import backend
+    from harmonic_triton.fused.triton import backward, forward
 
-    found = {}
-    for module in pkgutil.iter_modules(backend.__path__, backend.__name__ + "."):
-        if module.name.rpartition(".")[2] in LOSS_KERNEL:
-            continue
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if name.endswith("_kernel"):
-                found[name] = (value, "BLOCK_V" in value.arg_names)
-    return found
+    named = {**vars(forward), **vars(backward)}
+    return {
+        name: (value, "BLOCK_V" in value.arg_names) for name, value in named.items() if name.endswith("_kernel")
+    }
 
 
 def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
@@ -118,6 +112,8 @@ def launch_of(
         fixed["BLOCK_N"] = 128
     if not switches.get("SMOOTHING", True):
         fixed |= dict.fromkeys(SMOOTHING_ONLY)
+    if not switches.get("SCORED", True):
+        fixed |= dict.fromkeys(SCORED_ONLY)
     if not switches.get("STORE_SCORES", False) and not switches.get("STORED", False):
         fixed |= dict.fromkeys(STORED_ONLY)
     if switches.get("DOT", False):
