@@ -24,7 +24,7 @@ MOST_WARPS = 16  # of a program, on every GPU: 1024 threads, and AMD's warps hav
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Launch parameters of the kernels that compute a tile of ratios."""
+    """Launch parameters of the kernels that compute a tile of gaps."""
 
     block_n: int
     block_v: int
