@@ -367,7 +367,8 @@ class DotChunk(Chunk):
     def direct(self, index: Tensor, tile: slice) -> Tensor:
         """x.w_index (C, 1) in fp64."""
         w = self.head.weight[index.squeeze(1)].double()
-        return torch.linalg.vecdot(self.x[tile].double(), w, dim=1).unsqueeze(1)
+        dot: Tensor = torch.linalg.vecdot(self.x[tile].double(), w, dim=1)
+        return dot.unsqueeze(1)
 
     def log_scores(self, gap: Tensor, out: Tensor) -> Tensor:
         return torch.neg(gap, out=out)

@@ -342,4 +342,4 @@ def forward_backward(
 def _chunk(tokens: int, most: int, block: int) -> int:
     """Size of equal chunks of at most ``most`` tokens, in whole tiles; at least one tile."""
     most = max(most // block, 1) * block
-    return triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), block) * block
+    return int(triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), block) * block)
