@@ -206,7 +206,7 @@ class Chunk(ABC):
         p = rest * self.to_prob[tile].to(rest.dtype)
         nll, rival_score, base = self.nll[tile], self.rival_score[tile], self.base[tile]
         no_rival = rival_score == -math.inf
-        score = self.log_scores(self.gap[tile], self.work[1, : len(p)])  # relative to the reference: it keeps its digits
+        score = self.log_scores(self.gap[tile], self.work[1, : len(p)])  # relative to the reference: with all digits
         score.scatter_(1, rival, (rival_score - base).masked_fill(no_rival, 0.0).to(p.dtype))
         score.scatter_(1, target, -base.to(p.dtype))
         own_nll, base = nll - base, base.squeeze(1)  # -log p_j is own_nll less the score of j
