@@ -2,7 +2,7 @@
 
 Candidates that spill registers or exceed the shared memory are rejected by ahead-of-time compilation, which needs no GPU
 (``--static sm90`` lists what remains and stores nothing). The others run forward and backward by both strategies; the
-fastest sum of medians goes to the file that ``harmonic_triton/_triton/tile_configs.py`` describes, for this architecture,
+fastest sum of medians goes to the file that ``harmonic_triton/fused/triton/tile_configs.py`` describes, for this architecture,
 dtype and bucket of D. Nothing tunes by itself: a call takes what the file or the package's own table holds.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,7 +129,7 @@ def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss, _, _, _, *fields = ops.ForwardBackwardFunction.apply(*operands, *call.weights, *problem, *wanted)
         results = TokenResults._make(fields)
     else:
-        run = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
+        run: Callable[..., Any] = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
         results = TokenResults._make(run(*operands, *problem))
         loss = token_losses(results, call.weights, problem.mix, len(operands.w))
         loss = loss.sum() if reduced else loss
