@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import ROOT, describe
-from benchmarks.runs import RESULTS
+from benchmarks.runs import RESULTS, name_of
 from benchmarks.workloads import DTYPES
 
 BUDGET_SECONDS = 570
@@ -180,7 +180,10 @@ def measure_products(tiny: bool) -> int:
         x, w, a = (torch.randn(shape, dtype=kind, device=device) for shape in ((n, d), (v, d), (n, v)))
         for product, left, right in (("x w^T", x, w.t()), ("A w", a, w), ("A^T x", a.t(), x)):
             seconds = min(_seconds(left, right) for _ in range(5))
-            print(f"{name} {dtype} {product}: {1e3 * seconds:.3f} ms, {2e-12 * n * d * v / seconds:.1f} TFLOP/s", flush=True)
+            print(
+                f"{name} {dtype} {product}: {1e3 * seconds:.3f} ms, {2e-12 * n * d * v / seconds:.1f} TFLOP/s",
+                flush=True,
+            )
         del x, w, a
     return 0
 
@@ -212,7 +215,10 @@ def run_step(step: Step, folder: Path, seconds_left: float) -> dict[str, Any]:
         return record
     limit = min(step.seconds, seconds_left - GRACE_SECONDS)
     if limit <= 0:
-        return record | {"status": "skipped" if step.optional else "not reached", "reason": "the time was spent before it"}
+        return record | {
+            "status": "skipped" if step.optional else "not reached",
+            "reason": "the time was spent before it",
+        }
     words = [sys.executable, *step.command] if step.command[0] == "-m" else list(step.command)
     words = [sys.executable if word == "python" else word for word in words]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
@@ -288,7 +294,7 @@ def run_all(planned: Sequence[Step], folder: Path, facts: dict[str, Any], budget
     return records
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     raise Stopped
 
 
@@ -304,7 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse.add_argument("part", nargs="?", choices=("compile", "products"), help="one step of its own, in this process")
     parse.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes through the Triton interpreter")
     parse.add_argument("--out", type=Path, default=RESULTS, help="where its folder goes (default benchmarks/results)")
-    parse.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help=f"for everything (default {BUDGET_SECONDS})")
+    parse.add_argument(
+        "--seconds", type=float, default=BUDGET_SECONDS, help=f"for everything (default {BUDGET_SECONDS})"
+    )
     arguments = parse.parse_args(argv)
     cuda = torch.cuda.is_available()
     if not cuda and not arguments.tiny:
@@ -313,12 +321,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.part is not None:
         return {"compile": compile_kernels, "products": measure_products}[arguments.part](arguments.tiny)
     machine = _machine("cuda" if cuda else "cpu")
-    label = "tiny" if arguments.tiny else "gpu"
-    folder = (arguments.out / f"{machine['time'].replace(':', '').replace('-', '')}-{label}").resolve()
+    label = "tiny" if arguments.tiny else "everything"
+    folder = (arguments.out / name_of("gpu", "cuda" if cuda else "cpu", label, machine["time"])).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     note = None if cuda and not arguments.tiny else NO_GPU if not cuda else "--tiny: nothing measured on this GPU"
     planned = steps(arguments.tiny, folder)
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     records = run_all(planned, folder, {"machine": machine, "note": note}, arguments.seconds)
     for record in records:
         seconds = "" if record["seconds"] is None else f"{record['seconds']:.1f} s"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.head_figures import groups
 from benchmarks.runs import Record, Run, median, memory
 from benchmarks.workloads import Workload
 
@@ -59,9 +60,8 @@ def along(workload: Workload, axis: str) -> int:
 
 def series(run: Run) -> list[Series]:
     """Every set of at least ``POINTS`` timed workloads along one axis."""
-    groups = run.groups()
     found: dict[tuple[object, ...], dict[Workload, list[Record]]] = {}
-    for workload, records in groups.items():
+    for workload, records in groups(run).items():
         timed = [record for record in records if record["seconds"]]
         for axis, other in (("N", workload.classes), ("V", workload.tokens)):
             key = (axis, workload.model, workload.dtype, workload.inputs, other)

@@ -140,7 +140,7 @@ class Strategy:
 
 STRATEGIES = (
     Strategy("recompute", (Pass("forward_kernel", "", 1, 0), Pass("gradient_kernel", "", 1, 2))),
-    Strategy("chunks", (Pass("forward_kernel", "keep", 1, 2), Pass("gradient_kernel", "kept", 0, 4))),
+    Strategy("chunks", (Pass("forward_kernel", "store_scores", 1, 2), Pass("gradient_kernel", "stored", 0, 4))),
 )
 SHAPES = ((8192, 768, 50257), (8192, 4096, 128256))
 

@@ -51,21 +51,25 @@ def free_memory() -> int | None:
 
 
 class OtherWork:
-    """How many cores other processes (and other guests of the host) kept busy since this was made."""
+    """How many cores other processes (and other guests of the host) kept busy since this was made.
+
+    Processes that this one has started count as its own once they have ended and been waited for.
+    """
 
     def __init__(self) -> None:
         self._start = self._clocks()
 
     @staticmethod
     def _clocks() -> tuple[float, float, float] | None:
-        """Seconds: everybody's on the CPUs, this process's, the wall's."""
+        """Seconds: everybody's on the CPUs, this process's and its children's, the wall's."""
         try:
             words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
         except OSError:
             return None
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, words[:8])
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy, time.process_time(), time.perf_counter()
+        mine = os.times()
+        return busy, time.process_time() + mine.children_user + mine.children_system, time.perf_counter()
 
     def cores(self) -> float | None:
         now = self._clocks()

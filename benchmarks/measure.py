@@ -1,4 +1,4 @@
-"""One run: for each workload, memory in fresh processes, then the accuracy gate, then interleaved times."""
+"""One run of the head suite: for each workload, memory in fresh processes, then the accuracy gate, then interleaved times."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from benchmarks.baselines import LOSSES, Baseline
 from benchmarks.gate import Gate
+from benchmarks.head_memory import measure_in_fresh_process, measure_on_gpu
 from benchmarks.machine import OtherWork, free_memory
-from benchmarks.memory import measure_in_fresh_process, measure_on_gpu
+from benchmarks.runs import Record, blank, summary
+from benchmarks.suite import Say
 from benchmarks.workloads import Inputs, Workload, make_inputs
 
-Record = dict[str, Any]
-Say = Callable[[str], None]
 PRODUCT_BYTES = {"cpu": 4 << 30, "cuda": 8 << 30}  # the products are taken whole up to this much scratch
 MAX_INPUT_SETS = 8
 COLUMN_BLOCKS = (0, 512)  # x @ W.T whole, or in products of so many classes, which some CPU libraries do faster
@@ -79,21 +79,8 @@ def _run_workload(plan: Plan, workload: Workload, say: Say) -> Iterator[Record]:
 
 
 def _blank(name: str, loss: str, workload: Workload) -> Record:
-    return {
-        "kind": "measurement",
-        "baseline": name,
-        "loss": loss,
-        "workload": workload.as_dict(),
-        "status": "planned",
-        "reason": None,
-        "memory_bytes": None,
-        "memory_reason": None,
-        "checks": None,
-        "solved_loss": None,
-        "seconds": None,
-        "tflops": None,
-        "share_of_floor": None,
-    }
+    figures = dict.fromkeys(("checks", "solved_loss", "tflops", "share_of_floor"))
+    return blank(name, workload.as_dict(), loss=loss, **figures)
 
 
 def _measure_memory(baseline: Baseline, workload: Workload, threads: int, record: Record, say: Say) -> None:
@@ -103,7 +90,7 @@ def _measure_memory(baseline: Baseline, workload: Workload, threads: int, record
         say(f"{baseline.name}: memory {found / 1e6:.0f} MB beyond inputs and gradients")
         return
     say(f"{baseline.name}: no memory figure: {reason}")
-    if reason is not None and reason.startswith(("killed", "exit status", "one step took")):
+    if reason is not None and reason.startswith(("killed", "exit status", "it took longer")):
         record.update(status="failed", reason=f"in its memory run: {reason}")
 
 
@@ -186,7 +173,7 @@ def _time_step(baseline: Baseline, workload: Workload, inputs: Inputs) -> dict[s
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-class _Products:
+class Products:
     """x @ W.T, A @ W and A.T @ x into outputs allocated once, the fastest way found: the floor's own rate here."""
 
     def __init__(self, inputs: Inputs, device: str) -> None:
@@ -266,7 +253,7 @@ def _time(
     """
     sets = _input_sets(workload, inputs)
     products["copy_bytes_per_second"] = copy_rate(workload.device)
-    bare = _Products(inputs["harmonic"], workload.device)
+    bare = Products(inputs["harmonic"], workload.device)
     bare.time()
     steps: dict[str, Callable[[Mapping[str, Inputs]], dict[str, float]]] = {"products": lambda _: bare.time()}
     for baseline in timed:
@@ -277,7 +264,7 @@ def _time(
     gc.disable()
     try:
         for turn in range(plan.repeats):
-            names = [name for name in steps if _has_turn(name, samples[name], turn, plan)]
+            names = [name for name in steps if has_turn(name, samples[name], turn, plan)]
             first = turn % max(1, len(names))
             for name in names[first:] + names[:first]:
                 try:
@@ -293,11 +280,11 @@ def _time(
         gc.enable()
     products["other_work_cores"] = others.cores()
 
-    floor = _summary([sample["both"] for sample in samples["products"]])["median"]
+    floor = summary([sample["both"] for sample in samples["products"]])["median"]
     for name in steps:
         record = products if name == "products" else records[name]
         phases = samples[name][0].keys()
-        record["seconds"] = {phase: _summary([sample[phase] for sample in samples[name]]) for phase in phases}
+        record["seconds"] = {phase: summary([sample[phase] for sample in samples[name]]) for phase in phases}
         median = record["seconds"]["both"]["median"]
         record["tflops"] = workload.floor_flops / median / 1e12
         record["share_of_floor"] = floor / median
@@ -307,7 +294,7 @@ def _time_on_its_inputs(baseline: Baseline, workload: Workload, inputs: Mapping[
     return _time_step(baseline, workload, inputs[baseline.loss])
 
 
-def _has_turn(name: str, samples: list[dict[str, float]], turn: int, plan: Plan) -> bool:
+def has_turn(name: str, samples: list[dict[str, float]], turn: int, plan: Plan) -> bool:
     """Whether a baseline is timed in this round: those that ``patience`` leaves fewer repeats get them evenly spread."""
     if not samples:
         return True
@@ -319,9 +306,3 @@ def _has_turn(name: str, samples: list[dict[str, float]], turn: int, plan: Plan)
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _summary(values: list[float]) -> dict[str, Any]:
-    data = torch.tensor(values, dtype=torch.float64)
-    low, median, high = (data.quantile(q).item() for q in (0.2, 0.5, 0.8))
-    return {"median": median, "q20": low, "q80": high, "values": values}

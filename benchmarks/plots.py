@@ -1,11 +1,12 @@
-"""The plots of a run: bars, growth, roofline, error beside speed. Without matplotlib there are none."""
+"""The plots of a run of the head suite: bars, growth, roofline, error beside speed. Without matplotlib there are none."""
 
 from pathlib import Path
 from typing import Any
 
 from benchmarks import growth
 from benchmarks.baselines import REGISTRY
-from benchmarks.runs import Record, Run, is_ours, machine_line, median, memory, solved_error
+from benchmarks.head_figures import groups, solved_error
+from benchmarks.runs import Record, Run, is_ours, machine_line, median, memory
 from benchmarks.workloads import DTYPES, Workload
 
 
@@ -16,7 +17,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
     except ImportError:
         return []
     matplotlib.use("Agg")
-    timed = {workload: [r for r in records if r["seconds"]] for workload, records in run.groups().items()}
+    timed = {workload: [r for r in records if r["seconds"]] for workload, records in groups(run).items()}
     timed = {workload: records for workload, records in timed.items() if records}
     if not timed:
         return []
@@ -41,7 +42,7 @@ def bars_name(run: Run, workload: Workload) -> str:
     return f"{run.name}-{_stem(workload)}.png"
 
 
-def _colour(name: str) -> str:
+def _color(name: str) -> str:
     if is_ours(name):
         return "tab:red" if REGISTRY[name].loss == "harmonic" else "tab:pink"
     if name not in REGISTRY:
@@ -58,14 +59,14 @@ def _bars(run: Run, workload: Workload, records: list[Record], folder: Path) -> 
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.4 * len(records) + 1.8), sharey=True)
     names = [record["baseline"] for record in records][::-1]
-    colours = [_colour(name) for name in names]
+    colors = [_color(name) for name in names]
     times = [1e3 * (median(record) or 0.0) for record in records][::-1]
     memories = [(memory(record) or float("nan")) / 1e6 for record in records][::-1]
     for axis, values, label in (
         (left, times, "forward + backward, ms (median)"),
         (right, memories, "memory beyond inputs and gradients, MB"),
     ):
-        bars = axis.barh(names, values, color=colours)
+        bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, fmt="%.5g", padding=2)
         axis.margins(x=0.15)
         axis.set_xlabel(label)
@@ -83,11 +84,11 @@ def _errors(run: Run, workload: Workload, records: list[Record], folder: Path) -
             if not record["checks"] or seconds is None:
                 continue
             error = max(record["checks"][quantity]["error"], 1e-17)
-            axis.loglog(1e3 * seconds, error, _marker(name), color=_colour(name), label=name)
+            axis.loglog(1e3 * seconds, error, _marker(name), color=_color(name), label=name)
             solved = solved_error(record)
             if quantity == "loss" and solved is not None:
-                axis.plot([1e3 * seconds] * 2, [error, max(solved, 1e-17)], ":", color=_colour(name), linewidth=1)
-                axis.loglog(1e3 * seconds, max(solved, 1e-17), _marker(name), color=_colour(name), fillstyle="none")
+                axis.plot([1e3 * seconds] * 2, [error, max(solved, 1e-17)], ":", color=_color(name), linewidth=1)
+                axis.loglog(1e3 * seconds, max(solved, 1e-17), _marker(name), color=_color(name), fillstyle="none")
         axis.set_ylabel(f"relative error of {quantity} against fp64")
         axis.set_xlabel("forward + backward, ms (median)")
         axis.margins(0.15)
@@ -152,7 +153,7 @@ def _roofline(run: Run, timed: dict[Workload, list[Record]], folder: Path) -> Pa
                 continue
             place = intensity(workload, through_scores=REGISTRY[name].bytes_per_score > 0)
             label = None if name in labelled else name
-            axis.loglog(place, record["tflops"], _marker(name), color=_colour(name), label=label, markersize=5)
+            axis.loglog(place, record["tflops"], _marker(name), color=_color(name), label=label, markersize=5)
             labelled.add(name)
     axis.set_xlabel("floor operations for each byte that must move (dense forms: N x V scores written and read once)")
     axis.set_ylabel("TFLOP/s of the 3U floor")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from benchmarks import UsageError
 from benchmarks.baselines import REGISTRY
+from benchmarks.head_figures import groups, ours, solved_error
 from benchmarks.machine import ROOT
 from benchmarks.plots import bars_name
 from benchmarks.report import markdown_table
-from benchmarks.runs import Record, Run, median, memory, ours, ratio, solved_error
+from benchmarks.runs import Record, Run, median, memory, ratio
 from benchmarks.workloads import Workload
 
 README = ROOT / "README.md"
@@ -31,20 +32,20 @@ HEADS = {
 
 def block(run: Run, folder: str = "benchmarks/results") -> str:
     """Markers, and between them a table for each workload, the largest one's plot, and what was not measured."""
-    groups = {workload: records for workload, records in run.groups().items() if ours(records)}
-    if not groups:
+    found = {workload: records for workload, records in groups(run).items() if ours(records)}
+    if not found:
         raise UsageError(f"{run.name} timed nothing of ours: name a run that did")
-    largest = max(groups, key=lambda workload: workload.floor_flops)
+    largest = max(found, key=lambda workload: workload.floor_flops)
     parts = [
         f"<!-- figures of {run.name} -->",
         f"Forward and backward of the head alone: medians of interleaved repeats of one run, memory beyond inputs and\n"
         f"gradients ([the run]({folder}/{run.name}.md), `{run.header['command']}`).",
     ]
-    for workload, records in groups.items():
+    for workload, records in found.items():
         parts.append(f"{_title(workload, run)}:")
         parts.append(_table(records))
     parts.append(f"![time and memory on {where(run)}]({folder}/{bars_name(run, largest)})")
-    parts.append(_missing(groups[largest], run))
+    parts.append(_missing(found[largest], run))
     return "\n\n".join(parts) + "\n<!-- end of figures -->\n"
 
 

@@ -1,17 +1,22 @@
-"""Runs on disk, JSON lines in and out, and the figures that reports read off their records."""
+"""Runs on disk, in the one format of every suite, and the figures that all reports read off their records.
+
+A run is a file of JSON lines. The first is the header: ``kind`` "run", ``suite``, ``command``, ``settings``, and what
+``machine.describe`` says of machine, versions and commit. Each other line is one baseline at one workload, as
+:func:`blank` begins it: ``seconds`` holds a :func:`summary` for each phase, and a suite may add figures of its own.
+"""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import UsageError
-from benchmarks.workloads import Workload
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
-OURS = ("ours_triton", "ours_torch")  # the first one timed is what the ratios refer to
 
 
 @dataclass
@@ -22,12 +27,32 @@ class Run:
     header: Record
     records: list[Record] = field(default_factory=list)
 
-    def groups(self) -> dict[Workload, list[Record]]:
-        """The records of each workload, in the order measured."""
-        found: dict[Workload, list[Record]] = {}
-        for record in self.records:
-            found.setdefault(Workload(**record["workload"]), []).append(record)
-        return found
+
+def name_of(topic: str, device: str, what: str, time: str) -> str:
+    """The name of every result, less its ending."""
+    return f"{topic}-{device}-{what}-{time.replace(':', '').replace('-', '')}"
+
+
+def blank(baseline: str, workload: Mapping[str, Any], **more: Any) -> Record:
+    """The record of a baseline at a workload before anything is known of it."""
+    return {
+        "kind": "measurement",
+        "baseline": baseline,
+        "workload": dict(workload),
+        "status": "planned",  # then "ok" | "checked" | "skipped" | "failed" | "failed the gate"
+        "reason": None,
+        "memory_bytes": None,
+        "memory_reason": None,
+        "seconds": None,
+        **more,
+    }
+
+
+def summary(values: Sequence[float]) -> Record:
+    """Median and the middle 60 % of repeats, and the repeats themselves."""
+    data = torch.tensor(values, dtype=torch.float64)
+    low, middle, high = (data.quantile(q).item() for q in (0.2, 0.5, 0.8))
+    return {"median": middle, "q20": low, "q80": high, "values": list(values)}
 
 
 def save(path: Path, header: Record, records: Iterable[Record]) -> Run:
@@ -68,25 +93,12 @@ def memory(record: Record) -> float | None:
     return record["memory_bytes"] if record["status"] == "ok" else None
 
 
-def solved_error(record: Record) -> float | None:
-    """Relative error of the loss where its truth is near 1e-20; older runs have none."""
-    found = record.get("solved_loss")
-    return found["error"] if found else None
-
-
 def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith("ours_")
-
-
-def ours(records: Sequence[Record]) -> Record | None:
-    """Our record in one workload: the backend that was timed."""
-    by_name = {record["baseline"]: record for record in records}
-    present = [by_name[name] for name in OURS if name in by_name]
-    return next((record for record in present if record["status"] == "ok"), present[-1] if present else None)
+    return name.split("_")[0] == "ours"
 
 
 def machine_line(header: Record) -> str:

@@ -1,24 +1,19 @@
-"""Draws a second of the SGLD sampler on the mod-97 transformer, beside devinterp doing the same work.
+"""The sampler suite: draws a second of the SGLD sampler on the mod-97 transformer, beside devinterp doing the same work.
 
-    python -m benchmarks.sampler --devinterp-python PATH
-
-PATH is the Python of an environment in which devinterp is installed; without it only our sampler is measured. A draw is
-``steps`` SGLD steps of one chain and the losses of ``inputs`` pairs. Both samplers see the same model, pairs, batch size and
-settings; the cost of a draw is the difference between a long and a short run, so that start-up counts for neither.
+A draw is ``steps`` SGLD steps of one chain and the losses of ``inputs`` pairs. Both samplers see the same model, pairs,
+batch size and settings; the cost of a draw is the difference between a long and a short run, so that start-up counts for
+neither. devinterp is measured where ``--devinterp-python`` names the Python of an environment that has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import workers
+from benchmarks.machine import OtherWork
+from benchmarks.report import markdown_table
+from benchmarks.runs import Record, Run, blank, median, ratio, summary
+from benchmarks.suite import Request, Say, Suite
+
 MODULUS, WIDTH, HEADS, LAYERS = 97, 128, 4, 2
 PROBE: dict[str, Any] = {"lr": 5e-8, "nbeta": 500.0, "localization": 6e6}
+SAYS = {
+    "ours": "our chains in groups",
+    "ours_loop": "ours, one chain at a time",
+    "ours_processes": "ours, the chains shared out over single-threaded processes, as torchrun does",
+    "devinterp": "devinterp's sample",
+}
 
 
 class Case(NamedTuple):
-    """One line of the table."""
+    """One workload."""
 
     batch: int
     chains: int
@@ -41,12 +47,12 @@ class Case(NamedTuple):
     draws: int  # of each chain, beyond the short run's
 
 
-CASES = [
+CASES = (
     Case(batch=32, chains=16, steps=1, inputs=32, draws=40),
     Case(batch=32, chains=16, steps=1, inputs=1024, draws=10),
     Case(batch=32, chains=1, steps=1, inputs=32, draws=200),
     Case(batch=512, chains=4, steps=1, inputs=512, draws=20),
-]
+)
 
 
 class Block(nn.Module):
@@ -152,7 +158,7 @@ def devinterp(case: Case) -> Callable[[int], None]:
 
 
 def profile(case: Case) -> dict[str, float]:
-    """Share of our sampler's time, by part."""
+    """Share of our sampler's time, by part; no public name bounds these parts."""
     from harmonic_triton.losskernel.sampling import sampler
     from harmonic_triton.losskernel.sampling.rng import Streams
 
@@ -184,103 +190,120 @@ def profile(case: Case) -> dict[str, float]:
     return {name: round(value / total, 3) for name, value in spent.items()}
 
 
-def in_process(python: str, which: str, case: Case, threads: int) -> subprocess.Popen[str]:
-    """A process that prints one sampler's seconds for a draw as JSON."""
-    command = [
-        python,
-        str(Path(__file__).resolve()),
-        "--only",
-        which,
-        json.dumps(case._asdict()),
-        "--threads",
-        str(threads),
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-    }
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# --- measurement ---------------------------------------------------------------------------------------------------------
 
 
-def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    said, errors = process.communicate()
-    return (
-        {"failed": errors.strip().splitlines()[-1]} if process.returncode else json.loads(said.strip().splitlines()[-1])
-    )
-
-
-def measure(case: Case, threads: int, devinterp_python: str | None, rounds: int = 1) -> dict[str, Any]:
-    """One line of the table: the samplers in turn, the best of each."""
-    record: dict[str, Any] = {**case._asdict(), "profile": profile(case)}
-    found: dict[str, list[float]] = {
-        "seconds": [],
-        "loop_seconds": [],
-        "processes_seconds": [],
-        "devinterp_seconds": [],
-    }
-    for _ in range(rounds):
-        found["seconds"].append(seconds_of_draw(ours(case), case))
-        found["loop_seconds"].append(seconds_of_draw(ours(case, group=1), case))
-        if case.chains > 1:  # the chains shared out over single-threaded processes, as torchrun does
+def measure(case: Case, threads: int, devinterp_python: str | None, repeats: int = 1) -> list[Record]:
+    """The samplers in turn, at one workload."""
+    records = {name: blank(name, case._asdict(), says=says) for name, says in SAYS.items()}
+    records["ours"]["profile"] = profile(case)
+    found: dict[str, list[float]] = {name: [] for name in SAYS}
+    if case.chains < max(2, threads):
+        records["ours_processes"].update(status="skipped", reason="a chain alone, or fewer chains than processes")
+    if not devinterp_python:
+        reason = "name an environment that has it by --devinterp-python"
+        records["devinterp"].update(status="skipped", reason=reason)
+    others = OtherWork()
+    for _ in range(repeats):
+        found["ours"].append(seconds_of_draw(ours(case), case))
+        found["ours_loop"].append(seconds_of_draw(ours(case, group=1), case))
+        if records["ours_processes"]["status"] == "planned":
             share = case._replace(chains=case.chains // threads)
-            each = [answer(p) for p in [in_process(sys.executable, "ours", share, 1) for _ in range(threads)]]
-            found["processes_seconds"].append(sum(r["seconds"] for r in each) / threads**2)
-        if devinterp_python:
-            peer = answer(in_process(devinterp_python, "devinterp", case, threads))
-            record["devinterp"] = peer.get("version", peer.get("failed"))
-            found["devinterp_seconds"] += [peer["seconds"]] if "seconds" in peer else []
-    return record | {name: min(values) for name, values in found.items() if values}
+            begun = [_worker("ours", share, 1) for _ in range(threads)]
+            each = [_seconds(worker, records["ours_processes"]) for worker in begun]
+            found["ours_processes"] += [sum(each) / threads**2] if all(each) else []
+        if records["devinterp"]["status"] == "planned":
+            took = _seconds(_worker("devinterp", case, threads, devinterp_python), records["devinterp"])
+            found["devinterp"] += [took] if took else []
+    busy = others.cores()
+    for name, values in found.items():
+        if values and records[name]["status"] == "planned":
+            records[name].update(status="ok", seconds={"draw": summary(values)}, other_work_cores=busy)
+    return list(records.values())
 
 
-def table(records: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The results in Markdown."""
-    lines = [
-        "# Sampler: draws a second on the mod-97 transformer",
-        "",
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, {facts['time']}."
-        " Draws a second; a draw: the SGLD steps of one chain and the losses of the inputs. GPU: not measured.",
-        "",
-        "| batch | chains | steps a draw | inputs | ours | one chain at a time | a process a core | devinterp | ours / devinterp |"
-        " where our time goes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        rates = [r.get(f"{name}seconds") for name in ("", "loop_", "processes_", "devinterp_")]
-        cells = [f"{1 / seconds:.1f}" if seconds else "–" for seconds in rates]
-        ratio = f"{r['devinterp_seconds'] / r['seconds']:.2f}" if rates[3] else str(r.get("devinterp", "–"))
-        parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(r["profile"].items(), key=lambda p: -p[1]))
-        lines.append(
-            f"| {r['batch']} | {r['chains']} | {r['steps']} | {r['inputs']} | {' | '.join(cells)} | {ratio} | {parts} |"
-        )
-    return "\n".join(lines) + "\n"
+def _worker(which: str, case: Case, threads: int, python: str | None = None) -> workers.Worker:
+    asked = {"which": which, "case": case._asdict(), "threads": threads}
+    return workers.Worker("sampler", asked, threads, python or sys.executable)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devinterp-python", help="Python of an environment with devinterp")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs=2, metavar=("SAMPLER", "CASE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.only:
-        which, case = arguments.only[0], Case(**json.loads(arguments.only[1]))
-        seconds = seconds_of_draw(devinterp(case) if which == "devinterp" else ours(case), case)
-        version = importlib.metadata.version("devinterp") if which == "devinterp" else None
-        print(json.dumps({"seconds": seconds, "version": version}))
-        return
-    from benchmarks.machine import describe
+def _seconds(worker: workers.Worker, record: Record) -> float:
+    """Seconds of a draw; 0 where the process failed, and the record says why."""
+    answer, reason = worker.answer()
+    if answer is None:
+        record.update(status="failed", reason=reason)
+        return 0.0
+    record["version"] = answer["version"]
+    return float(answer["seconds"])
 
-    facts, records = describe("cpu"), []
-    for case in CASES:
-        records.append(measure(case, arguments.threads, arguments.devinterp_python))
-        print(json.dumps(records[-1]), file=sys.stderr)
-    RESULTS.mkdir(exist_ok=True)
-    stem = f"sampler-{facts['time'].replace(':', '').replace('-', '')}-cpu"
-    (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": facts, "probe": PROBE, "cases": records}, indent=1))
-    (RESULTS / f"{stem}.md").write_text(table(records, facts))
-    print(table(records, facts))
+
+def _work(asked: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a draw of one sampler, in this process."""
+    torch.set_num_threads(asked["threads"])
+    case, peer = Case(**asked["case"]), asked["which"] == "devinterp"
+    seconds = seconds_of_draw(devinterp(case) if peer else ours(case), case)
+    return {"seconds": seconds, "version": importlib.metadata.version("devinterp") if peer else None}
+
+
+# --- report --------------------------------------------------------------------------------------------------------------
+
+
+COLUMNS = (
+    "batch", "chains", "steps a draw", "inputs", "ours", "one chain at a time", "a process a core", "devinterp",
+    "ours / devinterp", "where our time goes",
+)  # fmt: skip
+
+
+def sections(run: Run) -> list[str]:
+    """A row for each workload."""
+    found: dict[Case, dict[str, Record]] = {}
+    for record in run.records:
+        found.setdefault(Case(**record["workload"]), {})[record["baseline"]] = record
+    rows, notes = [], []
+    for case, records in found.items():
+        seconds = {name: median(record, "draw") for name, record in records.items()}
+        faster = ratio(seconds["devinterp"], seconds["ours"])
+        profile = sorted(records["ours"]["profile"].items(), key=lambda part: -part[1])
+        rows.append([
+            *(str(value) for value in case[:4]),
+            *("-" if not one else f"{1 / one:.1f}" for one in (seconds[name] for name in SAYS)),
+            "-" if faster is None else f"{faster:.2f}",
+            ", ".join(f"{name} {share:.0%}" for name, share in profile),
+        ])  # fmt: skip
+        notes += [f"- {r['baseline']}: {r['status']}: {r['reason']}" for r in records.values() if r["status"] != "ok"]
+    legend = "Draws a second; a draw: the SGLD steps of one chain and the losses of the inputs. Not measured on a GPU."
+    return [markdown_table(COLUMNS, rows), *(["\n".join(dict.fromkeys(notes))] if notes else []), legend]
+
+
+# --- command line --------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devinterp-python", metavar="PATH", help="Python of an environment with devinterp")
+
+
+def request(arguments: argparse.Namespace) -> Request:
+    threads, repeats = arguments.threads or torch.get_num_threads(), arguments.repeats or 1
+
+    def records(say: Say) -> Iterator[Record]:
+        for case in CASES:
+            for record in measure(case, threads, arguments.devinterp_python, repeats):
+                found = median(record, "draw")
+                outcome = f"{1 / found:.1f} draws a second" if found else f"{record['status']}: {record['reason']}"
+                say(f"{record['baseline']} at {case}: {outcome}")
+                yield record
+
+    return Request("mod97", "cpu", threads, {"repeats": repeats, "probe": PROBE}, records)
+
+
+SUITE = Suite(
+    name="sampler",
+    describe="draws a second of the SGLD sampler beside devinterp",
+    add_arguments=add_arguments,
+    request=request,
+    sections=sections,
+)
 
 
 if __name__ == "__main__":
-    main()
+    workers.reply(_work(workers.order()))

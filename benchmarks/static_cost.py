@@ -286,7 +286,9 @@ def _predictions(found: dict[tuple[str, str], inner_loops.Loops]) -> Iterator[li
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, or JSON lines."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static_cost", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line per compilation")
     parser.add_argument("--arch", action="append", choices=TARGETS, help="only this one (can be repeated)")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")

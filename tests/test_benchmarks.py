@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import UsageError, gpu, growth, inner_loops, machine, plots, readme, report, runs, static_cost
-from benchmarks.__main__ import main, make_plan, parser
+from benchmarks import (
+    UsageError,
+    covariance,
+    covariance_methods,
+    gpu,
+    growth,
+    head,
+    head_report,
+    inner_loops,
+    machine,
+    plots,
+    readme,
+    report,
+    runs,
+    sampler,
+    static_cost,
+)
+from benchmarks.__main__ import SUITES, main, parse_arguments, write
 from benchmarks.baselines import REGISTRY, Baseline, register
 from benchmarks.gate import Gate, Truth
-from benchmarks.measure import Plan, _has_turn, _Products, run
-from benchmarks.memory import measure_in_fresh_process, peak_beyond
+from benchmarks.head_memory import measure_in_fresh_process
+from benchmarks.measure import Plan, Products, has_turn, run
+from benchmarks.memory import peak_beyond
 from benchmarks.workloads import MODELS, Workload, make_inputs
 
 LOSSES = ("harmonic", "cross_entropy")
@@ -199,16 +217,16 @@ def test_ours_are_right_where_the_true_loss_is_near_1e_20(name, model):
 def test_a_slow_baseline_gets_fewer_repeats_evenly_spread(affordable, turns):
     plan = Plan([], [], False, 5, 1, patience=10.0)
     samples = [{"both": 10.0 / affordable - 1e-9}]
-    assert [turn for turn in range(5) if _has_turn("any", samples if turn else [], turn, plan)] == turns
+    assert [turn for turn in range(5) if has_turn("any", samples if turn else [], turn, plan)] == turns
     once = dataclasses.replace(plan, once=frozenset({"any"}))
-    assert [turn for turn in range(5) if _has_turn("any", samples if turn else [], turn, once)] == [0]
+    assert [turn for turn in range(5) if has_turn("any", samples if turn else [], turn, once)] == [0]
 
 
 @pytest.mark.parametrize("rows", [40, 7])
 @pytest.mark.parametrize("block", [0, 512, 100])
 def test_the_bare_products_are_the_products(rows, block):
     made = make_inputs(Workload("tiny", 40))
-    bare = _Products(made, "cpu")
+    bare = Products(made, "cpu")
     bare.rows, bare.block = rows, block
     assert bare.time()["both"] > 0
     scores = (made.x @ made.w.T).double()
@@ -268,6 +286,10 @@ def test_a_baseline_that_dies_in_its_process_is_reported():
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 HEADER = {
+    "suite": "head",
+    "command": "python -m benchmarks",
+    "settings": {"repeats": 5},
+    "device": "cpu",
     "cpu": "Some CPU",
     "cores": 2,
     "threads": 2,
@@ -279,6 +301,10 @@ HEADER = {
     "time": "2026-01-01T00:00:00Z",
     "load_before": 0.1,
 }
+
+
+def text_of(run):
+    return report.text(run, SUITES[run.header["suite"]].sections(run))
 
 
 def _record(name, seconds, memory, workload):
@@ -321,8 +347,8 @@ def test_lines_come_back_as_the_same_table(tmp_path):
     saved = runs.save(tmp_path / "run.jsonl", HEADER, iter(_records(workload)))
     loaded = runs.load(tmp_path / "run.jsonl")
     assert (loaded.header, loaded.records) == (saved.header, saved.records)
-    table = report.text(loaded)
-    assert table == report.text(saved)
+    table = text_of(loaded)
+    assert table == text_of(saved)
     row = next(line for line in table.splitlines() if line.startswith("| authors_dense"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[3:7] == ["5000", "5000-5000", "1", "2.50"]
@@ -332,33 +358,33 @@ def test_lines_come_back_as_the_same_table(tmp_path):
     assert "Some CPU, 2 cores, 2 threads" in table
     assert "abababababab + changes" in table
     assert "not quiet" not in table
-    assert "not quiet: load 3.0" in report.text(runs.Run("busy", {**HEADER, "load_before": 3.0}))
+    assert "load before the run was 3.0 on 2 cores" in text_of(runs.Run("busy", {**HEADER, "load_before": 3.0}))
     measured = [record | {"other_work_cores": 0.4, "copy_bytes_per_second": 1e10} for record in loaded.records]
-    assert "0.40 of 2 cores busy" in report.text(runs.Run("busy", HEADER, measured))
+    assert "0.40 of 2 cores busy" in text_of(runs.Run("busy", HEADER, measured))
 
 
 def test_the_verdicts_follow_the_figures():
     workload = Workload("gpt2", 2048)
     records = _records(workload)
-    lines = report.verdicts(workload, records)
+    lines = head_report.verdicts(workload, records)
     assert [line.split()[0] for line in lines] == ["PASS", "PASS", "PASS"]
     assert [float(line.split(": ")[1].split()[0]) for line in lines] == [0.8, 0.25, 0.4]
     slow = copy.deepcopy(records)
     slow[1] = _record("ours_torch", 2.6, 9_000_000, workload)
-    assert [line.split()[0] for line in report.verdicts(workload, slow)] == ["FAIL", "FAIL", "FAIL"]
+    assert [line.split()[0] for line in head_report.verdicts(workload, slow)] == ["FAIL", "FAIL", "FAIL"]
     gone = [
         *records[:2],
         records[2] | {"status": "failed the gate", "reason": "dX 1e-1", "seconds": None},
         *records[3:],
     ]
-    assert report.verdicts(workload, gone)[2].startswith("NOT MEASURED")
-    assert report.verdicts(Workload("tiny", 2048), records) == []
-    assert report.verdicts(Workload("gpt2", 2048, v=100), records) == []
+    assert head_report.verdicts(workload, gone)[2].startswith("NOT MEASURED")
+    assert head_report.verdicts(Workload("tiny", 2048), records) == []
+    assert head_report.verdicts(Workload("gpt2", 2048, v=100), records) == []
 
 
 def test_the_verdicts_at_8192_ask_for_the_floor_and_for_every_cpu_baseline():
     workload = Workload("gpt2", 8192)
-    lines = report.verdicts(workload, _records(workload))
+    lines = head_report.verdicts(workload, _records(workload))
     share = next(line for line in lines if "3U floor" in line)
     assert share.startswith("FAIL") and ": 0.500 (wanted >= 0.93)" in share
     for name in ("authors_dense", "harmonic_dense", "keops", "cross_entropy_compiled", "torch_chunked", "cce_compiled"):
@@ -400,7 +426,7 @@ def test_growth_is_fitted_along_each_axis(tmp_path):
             found = growth.fit(one.curve("ours_torch", figure))
             assert found == pytest.approx((*line, 0), rel=1e-9, abs=1e-6)
     assert growth.rows(along_v)[0] == ["ours_torch", "5e+03", "8000", "0.0%", "5", "8", "0.0%", "5, 5"]
-    text = report.text(made)
+    text = text_of(made)
     assert "## Growth with N: tiny V=500 D=64 fp32 random on cpu" in text
     bent = _growing()
     bent[1]["seconds"]["both"]["median"] *= 1.5
@@ -414,7 +440,7 @@ def test_growth_is_fitted_along_each_axis(tmp_path):
 
 def test_the_readme_block_is_the_runs(tmp_path):
     workload = Workload("gpt2", 2048)
-    made = runs.Run("run", {**HEADER, "device": "cpu", "command": "python -m benchmarks"}, _records(workload))
+    made = runs.Run("run", HEADER, _records(workload))
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- figures of old -->\nold\n<!-- end of figures -->\nafter\n")
     readme.rewrite(made, page)
@@ -442,6 +468,121 @@ def test_a_file_that_is_no_run_is_named(tmp_path, content, says):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UsageError, match=f"x.jsonl.*{says}"):
         runs.load(tmp_path / "x.jsonl")
+
+
+# --- the other suites, one format ------------------------------------------------------------------------------------
+
+
+def test_stored_runs_are_in_one_format_and_their_reports_are_what_the_writer_makes():
+    """Of every suite there is one; header and rows have the same keys in all."""
+    found = [runs.load(path) for path in sorted(runs.RESULTS.glob("*.jsonl"))]
+    assert {one.header["suite"] for one in found} == set(SUITES)
+    rows = [record for one in found for record in one.records]
+    assert set.intersection(*(set(one.header) for one in found)) >= set(HEADER)
+    assert set.intersection(*map(set, rows)) == set(runs.blank("any", {}))
+    assert {row["status"] for row in rows} <= {"ok", "checked", "skipped", "failed", "failed the gate"}
+    for stored in found:
+        assert (runs.RESULTS / f"{stored.name}.md").read_text().startswith(text_of(stored))
+
+
+def test_results_have_one_naming_scheme_and_an_index():
+    """Of what is stored for good; a run of one's own may lie beside it unlisted."""
+    index = (runs.RESULTS / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([^)]+)\)", index)
+    assert linked and all((runs.RESULTS / name).is_file() for name in linked)
+    git = subprocess.run(["git", "ls-files", "."], cwd=runs.RESULTS, capture_output=True, text=True)
+    for name in set(git.stdout.split()) - {"README.md"}:
+        stem = re.match(r"[a-z0-9]+-(?:cpu|cuda)-[\w.+-]+-\d{8}T\d{6}Z", name)
+        assert stem, name
+        assert stem[0] in index, name
+
+
+def test_the_covariance_suite_measures_in_processes_of_its_own(tmp_path, capsys):
+    words = [
+        "--suite",
+        "covariance",
+        "--samples",
+        "60",
+        "--draws",
+        "300",
+        "--buffer",
+        "128",
+        "--rounds",
+        "1",
+        "--repeats",
+    ]
+    words += ["2", "--threads", "1", "--baselines", "ours_panels", "torch_addmm", "devinterp"]
+    assert main([*words, "--devinterp-python", "/no/such/python", "--out", str(tmp_path)]) == 0
+    (stored,) = tmp_path.glob("covariance-*.jsonl")
+    run = runs.load(stored)
+    assert run.header["command"].endswith("devinterp --devinterp-python PATH")
+    assert run.header["settings"] == {"repeats": 2, "rounds": 1}
+    by_name = {record["baseline"]: record for record in run.records}
+    for name in ("ours_panels", "torch_addmm"):
+        assert by_name[name]["error"] < 1e-6
+        assert {len(seconds["values"]) for seconds in by_name[name]["seconds"].values()} == {2}
+    assert by_name["devinterp"]["status"] == "failed"
+    assert "/no/such/python does not run" in by_name["devinterp"]["reason"]
+    assert "NOT MEASURED  peak memory, ours / devinterp: ours was not in this run" in capsys.readouterr().out
+
+
+def test_the_covariance_methods_agree():
+    pytest.importorskip("scipy")
+    losses = covariance_methods.make_losses(50, 300)
+    truth = torch.corrcoef(torch.from_numpy(losses).double().T)
+    for name, method in covariance_methods.METHODS.items():
+        if name in (
+            "ours_panels",
+            "devinterp",
+        ):  # the one leaves this process without SciPy, the other is not installed
+            continue
+        first, whole, rho = method(losses, 128)
+        assert 0 <= first <= whole
+        torch.testing.assert_close(torch.as_tensor(rho).double(), truth, rtol=0, atol=2e-6)
+
+
+def test_the_covariance_targets_follow_the_figures():
+    def record(name, seconds, memory):
+        timing = {step: runs.summary([seconds]) for step in ("second_moment", "correlation")}
+        return runs.blank(name, {}) | {"status": "ok", "seconds": timing, "memory_bytes": memory}
+
+    records = {name: record(name, *figures) for name, figures in
+               {"ours": (1.0, 10), "scipy_ssyrk": (0.8, 5), "torch_addmm": (2.0, 5), "devinterp": (9.0, 90)}.items()}  # fmt: skip
+    lines = [target.judge(records) for target in covariance.TARGETS]
+    assert [line.split()[0] for line in lines] == ["FAIL", "FAIL", "PASS", "PASS", "PASS"]
+    records["devinterp"] |= {"status": "skipped", "reason": "not installed"}
+    assert covariance.TARGETS[-1].judge(records).endswith("devinterp skipped: not installed")
+
+
+def test_the_sampler_suite_measures_its_own_sampler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampler, "CASES", (sampler.Case(batch=4, chains=2, steps=1, inputs=4, draws=2),))
+    assert main(["--suite", "sampler", "--threads", "2", "--out", str(tmp_path)]) == 0
+    (stored,) = tmp_path.glob("sampler-*.jsonl")
+    by_name = {record["baseline"]: record for record in runs.load(stored).records}
+    assert {name: record["status"] for name, record in by_name.items()} == {
+        "ours": "ok", "ours_loop": "ok", "ours_processes": "ok", "devinterp": "skipped",
+    }  # fmt: skip
+    assert sum(by_name["ours"]["profile"].values()) == pytest.approx(1, abs=0.01)
+    assert "| 4     |      2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--suite", "heads"], "--suite 'heads' is not known: choose from head, covariance, sampler"),
+        (["--suite", "covariance", "--draws", "0"], "--draws 0: give an integer of at least 1"),
+        (["--suite", "covariance", "--baselines", "keops"], "--baselines 'keops' is not a method of this suite"),
+        (["--suite", "sampler", "--repeats", "0"], "--repeats 0 measures nothing"),
+    ],
+)
+def test_a_bad_request_of_a_suite_is_refused(words, says, capsys):
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_run_of_no_known_suite_is_refused():
+    with pytest.raises(UsageError, match="x: the header's suite '' is not known: choose from head"):
+        write(runs.Run("x", {"kind": "run"}), runs.RESULTS)
 
 
 # --- static cost -----------------------------------------------------------------------------------------------------
@@ -519,6 +660,12 @@ def test_occupancy_is_what_registers_and_shared_memory_leave():
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
+def plan_of(words):
+    suite, arguments = parse_arguments(words)
+    assert suite is head.SUITE
+    return head.make_plan(arguments)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -539,15 +686,15 @@ def test_occupancy_is_what_registers_and_shared_memory_leave():
     ],
 )
 def test_a_bad_request_is_refused_before_any_work(words, says, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.__main__.run", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("benchmarks.head.run", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(UsageError, match=says):
-        make_plan(parser().parse_args(words))
+        plan_of(words)
     assert main(words) == 2
     assert says in capsys.readouterr().err
 
 
 def test_a_request_becomes_a_plan():
-    plan = make_plan(parser().parse_args(["--n", "1024", "2048", "--inputs", "trained", "random", "--device", "cpu"]))
+    plan = plan_of(["--n", "1024", "2048", "--inputs", "trained", "random", "--device", "cpu"])
     assert [(w.model, w.inputs, w.tokens) for w in plan.workloads] == [
         ("gpt2", "trained", 1024),
         ("gpt2", "trained", 2048),
@@ -560,7 +707,7 @@ def test_a_request_becomes_a_plan():
 
 
 def test_growth_varies_n_at_one_v_and_v_at_one_n():
-    shapes = [(w.tokens, w.classes) for w in make_plan(parser().parse_args(["--growth", "--device", "cpu"])).workloads]
+    shapes = [(w.tokens, w.classes) for w in plan_of(["--growth", "--device", "cpu"]).workloads]
     assert len({n for n, v in shapes if v == 16384}) >= growth.POINTS
     assert len({v for n, v in shapes if n == 2048}) >= growth.POINTS
     assert len(set(shapes)) == len(shapes)
@@ -639,7 +786,7 @@ def test_a_gpu_run_that_is_ended_leaves_its_record(number, tmp_path):
         import signal, sys
         from pathlib import Path
         from benchmarks import gpu
-        signal.signal(signal.SIGTERM, gpu._stop)
+        signal.signal(signal.SIGTERM, gpu.stop)
         one, two = "print('done')", "import time; print('half', flush=True); time.sleep(20)"
         planned = [gpu.Step(str(k), (sys.executable, "-c", words), 50) for k, words in enumerate((one, two, one))]
         gpu.run_all(planned, Path({str(tmp_path)!r}), {{"machine": "here"}}, 100)"""
