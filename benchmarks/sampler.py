@@ -108,7 +108,8 @@ def seconds_of_draw(run: Callable[[int], None], case: Case, repeats: int = 2) ->
 def ours(case: Case, method: str = "sgld", group: int | None = None) -> Callable[[int], None]:
     """The sampler of this package."""
     from harmonic_triton.losskernel.per_sample_losses import classification_loss
-    from harmonic_triton.losskernel.sampling.sampler import SGLDConfig, sample_losses
+    from harmonic_triton.losskernel.sampling.config import SGLDConfig
+    from harmonic_triton.losskernel.sampling.stream import sample_losses
 
     torch.manual_seed(0)
     model, rows = Transformer(), pairs()
@@ -160,9 +161,9 @@ def devinterp(case: Case) -> Callable[[int], None]:
 def profile(case: Case) -> dict[str, float]:
     """Share of our sampler's time, by part; no public name bounds these parts."""
     from harmonic_triton.losskernel.sampling import sampler
-    from harmonic_triton.losskernel.sampling.rng import Streams
+    from harmonic_triton.losskernel.sampling.rng import CounterRNG
 
-    parts = {"noise": (Streams, "noise"), "minibatch": (Streams, "minibatch"),
+    parts = {"noise": (CounterRNG, "noise"), "minibatch": (CounterRNG, "minibatch"),
              "gradient": (sampler.Sampler, "_gradient"), "step": (sampler.Sampler, "_step"),
              "losses": (sampler.Sampler, "_losses")}  # fmt: skip
     spent = dict.fromkeys(parts, 0.0)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from harmonic_triton import _ops
-from harmonic_triton.losskernel.covariance import streaming
+from harmonic_triton.losskernel.covariance import differentiable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 TRUE_DEVICE = torch.Tensor.device.__get__
@@ -68,7 +68,7 @@ class Pretend(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace == "harmonic_triton":
             with self:  # what it does inside is seen as well
-                outs = (streaming._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(*args, **kwargs)
+                outs = (differentiable._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(*args, **kwargs)
             return outs
         there = any(map(on_gpu, tensors))
         indices = name.startswith(("index", "_unsafe_index")) and bool(tensors) and on_gpu(tensors[0])

@@ -19,7 +19,9 @@ import torch
 import torch.multiprocessing as mp
 
 from harmonic_triton.losskernel.covariance import triangle
-from harmonic_triton.losskernel.covariance.streaming import CovarianceResult, StreamingCovariance, loss_covariance
+from harmonic_triton.losskernel.covariance.differentiable import loss_covariance
+from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
+from harmonic_triton.losskernel.covariance.sums import CovarianceResult
 from harmonic_triton.losskernel.covariance.triangle import PACKED, Triangle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
