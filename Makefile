@@ -23,8 +23,9 @@ slow: $(VENV)/test ## the tests that take long
 pretend: $(VENV)/test ## the tests that launch kernels, with every tensor held to where it would be on a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --pretend-gpu -m "triton and not slow" -n auto --maxprocesses 4 -q $(ARGS)
 
-lint: $(VENV)/test
+lint: $(VENV)/test ## linter, formatter and type checker
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 doctor: $(VENV)/core ## versions, devices, which backend serves and why not the others

@@ -160,9 +160,9 @@ def devinterp(case: Case) -> Callable[[int], None]:
 def profile(case: Case) -> dict[str, float]:
     """Share of our sampler's time, by part; no public name bounds these parts."""
     from harmonic_triton.losskernel.sampling import sampler
-    from harmonic_triton.losskernel.sampling.rng import Streams
+    from harmonic_triton.losskernel.sampling.rng import CounterRNG
 
-    parts = {"noise": (Streams, "noise"), "minibatch": (Streams, "minibatch"),
+    parts = {"noise": (CounterRNG, "noise"), "minibatch": (CounterRNG, "minibatch"),
              "gradient": (sampler.Sampler, "_gradient"), "step": (sampler.Sampler, "_step"),
              "losses": (sampler.Sampler, "_losses")}  # fmt: skip
     spent = dict.fromkeys(parts, 0.0)

@@ -8,11 +8,9 @@ compiled as a launch would specialise them: contiguous operands, pointers and wi
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -41,8 +39,9 @@ TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_ref_ptr": "fp64"}
 GRADIENTS = {"dx_ptr", "dw_ptr"}  # in fp32 where they are formed in the forward pass: the variant WIDE
 FLOATS = {"eps"}  # scalar arguments that are not i32
 SMOOTHING_ONLY = {"smooth_weight_ptr", "smooth_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
+SCORED_ONLY = {"g_score_ptr"}  # None where nothing depends on the target's logit itself
 STORED_ONLY = {"stored_ptr", "tile_best_ptr"}  # None where no log-scores are stored
-HARMONIC_ONLY = {"norms_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
+HARMONIC_ONLY = {"norms_ptr", "smallest_ptr", "largest_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
 
@@ -75,14 +74,12 @@ class Launch:
 
 def kernels() -> dict[str, tuple[Any, bool]]:
     """Every kernel of the heads by name, and whether it computes products."""
-    from harmonic_triton.fused import triton as package
+    from harmonic_triton.fused.triton import backward, forward
 
-    found = {}
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if name.endswith("_kernel"):
-                found[name] = (value, "BLOCK_V" in value.arg_names)
-    return found
+    named = {**vars(forward), **vars(backward)}
+    return {
+        name: (value, "BLOCK_V" in value.arg_names) for name, value in named.items() if name.endswith("_kernel")
+    }
 
 
 def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
@@ -115,6 +112,8 @@ def launch_of(
         fixed["BLOCK_N"] = 128
     if not switches.get("SMOOTHING", True):
         fixed |= dict.fromkeys(SMOOTHING_ONLY)
+    if not switches.get("SCORED", True):
+        fixed |= dict.fromkeys(SCORED_ONLY)
     if not switches.get("STORE_SCORES", False) and not switches.get("STORED", False):
         fixed |= dict.fromkeys(STORED_ONLY)
     if switches.get("DOT", False):

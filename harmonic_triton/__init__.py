@@ -4,6 +4,7 @@ See :func:`linear_harmonic_loss` and :func:`loss_kernel`; ``python -m harmonic_t
 """
 
 from harmonic_triton._moved import register
+from harmonic_triton._version import __version__ as __version__
 from harmonic_triton.functional import (
     CrossEntropyStats,
     HarmonicStats,
@@ -14,14 +15,17 @@ from harmonic_triton.functional import (
     linear_harmonic_loss,
     log_harmax,
 )
-from harmonic_triton.losskernel.covariance.streaming import CovarianceResult, StreamingCovariance, loss_covariance
-from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
-from harmonic_triton.losskernel.sampling.sampler import SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.losskernel.covariance.differentiable import loss_covariance
+from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
+from harmonic_triton.losskernel.covariance.sums import CovarianceResult
+from harmonic_triton.losskernel.kernel import LossKernel
+from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
+from harmonic_triton.losskernel.sampling.stability import stability_bound
+from harmonic_triton.losskernel.sampling.stream import sample_losses
 from harmonic_triton.losskernel.sampling.tuning import tune
 from harmonic_triton.losskernel.traces.traces import LossTraces
 from harmonic_triton.modules import HarmonicHead, LinearHarmonicLoss
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CovarianceResult",

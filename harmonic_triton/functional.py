@@ -328,7 +328,7 @@ def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tupl
 
 
 def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-(n/2) log(s_j/s_nearest) (N, V) by the expansion of NUMERICS, and the nearest classes (N, 1)."""
+    """-(n/2) log(s_j/s_nearest) (N, V) by ||w_j||^2 - 2 x.w_j less the nearest's, and the nearest classes (N, 1)."""
     norms = w.square().sum(1)
     with _full_products():
         u = torch.addmm(norms, x, w.t(), alpha=-2)

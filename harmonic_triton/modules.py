@@ -85,7 +85,9 @@ class HarmonicHead(nn.Module):
         if target is None:
             return harmonic_logits(input, self.weight, n=self.n, eps=self.eps)
         every = cast(Any, {**self.loss_options, **options})
-        return linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **every)
+        loss: Tensor | tuple[Tensor, HarmonicStats]
+        loss = linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **every)
+        return loss
 
     def _trained_with(self) -> tuple[float, float]:
         """n and eps; NaN for an n that is a parameter."""
@@ -167,7 +169,9 @@ class LinearHarmonicLoss(nn.Module):
 
     def forward(self, linear_weight: Tensor, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, HarmonicStats]:
         """The loss of input (..., D) against linear_weight (V, D) and target (...)."""
-        return linear_harmonic_loss(input, linear_weight, target, **cast(Any, self.options))
+        loss: Tensor | tuple[Tensor, HarmonicStats]
+        loss = linear_harmonic_loss(input, linear_weight, target, **cast(Any, self.options))
+        return loss
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

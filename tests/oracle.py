@@ -1,4 +1,4 @@
-"""The fp64 truth of a call, and how far a backend may be from it: bounds derived as in NUMERICS, not guessed.
+"""The fp64 truth of a call, and how far a backend may be from it: bounds derived as in docs/design.md, not guessed.
 
 Write eps for fp32's rounding (fp64's for float64). For a class j that goes through the matrix products
 ``kappa_j = (||x||^2 + ||w_j||^2)/s_j`` multiplies the relative error of its squared distance; for the target and the rival,

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from harmonic_triton import _ops
-from harmonic_triton.losskernel.covariance import streaming
+from harmonic_triton.losskernel.covariance import differentiable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 TRUE_DEVICE = torch.Tensor.device.__get__
@@ -27,6 +28,14 @@ CANNOT = {  # tests that need more of a GPU than is pretended
     "test_a_target_out_of_range_stops_a_process_on_a_gpu": "needs a GPU",
     "test_captured_in_a_cuda_graph": "needs a GPU",
 }
+
+
+MARKS: dict[int, tuple[StorageWeakRef, bool]] = {}  # of storages; the reference keeps the address from being used again
+
+
+def mark(tensor: Tensor, there: bool) -> None:
+    storage = tensor.untyped_storage()
+    MARKS[storage._cdata] = StorageWeakRef(storage), there
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -40,12 +49,12 @@ def on_gpu(tensor: Tensor) -> bool:
         tensor = unwrapped(tensor)
         if TRUE_DEVICE(tensor).type != "cpu" or tensor.layout != torch.strided:
             return False
-        return bool(getattr(tensor.untyped_storage(), "on_gpu", False))
+        return MARKS.get(tensor.untyped_storage()._cdata, (None, False))[1]
 
 
 def on_cpu(tensor: Tensor) -> bool:
     """Not so for what autograd's own formulas create, which goes where the first tensor it meets is."""
-    return TRUE_DEVICE(tensor).type == "cpu" and not hasattr(tensor.untyped_storage(), "on_gpu")
+    return TRUE_DEVICE(tensor).type == "cpu" and tensor.untyped_storage()._cdata not in MARKS
 
 
 def device(tensor: Tensor) -> torch.device:
@@ -59,7 +68,7 @@ class Pretend(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace == "harmonic_triton":
             with self:  # what it does inside is seen as well
-                outs = (streaming._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(*args, **kwargs)
+                outs = (differentiable._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(*args, **kwargs)
             return outs
         there = any(map(on_gpu, tensors))
         indices = name.startswith(("index", "_unsafe_index")) and bool(tensors) and on_gpu(tensors[0])
@@ -78,9 +87,9 @@ class Pretend(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and TRUE_DEVICE(leaf).type == "cpu"]
         for leaf in made:
             if there and (name != "copy_" or not on_cpu(leaf)):
-                leaf.untyped_storage().on_gpu = True
+                mark(leaf, True)
             elif not tensors and torch._C._current_autograd_node() is not None:
-                leaf.untyped_storage().on_gpu = None
+                mark(leaf, False)
         return out
 
 
@@ -101,7 +110,7 @@ class Move(torch.autograd.Function):
         with _disable_current_modes():
             out = tensor.detach().clone()
         if to_gpu:
-            out.untyped_storage().on_gpu = True
+            mark(out, True)
         return out
 
     @staticmethod

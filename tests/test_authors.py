@@ -1,4 +1,4 @@
-"""The variants that the authors published, expressed by our options (NUMERICS: their exponent acts on the *squared*
+"""The variants that the authors published, expressed by our options (their exponent acts on the *squared*
 distance, so it is half of ours).
 
 Truth is their formula in fp64 on the same fp32 inputs. A relative error of a squared distance counts n/2 times in its

@@ -13,7 +13,9 @@ from test_sgld import classes, draws, network, settings
 
 from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
-from harmonic_triton.losskernel.sampling.sampler import METHODS, Sampler, sample_losses
+from harmonic_triton.losskernel.sampling.config import METHODS
+from harmonic_triton.losskernel.sampling.sampler import Sampler
+from harmonic_triton.losskernel.sampling.stream import sample_losses
 
 # The parent imports, then forks and kills its children with SIGKILL at random moments. It runs no torch operation itself
 # before the last fork, so that forking is safe. Each child goes on from what its predecessors left on the disk.
@@ -23,7 +25,7 @@ KILLED = textwrap.dedent("""
     from test_checkpoint import kill_settings
     from test_sgld import classes, network
     from harmonic_triton.losskernel.per_sample_losses import classification_loss
-    from harmonic_triton.losskernel.sampling.sampler import sample_losses
+    from harmonic_triton.losskernel.sampling.stream import sample_losses
     torch.set_num_threads(1)
     method, kills, directory, longest = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
     chance = random.Random(0)

@@ -46,13 +46,13 @@ def test_verify_fails_when_a_backend_is_wrong(broken, capsys, monkeypatch):
     """A relative error of 2e-4 in one output, in the worst row only, is found."""
     from harmonic_triton.fused.pytorch import backend
 
-    forward, backward = backend.rows_forward, backend.rows_backward
+    forward, backward = backend.forward, backend.backward
 
     def wrong_forward(*args):
-        rows = forward(*args)
-        rows.nll[1] *= 1 + 2e-4 * (broken == "loss")
-        rows.score_mean.mul_(1 + 2e-4 * (broken == "dn"))
-        return rows
+        results = forward(*args)
+        results.nll[1] *= 1 + 2e-4 * (broken == "loss")
+        results.score_mean.mul_(1 + 2e-4 * (broken == "dn"))
+        return results
 
     def wrong_backward(*args):
         dx, dw = backward(*args)
@@ -60,8 +60,8 @@ def test_verify_fails_when_a_backend_is_wrong(broken, capsys, monkeypatch):
         dw[3] *= 1 + 2e-4 * (broken == "dW")
         return dx, dw
 
-    monkeypatch.setattr(backend, "rows_forward", wrong_forward)
-    monkeypatch.setattr(backend, "rows_backward", wrong_backward)
+    monkeypatch.setattr(backend, "forward", wrong_forward)
+    monkeypatch.setattr(backend, "backward", wrong_backward)
     assert main([*TINY, "--dtype", "fp32", "--backend", "torch"]) == 1
     assert "FAILED" in capsys.readouterr().out
 

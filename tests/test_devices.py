@@ -7,10 +7,13 @@ import torch
 from second_device import DEVICE, SecondDevice
 from torch import nn
 
-from harmonic_triton.losskernel import cli, estimators
-from harmonic_triton.losskernel.kernel import About, LossKernel, loss_kernel
+from harmonic_triton.losskernel import convergence, estimators
+from harmonic_triton.losskernel.about import About
+from harmonic_triton.losskernel.kernel import LossKernel
 from harmonic_triton.losskernel.per_sample_losses import regression_loss
-from harmonic_triton.losskernel.sampling.sampler import SGLDConfig
+from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
+from harmonic_triton.losskernel.tables import group_correlation
 
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda")  # the real thing where there is one
@@ -87,7 +90,7 @@ def test_everything_a_kernel_tells(keep, labels_at):
     for name in ("llc", "empirical_variance", "singular_fluctuation"):
         same(lambda kernel: getattr(kernel, name))  # noqa: B023
     groups = torch.arange(12).to(labels_at) // 4
-    same(lambda kernel: cli.group_correlation(kernel, groups if kernel is there else groups.cpu()))
+    same(lambda kernel: group_correlation(kernel, groups if kernel is there else groups.cpu()))
 
 
 @pytest.mark.parametrize("neighbors_at", ["cpu", DEVICE])
@@ -120,7 +123,7 @@ def test_estimators_take_labels_from_any_device(neighbors_at, labels_at):
         estimators.cka_of_factors(x, y)
     )
     torch.testing.assert_close(estimators.bif(x.to(neighbors_at), y.to(labels_at)).cpu(), estimators.bif(x, y))
-    assert estimators.split_half_cka(draws().to(neighbors_at)) == pytest.approx(estimators.split_half_cka(draws()))
+    assert convergence.split_half_cka(draws().to(neighbors_at)) == pytest.approx(convergence.split_half_cka(draws()))
 
 
 @pytest.mark.parametrize("keep", ["covariance", "traces"])

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.convergence import autocorrelation_time, gelman_rubin, split_half_cka
 from harmonic_triton.losskernel.estimators import (
-    autocorrelation_time,
     bif,
     cka,
     cka_of_factors,
     correlation_distance,
-    gelman_rubin,
     knn_purity,
     llc,
     memorization_auc,
@@ -22,7 +21,6 @@ from harmonic_triton.losskernel.estimators import (
     roc_auc,
     same_label_confound,
     singular_fluctuation,
-    split_half_cka,
     standardised,
     taxonomic_lift,
     unsigned_auc,

@@ -21,7 +21,7 @@ from test_sgld import classes, network, settings
 import harmonic_triton as ht
 from harmonic_triton import LossKernel, LossTraces
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
-from harmonic_triton.losskernel.sampling.sampler import sample_losses
+from harmonic_triton.losskernel.sampling.stream import sample_losses
 
 CONFIG = settings(lr=1e-4, num_chains=4, num_draws=8, num_burnin_steps=2, chain_group_size=2)
 posix = pytest.mark.skipif(os.name != "posix", reason="links and locks as on POSIX")
@@ -347,18 +347,18 @@ def test_thousands_of_flips_are_noticed(stored, name):
     """And half as many cuts; read as their readers do it, but without the run around it."""
     from harmonic_triton._common import files
     from harmonic_triton.losskernel import checkpoint, collector
-    from harmonic_triton.losskernel.sampling import sampler
+    from harmonic_triton.losskernel.sampling import stream
 
     def draws():
         blocks = files.Blocks(stored / name, 4 * 90, "by removing it")
-        blocks.load_state_dict(checkpoint.load(stored / "draws" / "state.pt", sampler.KIND)["draws"])
+        blocks.load_state_dict(checkpoint.load(stored / "draws" / "state.pt", stream.KIND)["draws"])
         assert blocks.count == 32 and sum(map(len, blocks)) == 32 * 360
 
     readers = {
         "draws/draws.f32": draws,
         "traces/kernel-0.pt": lambda: checkpoint.load(stored / name, collector.KIND),
         "sums/kernel-0.pt": lambda: checkpoint.load(stored / name, collector.KIND),
-        "draws/state.pt": lambda: checkpoint.load(stored / name, sampler.KIND),
+        "draws/state.pt": lambda: checkpoint.load(stored / name, stream.KIND),
     }
     refused(readers.get(name, lambda: READERS[name](stored)), stored / name, Path(name).name, 3000)
 

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import harmonic_triton as ht
-from harmonic_triton import _ops, functional, reference
+from harmonic_triton import reference
 from harmonic_triton.functional import linear_harmonic_loss
+from harmonic_triton.fused import call
+from harmonic_triton.fused import ops as _ops
+from harmonic_triton.fused.options import Options
 
 TOKENS, WIDTH, CLASSES, N = 13, 21, 37, 6.0
 
@@ -80,11 +83,9 @@ def test_a_second_backward_with_another_upstream_gradient(backend, reduction):
 def test_nothing_is_computed_for_a_frozen_operand(backend, reduction, frozen, monkeypatch):
     asked = []
     module = _ops.backend_module(backend)
-    for name in ("rows_backward", "reduced_forward"):
-        run = getattr(module, name, None)
-        if run is not None:
-            at = {"rows_backward": 11, "reduced_forward": 10}[name]
-            monkeypatch.setattr(module, name, lambda *a, run=run, at=at: asked.append(a[at : at + 2]) or run(*a))
+    for name in ("backward", "forward_backward"):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, run=run: asked.append(a[-1][:2]) or run(*a))
     x, w, target, g = make()
     up = g if reduction == "none" else torch.tensor(1.3)
     _, dx, dw = gradients(x, w, target, upstream=up, reduction=reduction, backend=backend)
@@ -100,7 +101,7 @@ def test_no_gradient_is_formed_where_none_can_flow(monkeypatch):
     def refuse(*_):
         raise AssertionError("gradients were computed for nothing")
 
-    monkeypatch.setattr(_ops.backend_module("torch"), "reduced_forward", refuse)
+    monkeypatch.setattr(_ops.backend_module("torch"), "forward_backward", refuse)
     x, w, target, _ = make()
     linear_harmonic_loss(x, w, target)
     with torch.no_grad():
@@ -266,10 +267,8 @@ def test_statistics_are_shifted_with_the_loss(backend, name):
 
 def test_shift_copies_no_input():
     x, w, target, _ = make(tokens=24)
-    call = functional._Call(
-        x.view(2, 12, WIDTH), w, target.view(2, 12), None, -100, "mean", None, 0.0, 3, False, None, "auto", None, None
-    )
-    assert call.x.data_ptr() == x.data_ptr()
+    prepared = call._prepare(x.view(2, 12, WIDTH), w, target.view(2, 12), Options(shift=3), harmonic=True)
+    assert prepared.operands.x.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -1,6 +1,7 @@
 """python -m harmonic_triton loss-kernel: entry points found and checked, a run written, resumed and refused."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -14,9 +15,9 @@ import torch
 from torch import nn
 
 from harmonic_triton.__main__ import main
-from harmonic_triton.losskernel import cli
+from harmonic_triton.losskernel import cli, entry_point, tables
 from harmonic_triton.losskernel.kernel import LossKernel
-from harmonic_triton.losskernel.sampling.sampler import SGLDConfig
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ def test_an_entry_point_that_cannot_serve_is_one_line_that_says_what_was_expecte
 
 
 def test_arguments_reach_the_entry_point_and_wrong_ones_are_named(here, capsys):
-    assert len(cli.load("entry_points:data", ["rows=7"]).eval_data[0]) == 7
+    assert len(entry_point.load("entry_points:data", ["rows=7"]).eval_data[0]) == 7
     assert command("entry_points:data", "--entry-arg", "rows") == 2
     assert "--entry-arg 'rows': write name=value" in capsys.readouterr().err
     assert command("entry_points:data", "--entry-arg", "lines=7") == 2
@@ -196,7 +197,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(here, monkeypatch, capsys):
 def test_the_probe_is_taken_from_the_curvature_where_it_is_not_given(here):
     """A linear model's Hessian is known: nbeta λmax(H) is the localization, 0.15 · 4/(2 nbeta λmax) the step size."""
     options = parsed("entry_points:data", "--batch-size", "64", "--nbeta", "40")
-    task = cli.load("entry_points:data", [])
+    task = entry_point.load("entry_points:data", [])
     config = cli.configured(options, task)
     x = torch.cat([task.train_data[0], torch.ones(64, 1)], 1)
     curvature = 40 * torch.linalg.eigvalsh(x.T @ x / 64).max().item()
@@ -210,7 +211,7 @@ def test_the_probe_is_taken_from_the_curvature_where_it_is_not_given(here):
 
 def test_the_tuner_chooses_what_is_not_given(here, capsys):
     tune = ("--tune", "--target-excess", "0.01", "--num-chains", "2", "--num-draws", "20", "--quiet")
-    task = cli.load("entry_points:data", [])
+    task = entry_point.load("entry_points:data", [])
     config = cli.configured(parsed("entry_points:data", *tune, "--nbeta", "64", "--batch-size", "64"), task)
     assert (config.nbeta, config.batch_size, config.num_chains, config.num_draws) == (64, 64, 2, 20)
     # of a quadratic loss the excess is half the trace of H (nbeta H + gamma)^-1
@@ -247,14 +248,14 @@ def test_groups_correlate_as_the_covariance_of_their_mean_standardised_losses():
     groups = torch.tensor([0, 0, 0, 1, 1, 1, 3, 3, 3])
     for keep in ("covariance", "traces"):
         kernel = LossKernel.from_losses(losses, keep=keep)
-        found = cli.group_correlation(kernel, groups)
+        found = tables.group_correlation(kernel, groups)
         flat = losses.flatten(0, 1).double()
         z = (flat - flat.mean(0)) / flat.std(0)
         means = torch.stack([z[:, groups == g].mean(1) for g in (0, 1, 3)], 1)
         # traces are stored in bfloat16, which moves a correlation by a few 1e-4
         torch.testing.assert_close(found[[0, 1, 3]][:, [0, 1, 3]], torch.corrcoef(means.T), atol=2e-3, rtol=0)
         assert not found[2].any()
-    lines = cli.write_groups(Path(os.devnull), found, ["a", "b", "empty", "c"])
+    lines = tables.write_groups(Path(os.devnull), found, ["a", "b", "empty", "c"])
     assert len(lines) == 4
     assert lines[1].startswith("a\tb 0.")
     assert "empty" not in "".join(lines)
@@ -275,9 +276,9 @@ def test_as_a_program_with_a_report(here):
 
 
 def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
-    real = cli.importlib.util.find_spec
+    real = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name, *more: None if name == "umap" else real(name, *more)
+        importlib.util, "find_spec", lambda name, *more: None if name == "umap" else real(name, *more)
     )
     assert main(["loss-kernel", "entry_points:data", *QUICK, "--out", "out"]) == 2
     assert (
@@ -288,7 +289,7 @@ def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
 
 
 def test_the_flat_loss_asks_for_a_localization(here):
-    task = cli.Task(
+    task = entry_point.Task(
         nn.Linear(1, 1), lambda model, batch: 0 * model(batch[0]).flatten(), *([(torch.ones(4, 1),)] * 2)
     )
     with pytest.raises(ValueError, match="give --localization"):
@@ -305,12 +306,10 @@ def test_a_run_goes_on_with_the_settings_it_began_with(here, monkeypatch, capsys
     first = LossKernel.load(here / "out" / "kernel.safetensors")
     began = json.loads((here / "out" / "results.json").read_text())["config"]
 
-    from harmonic_triton.losskernel.sampling import sampler
-
     def other_threads(*given, **options):
         raise AssertionError("a run that goes on estimates nothing")
 
-    monkeypatch.setattr(sampler, "stability_bound", other_threads)
+    monkeypatch.setattr(cli, "stability_bound", other_threads)
     capsys.readouterr()
     assert command(*arguments) == 0, capsys.readouterr().err
     assert "goes on from" in capsys.readouterr().out
@@ -366,7 +365,7 @@ def test_settings_without_a_checkpoint_are_estimated_anew(here):
         path.unlink()
     assert command(*arguments, "--nbeta", "100") == 0
     config = json.loads((here / "out" / "results.json").read_text())["config"]
-    task = cli.load("entry_points:data", [])
+    task = entry_point.load("entry_points:data", [])
     anew = cli.configured(parsed("entry_points:data", *QUICK, "--nbeta", "100"), task)
     assert config["lr"] == pytest.approx(anew.lr) and config["localization"] == pytest.approx(anew.localization)
 
@@ -391,7 +390,7 @@ def test_the_expected_time_is_said_before_it_passes(here, capsys, monkeypatch):
     options = parsed("slow_entry:slow", "--chain-group-size", "1", "--num-chains", "3", "--num-draws", "40",
                      "--num-burnin-steps", "10", "--num-steps-bw-draws", "2", "--lr", "1e-4", "--localization", "10",
                      "--batch-size", "16")  # fmt: skip
-    task = cli.load("slow_entry:slow", [])
+    task = entry_point.load("slow_entry:slow", [])
     config = cli.configured(options, task)
     expected = 3 * ((10 + 40 * 2) * 0.01 + 40 * 0.01)
     assert (
@@ -417,7 +416,7 @@ def test_announcements_grow_with_the_time():
 
 
 def test_quick_is_a_setting_that_single_options_overrule(here, capsys):
-    task = cli.load("entry_points:data", [])
+    task = entry_point.load("entry_points:data", [])
     config = cli.configured(parsed("entry_points:data", "--quick", "--num-draws", "7"), task)
     found = {name: getattr(config, name) for name in cli.QUICK}
     assert found == {**cli.QUICK, "num_draws": 7}
@@ -427,11 +426,9 @@ def test_quick_is_a_setting_that_single_options_overrule(here, capsys):
 
 def test_both_estimates_come_from_one(here, monkeypatch):
     """lr and localization need one largest curvature; two estimates are twice two dozen gradients of a large model."""
-    from harmonic_triton.losskernel.sampling import sampler
-
-    real, calls = sampler.stability_bound, []
-    monkeypatch.setattr(sampler, "stability_bound", lambda *given, **options: calls.append(1) or real(*given, **options))
-    task = cli.load("entry_points:data", [])
+    real, calls = cli.stability_bound, []
+    monkeypatch.setattr(cli, "stability_bound", lambda *given, **options: calls.append(1) or real(*given, **options))
+    task = entry_point.load("entry_points:data", [])
     for given in ([], ["--lr", "1e-4"], ["--localization", "3"], ["--lr", "1e-4", "--localization", "3"]):
         calls.clear()
         cli.configured(parsed("entry_points:data", *given), task)

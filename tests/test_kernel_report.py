@@ -10,9 +10,10 @@ import matplotlib.image
 import pytest
 import torch
 
-from harmonic_triton.losskernel import estimators, report
-from harmonic_triton.losskernel.chain_record import Diagnostics
-from harmonic_triton.losskernel.kernel import About, LossKernel
+from harmonic_triton.losskernel import estimators, figures
+from harmonic_triton.losskernel.about import About
+from harmonic_triton.losskernel.diagnostics import Diagnostics
+from harmonic_triton.losskernel.kernel import LossKernel
 
 GROUPS = torch.arange(60) % 3
 
@@ -108,22 +109,22 @@ def test_bad_arguments_are_named(tmp_path):
 
 
 def test_samples_are_sorted_by_label_or_by_cluster(monkeypatch):
-    by_label = report.sorted_samples(kernel(), GROUPS)
+    by_label = figures.sorted_samples(kernel(), GROUPS)
     assert by_label.sort().values.tolist() == list(range(60))
     assert GROUPS[by_label].unique_consecutive().tolist() == [0, 1, 2]
-    by_cluster = report.sorted_samples(kernel(), None)
+    by_cluster = figures.sorted_samples(kernel(), None)
     assert by_cluster.sort().values.tolist() == list(range(60))
     assert len(GROUPS[by_cluster].unique_consecutive()) == 3  # the groups are found without their labels
-    monkeypatch.setattr(report, "SHOWN", 12)
-    some = report.sorted_samples(kernel(), GROUPS)
+    monkeypatch.setattr(figures, "SHOWN", 12)
+    some = figures.sorted_samples(kernel(), GROUPS)
     assert GROUPS[some].bincount().tolist() == [4, 4, 4] and len(some.unique()) == 12
-    assert len(report.sorted_samples(kernel(), None).unique()) == 12
+    assert len(figures.sorted_samples(kernel(), None).unique()) == 12
 
 
 def test_the_heatmap_shows_the_sorted_correlations():
-    figure = report.overview(kernel(), method="pca")
+    figure = figures.overview(kernel(), method="pca")
     image = figure.axes[0].images[0].get_array()
-    order = report.sorted_samples(kernel(), GROUPS)
+    order = figures.sorted_samples(kernel(), GROUPS)
     torch.testing.assert_close(torch.as_tensor(image.data), kernel().correlation[order][:, order], atol=1e-6, rtol=0)
     assert image[:20, :20].mean() > 0.7 and abs(image[:20, 20:].mean()) < 0.1
 
@@ -131,9 +132,9 @@ def test_the_heatmap_shows_the_sorted_correlations():
 def test_the_chains_figure_marks_the_dead():
     sick = losses()
     sick[1, 50:] = math.inf
-    axis = report.chains_figure(kernel(sick)).axes[0]
+    axis = figures.chains_figure(kernel(sick)).axes[0]
     assert "chain 1 died" in axis.get_legend_handles_labels()[1]
-    assert len([line for line in axis.lines if line.get_color() == report.BLUE]) == 3
+    assert len([line for line in axis.lines if line.get_color() == figures.BLUE]) == 3
 
 
 def test_plot_writes_a_picture(tmp_path):
@@ -279,7 +280,7 @@ def test_confound_words(same, other, words):
 def test_labels_without_a_name_are_refused(labels, tmp_path):
     """-1 would be the last name: a sample without a label would be shown as one of the last class."""
     names = ["a", "b", "c"]
-    for call in (report.overview, lambda kernel, **options: kernel.report(tmp_path / "report.html", **options)):
+    for call in (figures.overview, lambda kernel, **options: kernel.report(tmp_path / "report.html", **options)):
         with pytest.raises(
             ValueError, match=rf"labels 0 ... 2, and labels hold {int(labels.min())} ... {int(labels.max())}"
         ):

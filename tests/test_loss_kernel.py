@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.kernel import About, LossKernel, loss_kernel
-from harmonic_triton.losskernel.sampling.sampler import Sampler, SGLDConfig, sample_losses
+from harmonic_triton.losskernel.about import About
+from harmonic_triton.losskernel.kernel import LossKernel
+from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
+from harmonic_triton.losskernel.sampling.sampler import Sampler
+from harmonic_triton.losskernel.sampling.stream import sample_losses
 
 KEEPS = ("covariance", "traces")
 # bfloat16 traces round a shifted loss to 2^-9 of itself: 4e-3/sqrt(12) of the spread, averaged over 200 draws.

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel import convergence, estimators
+from harmonic_triton.losskernel.kernel import LossKernel
 from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
-from harmonic_triton.losskernel.sampling.sampler import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.losskernel.sampling.config import METHODS, SGLDConfig
+from harmonic_triton.losskernel.sampling.sampler import Sampler
+from harmonic_triton.losskernel.sampling.stability import stability_bound
+from harmonic_triton.losskernel.sampling.stream import sample_losses
 from harmonic_triton.losskernel.sampling.tuning import tune
 
 KEEPS = ("covariance", "traces")
@@ -97,10 +101,10 @@ def test_too_few_draws_are_refused_before_any_work(changes, options):
 
 def test_split_half_cka_needs_two_draws_a_half_and_says_so():
     draws = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0))
-    assert 0 <= estimators.split_half_cka(draws) <= 1
-    assert math.isnan(estimators.split_half_cka(draws[:2]))
+    assert 0 <= convergence.split_half_cka(draws) <= 1
+    assert math.isnan(convergence.split_half_cka(draws[:2]))
     with pytest.raises(ValueError, match="two draws or more"):
-        estimators.split_half_cka(draws[:1])
+        convergence.split_half_cka(draws[:1])
 
 
 # --- what surrounds a call -----------------------------------------------------------------------------------------------

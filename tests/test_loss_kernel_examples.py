@@ -16,7 +16,7 @@ from examples.loss_kernel.__main__ import main  # noqa: E402
 from examples.loss_kernel.experiment import Clock  # noqa: E402
 from examples.train_gpt import train as train_gpt  # noqa: E402
 from harmonic_triton.losskernel.kernel import LossKernel  # noqa: E402
-from harmonic_triton.losskernel.sampling.sampler import SGLDConfig  # noqa: E402
+from harmonic_triton.losskernel.sampling.config import SGLDConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 FEW = {"num_chains": 2, "num_draws": 30, "num_burnin_steps": 5, "embedding": False}

@@ -16,7 +16,8 @@ from harmonic_triton.losskernel.per_sample_losses import (
     sequence_loss,
     token_loss,
 )
-from harmonic_triton.losskernel.sampling.sampler import Sampler, SGLDConfig
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
+from harmonic_triton.losskernel.sampling.sampler import Sampler
 
 
 def with_gradient(logits, target, function):

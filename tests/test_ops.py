@@ -23,8 +23,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
-from harmonic_triton import _ops
-from harmonic_triton._common.precision import Rows
+from harmonic_triton.fused import ops as _ops
+from harmonic_triton.fused.problem import Operands, Problem, Wanted
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream
 
 REDUCTIONS = ("none", "sum", "mean")
 BACKENDS = ("torch", "triton")
@@ -80,23 +81,22 @@ def weights(classes: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def operator_arguments(
-    name: str, dtype: torch.dtype, backend: str, smoothing: bool, moments: bool, needs: str
+    name: str, dtype: torch.dtype, backend: str, smoothing: bool, want_scores: bool, needs: str
 ) -> tuple[Any, ...]:
-    """Arguments as the autograd Functions pass them; a gradient for n needs the moments."""
+    """Arguments as the autograd Functions pass them; a gradient for n needs the scores."""
     x, w, target, n = (tensor.detach() for tensor in inputs(dtype=dtype))
-    like = n.new_empty(())
-    v = weights(dtype=like.dtype) * 0.1 / 9 if smoothing else None
-    eps, alpha = 0.1, 0.0 if smoothing and backend == "triton" else 0.05
-    options = (eps, alpha, -100)
-    if name == "rows_forward":
-        return x, w, target, n, v, *options, moments, backend, 0
-    a = torch.linspace(0.3, 1.2, len(x), dtype=like.dtype)
-    b = 0.1 * a if smoothing else None
-    need = tuple(letter in needs for letter in "xwn")
-    if name == "reduced_forward":
-        return x, w, target, n, v, a, b, *options, *need, moments, backend, 0
-    rows = OPS.rows_forward(x, w, target, n, v, *options, moments, backend, 0)
-    return x, w, target, n, v, a, b, *rows, *options, *need[:2], backend, 0
+    smooth_weight = weights(dtype=n.dtype) * 0.1 / 9 if smoothing else None
+    operands = Operands(x, w, target, n, smooth_weight)
+    problem = Problem(0.1, 0.0 if smoothing and backend == "triton" else 0.05, -100, want_scores, backend, 0)
+    wanted = Wanted(*(letter in needs for letter in "xwn"))
+    token = torch.linspace(0.3, 1.2, len(x), dtype=n.dtype)
+    smooth = 0.1 * token if smoothing else None
+    if name == "forward":
+        return *operands, *problem
+    if name == "forward_backward":
+        return *operands, *TokenWeights(token, smooth, None), *problem, *wanted
+    results = OPS.forward(*operands, *problem)
+    return *operands, *results, *Upstream(token, smooth, None), *problem, *wanted
 
 
 # Every operator x dtype; and for one dtype each of its switches, which change the shapes of what it returns.
@@ -105,7 +105,7 @@ def operator_arguments(
     (torch.float16, False, True, "xwn"), (torch.float32, False, False, "x"), (torch.float32, False, False, "w"),
     (torch.float32, False, True, "n"), (torch.float32, False, False, ""),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", ["rows_forward", "rows_backward", "reduced_forward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward"])
 def test_opcheck(name, dtype, smoothing, moments, needs):
     """Schema, fake (shapes, dtypes, strides) and tracing with symbolic shapes."""
     arguments = operator_arguments(name, dtype, "torch", smoothing, moments, needs)
@@ -115,7 +115,7 @@ def test_opcheck(name, dtype, smoothing, moments, needs):
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("name", ["rows_forward", "rows_backward", "reduced_forward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward"])
 def test_opcheck_of_triton(name, smoothing, dtype):
     """The Triton backend answers with what the same fakes promise."""
     pytest.importorskip("triton")
@@ -124,10 +124,10 @@ def test_opcheck_of_triton(name, smoothing, dtype):
 
 
 def test_rows_are_what_the_schemas_name():
-    """The operators return the fields of ``Rows``, in that order."""
-    for name, skip in (("rows_forward", 0), ("reduced_forward", 4)):
+    """The operators return the fields of ``TokenResults``, in that order."""
+    for name, skip in (("forward", 0), ("forward_backward", 4)):
         returned = [result.name for result in getattr(OPS, name).default._schema.returns]
-        assert tuple(returned[skip:]) == Rows._fields
+        assert tuple(returned[skip:]) == TokenResults._fields
 
 
 # --- derivatives
@@ -556,10 +556,10 @@ def strange(tensor: Tensor, how: str) -> Tensor:
 def test_strange_strides_of_the_operators(backend, how):
     """What the operators return for strided operands is what they return for dense ones, to the bit."""
     dtype = torch.float32
-    for name in ("rows_forward", "rows_backward", "reduced_forward"):
+    for name in ("forward", "backward", "forward_backward"):
         arguments = operator_arguments(name, dtype, backend, True, True, "xwn")
         vectors = [k for k, value in enumerate(arguments) if isinstance(value, Tensor) and value.dim() == 1]
-        assert len(vectors) == {"rows_forward": 2, "rows_backward": 14, "reduced_forward": 4}[name]
+        assert len(vectors) == {"forward": 2, "backward": 14, "forward_backward": 4}[name]
         strided = [strange(value, how) if k in vectors else value for k, value in enumerate(arguments)]
         dense = [value.clone(memory_format=torch.contiguous_format) if k in vectors else value
                  for k, value in enumerate(strided)]  # fmt: skip
@@ -639,17 +639,17 @@ def test_a_bad_target_reads_nothing_outside(backend, monkeypatch):
     """The operators themselves, the gradients too."""
     monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
     for bad in (10**12, -(10**12), 9, -1):
-        for name in ("rows_forward", "reduced_forward", "rows_backward"):
+        for name in ("forward", "forward_backward", "backward"):
             arguments = operator_arguments(name, torch.float32, backend, True, True, "xw")
             wanted = getattr(OPS, name)(*arguments)
             target = arguments[2].clone()
             target[1] = bad
             out = getattr(OPS, name)(*arguments[:2], target, *arguments[3:])
-            if name == "rows_backward":
+            if name == "backward":
                 rest = torch.arange(len(target)) != 1
                 assert torch.equal(out[0][rest], wanted[0][rest])
                 continue
-            if name == "reduced_forward":
+            if name == "forward_backward":
                 assert out[0].isnan()
                 out, wanted = out[4:], wanted[4:]
             nll, others = out[0], torch.arange(len(target)) != 1
@@ -836,7 +836,7 @@ A_GPU_BY_ITS_PROPERTIES = """
                 out = torch.compile(loss, fullgraph=True, backend=recorded)(*leaves, target, n)
                 assert out.shape == ((12,) if reduction == "none" else ()) and out.device == gpu
             code = "".join(module.code for module in graphs.pop().modules() if hasattr(module, "code"))
-            assert "harmonic_triton.rows_forward" in code and "harmonic_triton.rows_backward" in code
+            assert "harmonic_triton.forward" in code and "harmonic_triton.backward" in code
             assert "'triton'" in code
     print("traced")
 """

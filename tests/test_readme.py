@@ -1,5 +1,6 @@
 """The README's snippets are executed, and what it names exists."""
 
+import importlib.util
 import math
 import re
 import subprocess
@@ -21,7 +22,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PRINTED = (r"\d+\.\d\d nats, \d+% right, entropy \d+\.\d\d\n", r"torch\.Size\(\[200, 200\]\) -?\d+\.\d+\n")
 
 
-@pytest.mark.parametrize(("snippet", "printed"), zip(SNIPPETS, PRINTED, strict=True))
+@pytest.mark.parametrize(("snippet", "printed"), list(zip(SNIPPETS, PRINTED, strict=True)))
 def test_snippet_runs(snippet, printed):
     run = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -137,16 +138,39 @@ def test_its_figures_are_what_the_report_command_writes():
     assert block[0].count(readme.where(run)) == tables + 1 >= 2  # every table and the plot name the machine
 
 
-def test_files_images_and_make_targets_exist():
-    for name in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
-        r"`((?:harmonic_triton|benchmarks|examples)/[\w/.]*)`", README
-    ):
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/design.md",
+    "examples/loss_kernel/README.md",
+    "examples/train_gpt/README.md",
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_images_commands_and_make_targets_exist(document):
+    path = ROOT / document
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / name).exists(), name
+    for name in re.findall(r"`((?:harmonic_triton|benchmarks|examples|tests|\.github)/[\w/.]*)`", text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"python -m ((?:harmonic_triton|benchmarks|examples)[\w.]*)", text):
+        assert importlib.util.find_spec(name), name
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE))
-    assert targets
+    targets = set(re.findall(r"^make (\w+)|`make (\w+)`", text, re.MULTILINE))
+    assert targets or document != "README.md"
     for target in (a or b for a, b in targets):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_citation_is_of_this_version():
+    import harmonic_triton as ht
+
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {ht.__version__}\n" in citation
+    for title in ("Harmonic Loss Trains Interpretable AI Models", "The Loss Kernel"):
+        assert title in citation and title in " ".join(README.split())
 
 
 def test_the_public_names_are_documented():

@@ -16,8 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
-from harmonic_triton.losskernel.sampling.rng import Streams
-from harmonic_triton.losskernel.sampling.sampler import METHODS, Sampler, SGLDConfig, sample_losses, stability_bound
+from harmonic_triton.losskernel.sampling.config import METHODS, SGLDConfig
+from harmonic_triton.losskernel.sampling.rng import CounterRNG
+from harmonic_triton.losskernel.sampling.sampler import Sampler
+from harmonic_triton.losskernel.sampling.stability import stability_bound
+from harmonic_triton.losskernel.sampling.stream import sample_losses
 
 N, FEATURES = 200, 8
 
@@ -225,7 +228,7 @@ def test_two_gloo_processes_draw_what_one_does(tmp_path):
         sys.path.insert(0, "tests")
         from test_sgld import classes, network, settings
         from harmonic_triton.losskernel.per_sample_losses import classification_loss
-        from harmonic_triton.losskernel.sampling.sampler import sample_losses
+        from harmonic_triton.losskernel.sampling.stream import sample_losses
         torch.set_num_threads(1)
         rank = int(sys.argv[1])
         torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -253,7 +256,7 @@ def test_two_gloo_processes_draw_what_one_does(tmp_path):
 
 
 def test_minibatches_and_noise_are_counted_not_drawn_in_turn():
-    one, other = Streams(7), Streams(7)
+    one, other = CounterRNG(7), CounterRNG(7)
     one.minibatch(5, 5, 100, 10)
     first, second = torch.empty(2, 1000), torch.empty(1, 1000)
     one.noise(first, [4, 9], 3)
@@ -261,13 +264,13 @@ def test_minibatches_and_noise_are_counted_not_drawn_in_turn():
     assert torch.equal(first[1], second[0]) and not torch.equal(first[0], first[1])
     assert torch.equal(one.minibatch(2, 8, 100, 10), other.minibatch(2, 8, 100, 10))
     assert len(one.minibatch(2, 8, 100, 100).unique()) == 100
-    assert not torch.equal(one.minibatch(2, 8, 100, 10), Streams(8).minibatch(2, 8, 100, 10))
+    assert not torch.equal(one.minibatch(2, 8, 100, 10), CounterRNG(8).minibatch(2, 8, 100, 10))
     picked = torch.cat([one.minibatch(c, s, 10, 3) for c in range(20) for s in range(100)])
     assert (picked.bincount(minlength=10) / len(picked) - 0.1).abs().max() < 0.01  # 6000 picks: 5 sd is 0.02/sqrt(1)
 
 
 def test_no_two_steps_share_the_bits_that_seed_their_noise():
-    streams = Streams(11)
+    streams = CounterRNG(11)
     seeds = {streams._noise_seed(chain, step) & 0xFFFFFFFF for chain in range(50) for step in range(4000)}
     assert len(seeds) == 50 * 4000  # random 32-bit seeds would collide about 5 times
     noise = torch.empty(64, 4096)
@@ -314,7 +317,7 @@ def test_train_loss_is_the_mean_over_the_minibatches_since_the_last_draw():
     data, model = classes(), network().eval()
     config = settings(lr=1e-14, num_chains=2, num_draws=2, num_steps_bw_draws=3, num_burnin_steps=1, batch_size=10)
     sampler = Sampler(model, classification_loss, data, data, config, seed=0)
-    streams = Streams(0)
+    streams = CounterRNG(0)
     for block in sampler.run():
         for chain, draw, got in zip(block.chain, block.draw, block.train_loss, strict=True):
             steps = range(1 + 3 * int(draw), 4 + 3 * int(draw))
@@ -466,7 +469,7 @@ def moved(model, mask=None, **changed):
         model, classification_loss, data, data, settings(lr=1e-4, num_chains=2, **changed), seed=0, mask=mask
     )
     next(iter(sampler.run()))
-    weights = sampler._weights
+    weights = sampler._parameters
     parts = weights.parts(sampler.state_dict()["state"]["displacement"][0] != 0)
     return {names[0][len("model.") :]: part for names, part in zip(weights.aliases, parts, strict=True)}
 
@@ -762,5 +765,5 @@ def test_one_weight_that_is_not_finite_ends_its_chain(value):
     next(iter(sampler.run()))
     sampler._state["displacement"][1, 3] = value
     with pytest.warns(UserWarning, match="chain 1 diverged by step 7"):
-        sampler._bury([0, 1], 7)
+        sampler._mark_diverged([0, 1], 7)
     assert sampler.dead == {1: 7}

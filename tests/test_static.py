@@ -274,6 +274,6 @@ def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothi
         if harmonic:
             loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
         else:
-            loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, backend="triton")
+            loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, z_loss=smoothing, backend="triton")
     (0.5 * loss).backward()
     assert seen == set(kernels) - ({"norms_kernel"} if not harmonic else set())

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import harmonic_triton as ht
-from harmonic_triton import _ops
-from harmonic_triton._common.precision import Rows, mixed_nll
+from harmonic_triton.fused import ops
 from harmonic_triton.fused import strategy as strategies
+from harmonic_triton.fused.problem import Operands, Problem, Wanted
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream, token_losses
 
 _triton = pytest.importorskip("harmonic_triton.fused.triton.backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,12 +40,12 @@ def run(x, w, target, g, *, n, eps=0.0, uniform_mix=0.0, class_weight=None, labe
         b = kept * label_smoothing
     token = kept * each * (1 - label_smoothing)
     exponent = None if n is None else torch.tensor(float(n), device=DEVICE)
-    loss, _, _, _, *fields = _ops.ReducedFunction.apply(
-        x, w, exponent, v, target, g * token, None if b is None else g * b, eps, uniform_mix, -100,
-        True, True, False, False, "triton", budget,
+    problem = Problem(eps, uniform_mix, -100, False, "triton", budget)
+    loss, _, _, _, *fields = ops.ForwardBackwardFunction.apply(
+        *Operands(x, w, target, exponent, v), *TokenWeights(g * token, None if b is None else g * b, None),
+        *problem, *Wanted(True, True, False),
     )  # fmt: skip
-    rows = Rows._make(fields)
-    losses = token * mixed_nll(rows.nll, uniform_mix, len(w)) + (0.0 if b is None else b * rows.smooth)
+    losses = token_losses(TokenResults._make(fields), TokenWeights(token, b, None), uniform_mix, len(w))
     torch.testing.assert_close(loss, (g * losses).sum(), rtol=1e-5, atol=1e-5 * float((g * losses).abs().sum()))
     loss.backward()
     return losses.detach(), x.grad, w.grad
@@ -181,11 +182,12 @@ def nll_and_gradients(x, w, target, g):
     """The operator itself; :func:`run` compares sums, which are NaN here."""
     up = (g * (target != -100)).to(DEVICE)
     n = torch.tensor(7.0, device=DEVICE)
-    _, dx, dw, _, *fields = torch.ops.harmonic_triton.reduced_forward(
-        x.to(DEVICE), w.to(DEVICE), target.to(DEVICE), n, None, up, None, 0.0, 0.0, -100,
-        True, True, False, False, "triton", 0,
-    )  # fmt: skip
-    return Rows._make(fields).nll, dx, dw
+    operands = Operands(x.to(DEVICE), w.to(DEVICE), target.to(DEVICE), n, None)
+    problem = Problem(0.0, 0.0, -100, False, "triton", 0)
+    _, dx, dw, _, *fields = torch.ops.harmonic_triton.forward_backward(
+        *operands, *TokenWeights(up, None, None), *problem, *Wanted(True, True, False)
+    )
+    return TokenResults._make(fields).nll, dx, dw
 
 
 # --- deterministic, without waiting -----------------------------------------------------------------------------------
@@ -229,12 +231,14 @@ def operators(dtype, harmonic, label_smoothing):
     v = torch.full((70,), label_smoothing / 70, device=DEVICE) if label_smoothing else None
     b = g.abs() if label_smoothing else None
     alpha = 0.01 if harmonic and not label_smoothing else 0.0
-    head, rest = (x, w, target, n, v), (0.0, alpha, -100)
+    operands = Operands(x, w, target, n, v)
+    problem = Problem(0.0, alpha, -100, True, "triton", BUDGET)
+    wanted = Wanted(True, True, harmonic)
 
     def step():
-        out = _triton.reduced_forward(*head, g, b, *rest, True, True, harmonic, True, BUDGET)
-        rows = _triton.rows_forward(*head, *rest, True, BUDGET)
-        return *out[:4], *_triton.rows_backward(*head, g, b, rows, *rest, True, True, BUDGET)
+        results, *gradients = _triton.forward_backward(operands, TokenWeights(g, b, None), problem, wanted)
+        again = _triton.backward(operands, _triton.forward(operands, problem), Upstream(g, b, None), problem, wanted)
+        return *results, *gradients, *again
 
     return step
 
@@ -284,7 +288,8 @@ def test_captured_in_a_cuda_graph(harmonic):
 
 def chosen(tokens, width, classes, dtype=torch.bfloat16, budget=2**31):
     x, w = (torch.empty(rows, width, dtype=dtype, device="meta") for rows in (tokens, classes))
-    return "chunks" if strategies.gradients_in_forward("triton", x, w, budget) else "recompute"
+    problem = Problem(0.0, 0.0, -100, False, "triton", budget)
+    return "chunks" if strategies.gradients_in_forward(problem, Operands(x, w, x, None, None)) else "recompute"
 
 
 @pytest.mark.parametrize(("shape", "options", "wanted"), [
@@ -318,7 +323,8 @@ def test_choice_is_traced(dynamic):
 
 def test_torch_always_forms_gradients_in_forward():
     x = torch.empty(4, 8)
-    assert strategies.gradients_in_forward("torch", x, x, 1)
+    problem = Problem(0.0, 0.0, -100, False, "torch", 1)
+    assert strategies.gradients_in_forward(problem, Operands(x, x, x, None, None))
 
 
 def test_force_is_undone_and_checked():
@@ -334,7 +340,7 @@ def test_force_is_undone_and_checked():
 def test_the_strategy_is_what_runs(strategy, expected, monkeypatch):
     """Which of the two gradient kernels: from stored scores, or with products. None at all without gradients."""
     seen = set()
-    kernel = _triton.backward.gradient_kernel
+    kernel = _triton.backward_kernels.gradient_kernel
 
     class Launched:
         def __getitem__(self, grid):
@@ -344,7 +350,7 @@ def test_the_strategy_is_what_runs(strategy, expected, monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(_triton.backward, "gradient_kernel", Launched())
+    monkeypatch.setattr(_triton.backward_kernels, "gradient_kernel", Launched())
     call(strategy=strategy)
     assert seen == expected
     seen.clear()
@@ -391,7 +397,7 @@ def recompute_peak(monkeypatch, tokens, classes, width, budget, dtype=torch.bflo
         def __getitem__(self, grid):
             return lambda *args, **constants: None
 
-    for module in (_triton.forward, _triton.backward):
+    for module in (_triton.forward_kernels, _triton.backward_kernels):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Silent())
@@ -399,10 +405,9 @@ def recompute_peak(monkeypatch, tokens, classes, width, budget, dtype=torch.bflo
     x, w = torch.zeros(tokens, width, dtype=dtype), torch.zeros(classes, width, dtype=dtype)
     target, n, g = torch.zeros(tokens, dtype=torch.int64), torch.tensor(28.0), torch.ones(tokens)
     with Allocated() as allocated:
-        rows = _triton.rows_forward(x, w, target, n, None, 0.0, 0.0, -100, False, budget)
-        gradients = _triton.rows_backward(
-            x, w, target, n, None, g, None, rows, 0.0, 0.0, -100, True, True, budget
-        )  # fmt: skip
+        operands, problem = Operands(x, w, target, n, None), Problem(0.0, 0.0, -100, False, "triton", budget)
+        results = _triton.forward(operands, problem)
+        gradients = _triton.backward(operands, results, Upstream(g, None, None), problem, Wanted(True, True, False))
     return allocated.peak - sum(gradient.nbytes for gradient in gradients)
 
 

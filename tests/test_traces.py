@@ -74,7 +74,7 @@ def same(one: LossTraces, other: LossTraces) -> bool:
 
 @pytest.mark.parametrize("spread", [0.05, 0.0005])
 def test_correlation_of_autocorrelated_losses(spread):
-    """fp32: products summed over at most 1024 draws at 6e-8, a few 1e-7 of the whole; the issue's bound is 5e-6.
+    """fp32: products summed over at most 1024 draws at 6e-8, a few 1e-7 of the whole; held to 5e-6.
 
     bf16: a value is off by 2^-8/sqrt(3) at most, 1.6e-3 rms; a correlation by that times sqrt(2 E[x^2 y^2]/T), 2.2e-5,
     five times that at the worst of 125,000 pairs and up to three for a reference some spreads from the mean: 3e-4.

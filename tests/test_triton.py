@@ -14,8 +14,10 @@ from oracle import oracle
 import harmonic_triton as ht
 from harmonic_triton import reference
 from harmonic_triton.fused import strategy as strategies
+from harmonic_triton.fused.problem import Operands, Problem
 
 _triton = pytest.importorskip("harmonic_triton.fused.triton.backend")
+tile_configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 exp2_minus_1 = pytest.importorskip("harmonic_triton.fused.triton.tile").exp2_minus_1
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy in the interpreter
@@ -78,7 +80,9 @@ def test_everything_too_large_is_not_a_loss_of_zero():
 def test_eps_beyond_fp32_is_not_a_loss_of_zero():
     """The operator itself; the function's own check may refuse such an eps before."""
     x, w, target = inputs()
-    rows = _triton.rows_forward(x, w, target, torch.tensor(6.0, device=DEVICE), None, 1e39, 0.0, -100, False, 0)
+    rows = _triton.forward(
+        Operands(x, w, target, torch.tensor(6.0, device=DEVICE), None), Problem(1e39, 0.0, -100, False, "triton", 0)
+    )
     assert rows.nll.isnan().all()
 
 
@@ -191,7 +195,7 @@ def launched(monkeypatch, run):
         return Kernel()
 
     with monkeypatch.context() as patch:
-        for module in (_triton.forward, _triton.backward):
+        for module in (_triton.forward_kernels, _triton.backward_kernels):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, recorded(getattr(module, name)))
         run()
@@ -235,8 +239,8 @@ def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
 @pytest.mark.parametrize("block_v", [1, 8, 16, 64, 128, 1024, 4096])
 def test_the_pass_over_stored_scores_has_a_launchable_number_of_warps(block_v):
     """Whatever a tuned file holds: 1 to 16, a power of two; the stored configurations keep theirs."""
-    config = _triton.configs.TileConfig(64, block_v, 32, 4, 1)
-    warps = _triton.configs.stored_tile(config)["num_warps"]
+    config = tile_configs.TileConfig(64, block_v, 32, 4, 1)
+    warps = tile_configs.stored_tile(config)["num_warps"]
     assert 1 <= warps <= 16
     assert warps & (warps - 1) == 0
     assert block_v not in (16, 64, 128) or warps == block_v // 16
@@ -246,10 +250,10 @@ def test_narrow_tuned_tiles_compute_the_same(monkeypatch):
     """A tile of 8 classes, whose stored scores once asked for a launch of no warp."""
     x, w, target = inputs()
     wanted = call(x, w, target)[0].sum()
-    narrow = _triton.configs.TileConfig(32, 8, 64, 4, 1)
+    narrow = tile_configs.TileConfig(32, 8, 64, 4, 1)
     monkeypatch.setattr(_triton, "tile_config", lambda *_: narrow)
-    gradient = Recorded(_triton.backward.gradient_kernel)
-    monkeypatch.setattr(_triton.backward, "gradient_kernel", gradient)
+    gradient = Recorded(_triton.backward_kernels.gradient_kernel)
+    monkeypatch.setattr(_triton.backward_kernels, "gradient_kernel", gradient)
     leaf = x.clone().requires_grad_()
     with strategies.force("chunks"):
         loss = ht.linear_harmonic_loss(leaf, w, target, reduction="sum", backend="triton")
@@ -261,8 +265,8 @@ def test_a_large_budget_does_not_exceed_the_grid(monkeypatch):
     """The second axis of a CUDA grid ends at 65535: slices of classes are cut there as well."""
     assert _triton.GRID_LIMIT <= 65535
     want = call(*inputs())
-    gradient = Recorded(_triton.backward.gradient_kernel)
-    monkeypatch.setattr(_triton.backward, "gradient_kernel", gradient)
+    gradient = Recorded(_triton.backward_kernels.gradient_kernel)
+    monkeypatch.setattr(_triton.backward_kernels, "gradient_kernel", gradient)
     monkeypatch.setattr(_triton, "GRID_LIMIT", 2)
     torch.testing.assert_close(call(*inputs(), memory_budget=2**30), want)
     assert len(gradient.grids) > 1
@@ -273,11 +277,11 @@ def test_a_large_budget_does_not_exceed_the_grid(monkeypatch):
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_the_interpreter_decides_on_upcasts(interpreted, monkeypatch):
     """Not the device: the interpreter serves CUDA tensors as well, and rounds bf16 no better there."""
-    forward = Recorded(_triton.forward.forward_kernel)
-    monkeypatch.setattr(_triton.forward, "forward_kernel", forward)
+    forward = Recorded(_triton.forward_kernels.forward_kernel)
+    monkeypatch.setattr(_triton.forward_kernels, "forward_kernel", forward)
     monkeypatch.setattr(_triton, "interpreted", lambda: interpreted)
     x, w, target = inputs()
-    _triton.rows_forward(x, w, target, torch.tensor(6.0), None, 0.0, 0.0, -100, False, 0)
+    _triton.forward(Operands(x, w, target, torch.tensor(6.0), None), Problem(0.0, 0.0, -100, False, "triton", 0))
     assert [constants["UPCAST"] for constants in forward.constants] == [interpreted]
 
 

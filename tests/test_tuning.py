@@ -8,7 +8,7 @@ import torch
 from test_sgld import N, classes, regression
 from torch import nn
 
-from harmonic_triton.losskernel.estimators import autocorrelation_time, gelman_rubin
+from harmonic_triton.losskernel.convergence import autocorrelation_time, gelman_rubin
 from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
 from harmonic_triton.losskernel.sampling import tuning
 from harmonic_triton.losskernel.sampling.sampler import Sampler
@@ -144,7 +144,7 @@ def runs_of(monkeypatch, answer):
         tried.append(localization)
         return answer(localization, num_draws)
 
-    monkeypatch.setattr(tuning._Probe, "run", run)
+    monkeypatch.setattr(tuning._TrialRuns, "run", run)
     model, x, y = regression()
     return tried, lambda **options: tune(
         model, regression_loss, (x, y), seed=0, target_excess=1.0, batch_size=N, verbose=False, **options

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import harmonic_triton as ht
-from harmonic_triton import _ops
 from harmonic_triton._common.dispatch import resolve, unsupported_reasons
+from harmonic_triton.fused import ops as _ops
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.sampling.sampler import Sampler
 
@@ -113,7 +113,7 @@ CALLS = [
 
 @pytest.mark.parametrize(("tensors", "options", "error", "text"), CALLS)
 def test_linear_harmonic_loss_refuses(tensors, options, error, text, monkeypatch):
-    for name in ("rows_forward", "reduced_forward"):
+    for name in ("forward", "forward_backward"):
         monkeypatch.setattr(_ops.backend_module("torch"), name, lambda *_: pytest.fail("work began"))
     with pytest.raises(error, match=text):
         ht.linear_harmonic_loss(*tensors, **options)

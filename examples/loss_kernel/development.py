@@ -14,8 +14,8 @@ import torch
 from matplotlib import pyplot as plt
 
 from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.kernel import loss_kernel
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures, modular
 from .arithmetic import TASKS, accuracy

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harmonic_triton.losskernel.sampling.sampler import SGLDConfig, stability_bound
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
+from harmonic_triton.losskernel.sampling.stability import stability_bound
 
 
 @dataclass(frozen=True)

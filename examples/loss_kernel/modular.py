@@ -12,8 +12,9 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.kernel import LossKernel
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures
 from .arithmetic import TASKS, Pairs, Transformer, accuracy, all_pairs, split, train

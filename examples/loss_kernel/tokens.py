@@ -19,8 +19,9 @@ from torch import Tensor
 
 from examples.train_gpt.config import LOSSES
 from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.cli import group_correlation, write_groups, write_neighbors
-from harmonic_triton.losskernel.kernel import LossKernel, loss_kernel
+from harmonic_triton.losskernel.kernel import LossKernel
+from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.losskernel.tables import group_correlation, write_groups, write_neighbors
 
 from . import figures, gpt
 from .experiment import Clock, Settings, step_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,10 @@ def _prepare(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool
 ) -> Prepared:
     """Flatten, shift, choose the backend, and weigh the tokens."""
+    options = replace(  # NumPy's numbers as Python's
+        options, eps=float(options.eps), uniform_mix=float(options.uniform_mix), z_loss=float(options.z_loss),
+        label_smoothing=float(options.label_smoothing),
+    )  # fmt: skip
     mixed = bool(options.uniform_mix and options.label_smoothing)
     backend = resolve(options.backend, input.device, input.dtype, mixed_smoothing=mixed)
     dtype, shift = compute_dtype(input.dtype), validate.offset(options.shift)
@@ -91,7 +96,7 @@ def _prepare(
     operands = Operands(x, w, labels.reshape(-1), n, smooth_weight)
     wanted = Wanted(*(t is not None and torch.is_grad_enabled() and requires_grad(t) for t in (x, w, n)))
     problem = Problem(
-        float(options.eps), float(options.uniform_mix), options.ignore_index, options.return_stats or wanted.n,
+        options.eps, options.uniform_mix, options.ignore_index, options.return_stats or wanted.n,
         backend, options.memory_budget or 0,
     )  # fmt: skip
     weights = _token_weights(operands.target, class_weight, options, dtype)
@@ -124,7 +129,7 @@ def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss, _, _, _, *fields = ops.ForwardBackwardFunction.apply(*operands, *call.weights, *problem, *wanted)
         results = TokenResults._make(fields)
     else:
-        run = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
+        run: Callable[..., Any] = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
         results = TokenResults._make(run(*operands, *problem))
         loss = token_losses(results, call.weights, problem.mix, len(operands.w))
         loss = loss.sum() if reduced else loss

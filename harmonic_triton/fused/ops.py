@@ -169,7 +169,7 @@ def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
     loss = token_losses(exact, exact_weights, problem.mix, classes)
     dn = results.nll.new_zeros(())
     if wanted.n and operands.n is not None:
-        dn = exponent_gradient(results, operands.n, upstream_of(results, weights, problem.mix, classes)).to(dtype)
+        dn = exponent_gradient(exact, operands.n, upstream_of(exact, exact_weights, problem.mix, classes)).to(dtype)
     return loss.sum().to(dtype), dx, dw, dn, *results
 
 

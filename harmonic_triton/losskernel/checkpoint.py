@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,22 @@ def load(path: str | os.PathLike[str], kind: str = "state", mend: str = "remove 
         other = found.get("kind") if isinstance(found, dict) else None
         raise ValueError(f"{name} holds {other or 'something else'}, not {kind}; {mend}")
     return found["state"]
+
+
+class Clock:
+    """When the next checkpoint is due: ``seconds`` after the last one."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint was written just now."""
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self.last >= self.seconds
 
 
 def check_fingerprint(saved: Mapping[str, str], present: Mapping[str, str]) -> None:

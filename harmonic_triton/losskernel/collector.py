@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
-from torch.utils.data import ConcatDataset, IterableDataset
 
 from harmonic_triton._common.files import Claim
+from harmonic_triton._common.processes import rank_and_world
 from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.chain_record import ChainRecord
-from harmonic_triton.losskernel.covariance.streaming import LARGEST, StreamingCovariance
+from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
+from harmonic_triton.losskernel.draws import is_usable
 from harmonic_triton.losskernel.sampling.progress import Progress
 from harmonic_triton.losskernel.sampling.sampler import Draws, Sampler
 from harmonic_triton.losskernel.traces.traces import LossTraces
@@ -104,12 +103,12 @@ class Collector:
 
     def update(self, draws: Draws) -> None:
         """Enter draws (k, m + q)."""
-        finite = (draws.losses.abs() < LARGEST).all(1)
+        usable = is_usable(draws.losses)
         samples = draws.losses[:, : self.num_samples]
-        self.record.update(draws.chain.cpu(), draws.draw.cpu(), samples, draws.train_loss, finite)
-        for losses, chain, alive in zip(draws.losses, draws.chain.tolist(), finite.tolist(), strict=True):
+        self.record.update(draws.chain.cpu(), draws.draw.cpu(), samples, draws.train_loss, usable)
+        for losses, chain, counts in zip(draws.losses, draws.chain.tolist(), usable.tolist(), strict=True):
             waiting = self.pending.setdefault(chain, [])
-            if alive:
+            if counts:
                 waiting.append(losses.clone())
         for chain in list(self.pending):
             if self.record.read[chain].all():
@@ -193,7 +192,7 @@ class Stored:
     def __init__(self, directory: Path | None, fingerprint: dict[str, str]) -> None:
         self.fingerprint = fingerprint
         self.run = hashlib.blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=12).hexdigest()
-        self.path = None if directory is None else directory / f"kernel-{processes()[0]}.pt"
+        self.path = None if directory is None else directory / f"kernel-{rank_and_world()[0]}.pt"
         self.state: dict[str, Any] | None = None
         self._claim = None if self.path is None else Claim(self.path.with_suffix(".lock"))
         if self.path is not None and self.path.exists():
@@ -226,24 +225,24 @@ def collect(sampler: Sampler, collector: Collector, stored: Stored, seconds: flo
         sampler.load_state_dict(stored.state["sampler"])
         collector.load_state_dict(stored.state["collector"])
         stored.state = None
-    bar = Progress(sampler) if progress else None
-    saved = time.monotonic()
+    bar = None
+    if progress:
+        bar = Progress(len(sampler.chains), sampler.config.num_draws, sampler.initial_losses)
+    clock = checkpoint.Clock(seconds)
     try:
         for draws in sampler.run():
             collector.update(draws)
             if bar is not None:
-                bar.update(draws.losses)
-            if time.monotonic() - saved >= seconds or not sampler.remaining:
+                bar.update(draws.losses, len(sampler.dead))
+            if clock.due() or not sampler.remaining:
                 stored.save(sampler, collector)
-                saved = time.monotonic()
+                clock.restart()
     finally:
         if bar is not None:
             bar.close()
 
 
-def gather(
-    collector: Collector, rank: int, world: int, directory: Path | None, dtype: torch.dtype, run: str
-) -> None:
+def gather(collector: Collector, rank: int, world: int, directory: Path | None, dtype: torch.dtype, run: str) -> None:
     """Every rank's chains in each rank's collector."""
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (collector.record, collector.queries))
@@ -273,33 +272,3 @@ def gather(
         union.update(losses, chain=chain)
     mine.close()
     collector.accumulator = union
-
-
-def processes() -> tuple[int, int]:
-    """(rank, number of processes) of torch.distributed; (0, 1) without."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def joined(first: Any, second: Any) -> Any:
-    """The samples of two data sets, one after the other.
-
-    Raises:
-        TypeError: they are not of one form.
-    """
-    columns = (Tensor, tuple, dict)
-    if isinstance(first, columns) and isinstance(second, columns):
-        if tree_flatten(first)[1] == tree_flatten(second)[1]:
-            return tree_map(lambda a, b: torch.cat([a, b]), first, second)
-    elif not isinstance(first, (*columns, IterableDataset)) and not isinstance(second, (*columns, IterableDataset)):
-        return ConcatDataset([first, second])
-    raise TypeError(
-        "query_data must have the form of eval_data (tensors alike, or map-style datasets), got"
-        f" {type(second).__name__} for {type(first).__name__}"
-    )
-
-
-def num_samples(data: Any) -> int:
-    """Samples of tensors or of a dataset."""
-    return len(tree_leaves(data)[0] if isinstance(data, (Tensor, tuple, dict)) else data)

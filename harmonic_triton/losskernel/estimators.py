@@ -1,23 +1,21 @@
 """What is read off a loss kernel: pure functions of matrices, losses and neighbours; no model, no sampler.
 
 Sources, cited by these names below: *paper* is Adam, Furman and Hoogland, *The Loss Kernel* (2025); BDA3 is Gelman et al.,
-*Bayesian Data Analysis* (3rd edition, 2013); Vehtari is Vehtari et al., *Rank-normalization, folding, and localization:
-an improved R-hat* (2021); Lau is Lau et al., *The local learning coefficient* (2025); Kornblith is Kornblith et al.,
+Lau is Lau et al., *The local learning coefficient* (2025); Kornblith is Kornblith et al.,
 *Similarity of neural network representations revisited* (2019). m samples, C chains, T draws a chain.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from harmonic_triton._common import validate
+from harmonic_triton._common.extras import needs
 from harmonic_triton._common.precision import exact_products
 
 BLOCK = 2**24  # elements of an m x m matrix worked on at a time
@@ -123,6 +121,13 @@ def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
     pairs = ((x_sum, y_sum), (x_sum, x_sum), (y_sum, y_sum))
     centred = (total - torch.outer(a, b) / samples for total, (a, b) in zip(products, pairs, strict=True))
     return alignment(*(matrix.square().sum().item() for matrix in centred))
+
+
+def standardised(losses: Tensor) -> Tensor:
+    """(T, m) fp64: centred over the draws and scaled to norm 1, 0 where a loss never varies; ZᵀZ is the correlation."""
+    centred = losses.double() - losses.mean(0, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(centred, dim=0)
+    return centred / norm.masked_fill(norm == 0, math.inf)
 
 
 def alignment(product: float, first: float, second: float) -> float:
@@ -379,145 +384,7 @@ def bif(losses: Tensor, query: Tensor) -> Tensor:
     return -(a.T @ b) / (len(losses) - 1)
 
 
-# --- convergence of the chains -----------------------------------------------------------------------------------------
-
-
-def gelman_rubin(draws: Tensor) -> Tensor:
-    """Split-chain R̂ (BDA3, Eq. 11.3-11.4): 1 where the halves of all chains agree; above 1.01 they do not (Vehtari).
-
-    Args:
-        draws: (C, T, ...) at least 4 draws a chain; of an odd number the middle one is left out.
-
-    Returns:
-        (...) fp64; NaN where the draws never vary.
-
-    Raises:
-        TypeError, ValueError: not (C, T, ...) with T >= 4.
-    """
-    halves = split_chains(draws)
-    length = halves.shape[1]
-    within = halves.var(1).mean(0)
-    between = halves.mean(1).var(0)
-    return (((length - 1) / length * within + between) / within.masked_fill(within == 0, math.nan)).sqrt()
-
-
-def autocorrelation_time(draws: Tensor) -> Tensor:
-    """Integrated autocorrelation time τ in draws: C T / τ is the effective number of independent ones.
-
-    τ = 1 + 2 Σ ρ_t with the autocorrelations of all split chains combined (Vehtari, Eq. 10) and the sum cut and made
-    monotone by Geyer's initial sequence (Geyer 1992, section 3.3; Vehtari, Eq. 11).
-
-    Args:
-        draws: (C, T, ...) at least 4 draws a chain.
-
-    Returns:
-        (...) fp64, at least 1/log10(C T); NaN where the draws never vary.
-
-    Raises:
-        TypeError, ValueError: not (C, T, ...) with T >= 4.
-    """
-    halves = split_chains(draws)
-    chains, length = halves.shape[:2]
-    centred = halves - halves.mean(1, keepdim=True)
-    spectrum = torch.fft.rfft(centred, n=2 * length, dim=1)
-    autocovariance = torch.fft.irfft(spectrum.abs().square(), n=2 * length, dim=1)[:, :length].mean(0) / length
-    within = autocovariance[0] * length / (length - 1)
-    total = autocovariance[0] + halves.mean(1).var(0)
-    rho = 1 - (within - autocovariance) / total.masked_fill(autocovariance[0] == 0, math.nan)
-    rho[0] = rho[0] * 0 + 1
-    pairs = rho[: length // 2 * 2].unflatten(0, (-1, 2)).sum(1)
-    kept = (pairs > 0).long().cumprod(0).bool()
-    tau = 2 * pairs.cummin(0).values.masked_fill(~kept, 0.0).sum(0) - 1
-    return tau.clamp_min(1 / math.log10(chains * length)) + total * 0 * rho[0]
-
-
-def split_chains(draws: Tensor) -> Tensor:
-    """(2C, T // 2, ...) fp64 halves of the chains."""
-    validate.tensors(draws=draws)
-    if draws.dim() < 2 or draws.shape[1] < 4 or len(draws) < 1:
-        raise ValueError(f"draws must be (chains, draws, ...) with 4 draws or more, got {validate.describe(draws)}")
-    half = draws.shape[1] // 2
-    return torch.cat([draws[:, :half], draws[:, -half:]]).double()
-
-
-def split_half_cka(draws: Tensor) -> float:
-    """CKA between the correlation kernels of two halves of the draws: 1 where Monte-Carlo noise is gone.
-
-    Args:
-        draws: (C, T, m) losses. The halves are the even and the odd chains; of one chain, its first and second half.
-
-    Returns:
-        The alignment; NaN where a half is one draw, or never varies.
-
-    Raises:
-        TypeError, ValueError: not (C, T, m) with two draws or more.
-    """
-    validate.tensors(draws=draws)
-    if draws.dim() != 3 or draws.shape[0] * draws.shape[1] < 2:
-        raise ValueError(f"draws must be (chains, draws, m) with two draws or more, got {validate.describe(draws)}")
-    half = draws.shape[1] // 2
-    parts = (draws[::2], draws[1::2]) if len(draws) > 1 else (draws[:, :half], draws[:, half:])
-    return cka_of_factors(*(standardised(part.flatten(0, 1)) for part in parts))
-
-
-def standardised(losses: Tensor) -> Tensor:
-    """(T, m) fp64: centred over the draws and scaled to norm 1, 0 where a loss never varies; ZᵀZ is the correlation."""
-    centred = losses.double() - losses.mean(0, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(centred, dim=0)
-    return centred / norm.masked_fill(norm == 0, math.inf)
-
-
-# --- layout -----------------------------------------------------------------------------------------------------------
-
-
-def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: float, seed: int) -> Tensor:
-    """UMAP (McInnes et al. 2018) of a nearest-neighbour graph, by umap-learn.
-
-    Args:
-        indices, distances: (m, k) without the samples themselves, -1 where there is none; start: (m, d) coordinates to
-            begin with.
-
-    Returns:
-        (m, d) fp32.
-    """
-    umap = needs("umap")
-    size, device = len(indices), indices.device
-    itself = torch.arange(size, device=device)[:, None]  # umap-learn counts a sample as its own first neighbour
-    graph = torch.cat([itself, indices], 1).cpu().numpy()
-    lengths = (
-        torch.cat([torch.zeros(size, 1, dtype=torch.float32, device=device), distances.clamp_max(2.0)], 1)
-        .float()
-        .cpu()
-        .numpy()
-    )
-    spread = (start / start.std(0)).clamp(-3, 3).float().cpu().numpy()  # a few outliers would flatten the rest
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", module="umap|sklearn"
-        )  # that transform() is off, that a seed means one thread
-        layout = umap.UMAP(
-            n_neighbors=graph.shape[1],
-            n_components=spread.shape[1],
-            min_dist=min_dist,
-            init=spread,
-            random_state=seed,
-            n_jobs=1,
-            low_memory=True,
-            precomputed_knn=(graph, lengths),
-            force_approximation_algorithm=True,
-        ).fit_transform(spread)
-    return torch.from_numpy(layout)
-
-
 # --- arguments ---------------------------------------------------------------------------------------------------------
-
-
-def needs(module: str) -> Any:
-    """A module of the ``analysis`` extra."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is needed here: pip install 'harmonic-triton[analysis]'") from error
 
 
 def blocks(size: int) -> list[slice]:

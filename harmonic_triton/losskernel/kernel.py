@@ -1,4 +1,4 @@
-"""The loss kernel of a trained model: :func:`loss_kernel` runs it, :class:`LossKernel` holds it.
+"""The loss kernel of a trained model, :class:`LossKernel`, and what is read off it. ``run.loss_kernel`` makes one.
 
 K_ij = Cov(ℓ_i, ℓ_j) over weights sampled around w* (Adam, Furman and Hoogland, *The Loss Kernel*, section 2.3; "paper"
 below). m samples, C chains, T draws a chain.
@@ -6,55 +6,33 @@ below). m samples, C chains, T draws a chain.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmonic_triton._common import files, validate
-from harmonic_triton._common.precision import exact_products
-from harmonic_triton.losskernel import chain_record, estimators, storage
-from harmonic_triton.losskernel.chain_record import ChainRecord, Diagnostics
-from harmonic_triton.losskernel.collector import (
-    Collector,
-    QueryCovariance,
-    Stored,
-    chosen,
-    collect,
-    gather,
-    joined,
-    num_samples,
-    processes,
-)
+from harmonic_triton.losskernel import estimators, figures, report, storage, views
+from harmonic_triton.losskernel.about import About
+from harmonic_triton.losskernel.chain_record import ChainRecord
+from harmonic_triton.losskernel.collector import Collector, QueryCovariance
 from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
+from harmonic_triton.losskernel.diagnostics import Diagnostics, convergence_of
 from harmonic_triton.losskernel.estimators import PrincipalComponents, sample_labels
-from harmonic_triton.losskernel.sampling.sampler import Draws, Sampler, SGLDConfig
+from harmonic_triton.losskernel.layout import umap_layout
+from harmonic_triton.losskernel.sampling.sampler import Draws
 from harmonic_triton.losskernel.traces.traces import LossTraces
+from harmonic_triton.losskernel.views import Neighborhood
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
-
-DENSE_BYTES = 2**32  # largest m x m that a kernel of traces forms when asked for it
-SUBSET = 2000  # samples that stand for all where pairs are averaged in a kernel of traces
-
-
-class About(NamedTuple):
-    """Where a kernel comes from; NaN and empty where unknown."""
-
-    nbeta: float = math.nan  # nβ of the probe
-    step_size: float = math.nan  # ε
-    stability_bound: float = math.nan  # of ε: 4/λmax(nβH + γ)
-    num_train: int = 0  # n, 0 where unknown
-    config: dict[str, Any] = {}
-    fingerprint: dict[str, str] = {}
 
 
 class LossKernel:
@@ -62,7 +40,7 @@ class LossKernel:
 
     Made by :func:`loss_kernel`, by :meth:`from_losses` or by :meth:`load`. It holds either the (m, m) second moment
     (``StreamingCovariance``) or the traces (``LossTraces``), from which blocks, products and neighbours come without
-    m x m; everything but :attr:`covariance` and :attr:`correlation` works at any m with either.
+    m x m (see ``views``); everything but :attr:`covariance` and :attr:`correlation` works at any m with either.
 
     Args:
         accumulator: the sums or the traces of all draws that count.
@@ -85,8 +63,7 @@ class LossKernel:
         about: About = About(),  # noqa: B008  # a constant
     ) -> None:
         validate.flag("within_chain", within_chain)
-        if within_chain and isinstance(accumulator, LossTraces):
-            raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
+        self.view = views.view(accumulator, within_chain)
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
@@ -167,72 +144,41 @@ class LossKernel:
     @cached_property
     def mean(self) -> Tensor:
         """(m,) fp64 mean loss over the draws of all chains."""
-        return self.accumulator.mean()
+        return self.view.mean()
 
-    @cached_property
+    @property
     def covariance(self) -> Tensor:
         """(m, m) fp32 K (paper, Eq. 4).
 
         Raises:
             ValueError: the kernel keeps traces and m x m would take more than 4 GiB; take :meth:`block`.
         """
-        if isinstance(self.accumulator, StreamingCovariance):
-            return self.accumulator.compute(self.within_chain).covariance
-        self._refuse_dense()
-        return self.accumulator.covariance(slice(None))
+        return self.view.covariance
 
-    @cached_property
+    @property
     def correlation(self) -> Tensor:
         """(m, m) fp32 ρ, 0 where a variance is 0 (paper, Eq. 5). Raises as :attr:`covariance`."""
-        if isinstance(self.accumulator, StreamingCovariance):
-            return self.accumulator.correlation(self.within_chain)
-        self._refuse_dense()
-        return self.accumulator.correlation(slice(None))
+        return self.view.correlation
 
-    def _refuse_dense(self) -> None:
-        size = 4 * self.num_samples**2
-        if size > DENSE_BYTES:
-            raise ValueError(
-                f"m x m for m = {self.num_samples:,} samples would take {size / 2**30:.0f} GiB; this kernel keeps traces:"
-                " take block(rows, columns), neighbors(k) or product(vector)"
-            )
-
-    @cached_property
+    @property
     def variance(self) -> Tensor:
         """(m,) fp64 variance of each loss, the diagonal of K: the per-sample singular fluctuation (paper, D.3)."""
-        if isinstance(self.accumulator, StreamingCovariance):
-            return self.accumulator.variance(self.within_chain)
-        return self.accumulator.variance()
-
-    @cached_property
-    def _inverse_deviation(self) -> Tensor:
-        deviation = self.variance.clamp_min(0.0).sqrt()
-        return torch.where(deviation > 0, 1 / deviation, 0.0)
+        return self.view.variance
 
     def block(self, rows: Tensor, columns: Tensor | None = None, *, correlation: bool = True) -> Tensor:
         """(r, c) fp32 correlations (or covariances) of some samples with others.
 
         Args:
-            rows: (r,) int64 indices; columns: (c,), None for all samples.
+            rows: (r,) int64 indices.
+            columns: (c,), None for all samples.
+            correlation: give ρ, otherwise K.
         """
         validate.flag("correlation", correlation)
-        if isinstance(self.accumulator, LossTraces):
-            read = self.accumulator.correlation if correlation else self.accumulator.covariance
-            return read(rows, slice(None) if columns is None else columns)
-        part = self.covariance[rows] if columns is None else self.covariance[rows][:, columns]
-        if not correlation:
-            return part
-        scale = self._inverse_deviation.to(part.dtype)
-        return (part * scale[rows, None] * (scale if columns is None else scale[columns])).clamp_(-1.0, 1.0)
+        return self.view.block(rows, columns, correlation)
 
     def product(self, vector: Tensor) -> Tensor:
         """ρ times a (m,) vector, fp64: for iterative solvers."""
-        if isinstance(self.accumulator, LossTraces):
-            return self.accumulator.matvec(vector.double(), correlation=True)
-        scale = self._inverse_deviation
-        scaled = vector.to(scale.device, torch.float64) * scale
-        with exact_products(scale.device):
-            return (self.covariance @ scaled.to(self.covariance.dtype)).double() * scale
+        return self.view.product(vector)
 
     def distance(self, kind: str = "euclidean") -> Tensor:
         """(m, m) fp32 distances: sqrt(2(1 - ρ)), or 1 - ρ for ``kind="linear"`` (paper, section 3)."""
@@ -255,20 +201,7 @@ class LossKernel:
         validate.integer("k", k, 1)
         if k >= self.num_samples:
             raise ValueError(f"k must be less than m = {self.num_samples}, got {k}")
-        labels = self._exclusion(exclude_same)
-        if isinstance(self.accumulator, LossTraces):
-            return self.accumulator.neighbors(k, exclude_same=labels)
-        everyone = torch.arange(self.num_samples, device=self.covariance.device)
-        indices, distances = [], []
-        for rows in estimators.blocks(self.num_samples):
-            rho = self.block(everyone[rows])
-            forbidden = everyone[rows, None] == everyone
-            if labels is not None:
-                forbidden |= labels.to(rho.device)[rows, None] == labels.to(rho.device)
-            best, which = rho.masked_fill_(forbidden, -math.inf).topk(k)
-            indices.append(which.masked_fill_(best == -math.inf, -1))
-            distances.append(estimators.correlation_distance(best))
-        return torch.cat(indices), torch.cat(distances)
+        return self.view.neighbors(k, self._exclusion(exclude_same))
 
     def _exclusion(self, exclude_same: Tensor | bool | None) -> Tensor | None:
         if exclude_same is None or exclude_same is False:
@@ -299,17 +232,7 @@ class LossKernel:
             raise ValueError(
                 f"samples must lie between 0 and m - 1 = {self.num_samples - 1}, got {int(rows.min())} ... {int(rows.max())}"
             )
-        rho = self.block(rows).clone()
-        rho[torch.arange(len(rows)), rows] = -math.inf
-        if labels is not None:
-            rho[labels[rows, None] == labels] = -math.inf
-        best, which = rho.topk(min(k, self.num_samples - 1))
-        name = str if names is None else names.__getitem__
-        table = []
-        for row, columns, correlations in zip(rows.tolist(), which.tolist(), best.tolist(), strict=True):
-            pairs = zip(columns, correlations, strict=True)
-            table.append(Neighborhood(row, name(row), [(j, name(j), r) for j, r in pairs if r > -math.inf]))
-        return table
+        return views.neighborhoods(self.view, rows, k, labels, names)
 
     # --- numbers -------------------------------------------------------------------------------------------------------
 
@@ -375,22 +298,14 @@ class LossKernel:
             raise ValueError(
                 f"the kernels are of {self.num_samples} and {other.num_samples} samples; the same are compared"
             )
-        if isinstance(self.accumulator, LossTraces) and isinstance(other.accumulator, LossTraces):
-            mine, others = self.accumulator, other.accumulator
-            step = max(1, estimators.BLOCK // max(mine.count, others.count))
-            return estimators.cka_of_chunks(
-                zip(standardised_chunks(mine, step), standardised_chunks(others, step), strict=True)
-            )
-        return estimators.cka(self.correlation, other.correlation)
+        return views.alignment(self.view, other.view)
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """Whether the draws can be trusted; ``diagnostics.verdicts()`` says it in words."""
         confound = None
         if self.labels is not None:
-            some = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(0))[:SUBSET].sort().values
-            if isinstance(self.accumulator, StreamingCovariance):
-                some = torch.arange(self.num_samples)
+            some = self.view.representatives()
             confound = estimators.same_label_confound(self.block(some, some), self.labels[some])
         return Diagnostics(
             num_chains=self.num_chains,
@@ -399,7 +314,7 @@ class LossKernel:
             step_size=self.about.step_size,
             stability_bound=self.about.stability_bound,
             confound=confound,
-            **chain_record.convergence(self.record),
+            **convergence_of(self.record),
         )
 
     # --- pictures ------------------------------------------------------------------------------------------------------
@@ -434,13 +349,11 @@ class LossKernel:
         if method == "pca" or self.num_samples < 4:
             return start.float()
         graph = self.neighbors(min(num_neighbors, self.num_samples - 1), exclude_same)
-        return estimators.umap_layout(*graph, start, min_dist, seed)
+        return umap_layout(*graph, start, min_dist, seed)
 
     def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
-        """Sorted heatmap of ρ beside the embedding; see ``report.overview``. Written to ``path`` if given."""
-        from harmonic_triton.losskernel import report
-
-        figure = report.overview(self, **options)
+        """Sorted heatmap of ρ beside the embedding; see ``figures.overview``. Written to ``path`` if given."""
+        figure = figures.overview(self, **options)
         if path is not None:
             with files.replacing(path) as file:
                 figure.savefig(file, dpi=144, bbox_inches="tight", format=Path(path).suffix[1:] or None)
@@ -448,8 +361,6 @@ class LossKernel:
 
     def report(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write a self-contained HTML report; see ``report.write``."""
-        from harmonic_triton.losskernel import report
-
         return report.write(self, path, **options)
 
     # --- files ---------------------------------------------------------------------------------------------------------
@@ -467,7 +378,7 @@ class LossKernel:
         storage.save(
             path,
             {
-                "accumulator": storage.accumulator_state(self.accumulator),
+                "accumulator": self.view.state(),
                 "record": self.record.state_dict(),
                 "labels": self.labels,
                 "queries": None if self.queries is None else self.queries.state_dict(),
@@ -487,7 +398,7 @@ class LossKernel:
         """
         state = storage.load(Path(path))
         return cls(
-            storage.accumulator_from(state["accumulator"], device),
+            views.restored(state["accumulator"], device),
             ChainRecord.from_state_dict(state["record"]),
             within_chain=state["within_chain"],
             labels=state["labels"],
@@ -504,7 +415,7 @@ class LossKernel:
             "initial_losses": self.initial_losses,
             "mean_loss": self.record.mean_loss,
         }
-        if isinstance(self.accumulator, StreamingCovariance):
+        if self.view.traces is None:
             found["covariance"] = self.covariance
         if self.labels is not None:
             found["labels"] = self.labels
@@ -512,8 +423,6 @@ class LossKernel:
 
     def to_npz(self, path: str | os.PathLike[str]) -> Path:
         """:meth:`arrays` as a NumPy archive, with the configuration as JSON in ``about``."""
-        import numpy as np
-
         path = Path(path)
         with files.replacing(path) as file:
             np.savez(file, about=np.array(json.dumps(self.about._asdict())), **self.arrays())  # type: ignore[arg-type]
@@ -533,137 +442,8 @@ class LossKernel:
         return path
 
     def __repr__(self) -> str:
-        kind = "traces" if isinstance(self.accumulator, LossTraces) else "covariance"
         dead = f", dead chains {list(self.record.dead)}" if self.record.dead else ""
         return (
-            f"LossKernel({self.num_samples:,} samples, {self.num_draws:,} draws of {self.num_chains} chains, keeps {kind}"
+            f"LossKernel({self.num_samples:,} samples, {self.num_draws:,} draws of {self.num_chains} chains, keeps {self.view.keeps}"
             f"{', within-chain' if self.within_chain else ''}{dead})"
         )
-
-
-class Neighborhood(NamedTuple):
-    """A sample and its most correlated ones."""
-
-    sample: int
-    name: str
-    neighbors: list[tuple[int, str, float]]  # (sample, name, ρ), nearest first
-
-
-def loss_kernel(
-    model: nn.Module,
-    per_sample_loss: Callable[[nn.Module, Any], Tensor],
-    train_data: Any,
-    eval_data: Any,
-    config: SGLDConfig,
-    *,
-    seed: int,
-    device: torch.device | str | None = None,
-    mask: Any = None,
-    query_data: Any = None,
-    labels: Tensor | None = None,
-    keep: str = "auto",
-    within_chain: bool = False,
-    backend: str = "auto",
-    trace_dtype: torch.dtype = torch.bfloat16,
-    checkpoint_dir: str | os.PathLike[str] | None = None,
-    checkpoint_seconds: float = 30.0,
-    progress: bool = True,
-) -> LossKernel:
-    """The loss kernel of a trained model on ``eval_data`` (paper, section 2.3 and appendix B).
-
-    Args:
-        model, per_sample_loss, train_data, eval_data, config, seed, device, mask: as for ``sgld.Sampler``.
-        query_data: further samples, of the form of eval_data, for :meth:`LossKernel.bif`; they are not in the kernel.
-        labels: (m,) integers of the evaluation samples, for diagnostics and pictures.
-        keep: "covariance", the (m, m) sums in float32; "traces", all draws in ``trace_dtype`` (memory-mapped in
-            ``checkpoint_dir`` if there is one); "auto": the first for m up to the number of draws, or 4096.
-        within_chain: the within-chain estimate; needs ``keep="covariance"``, where :meth:`LossKernel.estimate` switches.
-        backend: of the accumulator, "auto", "triton" or "torch".
-        trace_dtype: torch.bfloat16, 2 T m bytes, or torch.float32, twice as much, where single correlations matter: see
-            :class:`LossTraces` for what rounding moves.
-        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), and the traces
-            (``traces-0``). A run that was killed at any moment, or interrupted, goes on from its last checkpoint when the
-            same call is made again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one
-            returns at once. The directory belongs to one run: another model, data, setting or seed is refused, and so is
-            a second process while the first is at it (a lock, which dies with its process). Every file has a checksum;
-            damage raises, with the file's name and what to do.
-        checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
-        progress: show draws per second, time left and the chains' health.
-
-    Returns:
-        The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed) or is
-            damaged, or fewer than two draws are left because chains died.
-        RuntimeError: another process or thread is at the run in ``checkpoint_dir``.
-    """
-    validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
-    validate.flag("within_chain", within_chain)
-    validate.flag("progress", progress)
-    if isinstance(config, SGLDConfig) and config.num_draws * (1 if within_chain else config.num_chains) < 2:
-        raise ValueError(
-            f"num_chains={config.num_chains} and num_draws={config.num_draws} give one draw"
-            f"{' a chain' if within_chain else ''}; a covariance needs two, so take num_draws=2 or more"
-        )
-    rank, world = processes()
-    if isinstance(config, SGLDConfig) and world > config.num_chains:
-        raise ValueError(f"{world} processes share {config.num_chains} chains; start one a chain at most")
-    read = eval_data if query_data is None else joined(eval_data, query_data)
-    sampler = Sampler(model, per_sample_loss, train_data, read, config, seed=seed, device=device, mask=mask)
-    samples = sampler.num_samples
-    if query_data is not None:
-        samples = samples * num_samples(eval_data) // num_samples(read)
-    if labels is not None:
-        labels = sample_labels("labels", labels, samples)
-    kept = chosen(keep, samples, config.num_chains * config.num_draws)
-    if kept == "traces" and within_chain:
-        raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
-    directory = None if checkpoint_dir is None else Path(checkpoint_dir)
-    dtype = trace_dtype if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
-    about = About(
-        nbeta=config.nbeta,
-        step_size=config.lr,
-        stability_bound=sampler.stability_bound() if config.method == "sgld" else math.nan,
-        num_train=len(sampler.train_data),
-        config=dataclasses.asdict(config),
-        fingerprint=sampler.fingerprint,
-    )
-    kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if kept == "traces" else kept
-    stored = Stored(directory, {**sampler.fingerprint, "keep": kind, "processes": str(world)})
-    collector = None
-    try:
-        collector = Collector(
-            config.num_chains,
-            config.num_draws,
-            sampler.initial_losses[:samples],
-            sampler.num_samples,
-            kept,
-            sampler.device,
-            backend,
-            directory / f"traces-{rank}" if directory and kept == "traces" else None,
-            dtype,
-            stored.run,
-        )
-        collect(sampler, collector, stored, checkpoint_seconds, progress)
-        if world > 1:
-            gather(collector, rank, world, directory, trace_dtype, stored.run)
-    finally:  # also where a notebook keeps the frames of a call that was interrupted
-        if collector is not None:
-            collector.close()
-        stored.close()
-    collector.check()
-    return LossKernel(
-        collector.accumulator,
-        collector.record,
-        within_chain=within_chain,
-        labels=labels,
-        queries=collector.queries,
-        about=about,
-    )
-
-
-def standardised_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
-    """(T, step) standardised traces of a few samples after the other."""
-    for start in range(0, traces.num_samples, step):
-        yield estimators.standardised(traces.draws(samples=slice(start, start + step)))

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._common import files
-from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
-from harmonic_triton.losskernel.estimators import needs
-from harmonic_triton.losskernel.traces.traces import LossTraces
+from harmonic_triton._common.extras import needs
 
 FORMAT = "2"
 DTYPES = {
@@ -107,10 +105,7 @@ def save_zarr(path: Path, arrays: Mapping[str, np.ndarray], about: str) -> None:
     Raises:
         FileExistsError: something else is there.
     """
-    try:
-        import zarr
-    except ImportError as error:
-        raise ImportError("to_zarr needs zarr: pip install zarr") from error
+    zarr = needs("zarr", "to_zarr", install="pip install 'harmonic-triton[zarr]'")
     _refuse_to_replace(path)
     with files.replacing_directory(path, lambda: _refuse_to_replace(path)) as beside:
         group = zarr.open_group(os.fspath(beside), mode="w")
@@ -136,15 +131,6 @@ def _refuse_to_replace(path: Path) -> None:
     )
 
 
-def accumulator_state(accumulator: StreamingCovariance | LossTraces) -> dict[str, Any]:
-    """Its state dict, with the draws of traces that lie in a directory."""
-    state = accumulator.state_dict()
-    if isinstance(accumulator, LossTraces) and state["draws"] is None:
-        parts = [slice(start, start + 64) for start in range(0, accumulator.count, 64)]
-        state["draws"] = torch.cat([accumulator.draws(part).to(accumulator.dtype) for part in parts])
-    return state
-
-
 def flatten(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """JSON for nested dicts, sequences and plain values; tensors go into ``tensors`` under their path."""
     if isinstance(value, Tensor):
@@ -168,12 +154,3 @@ def unflatten(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if kind == "dict":
         return {key: unflatten(item, tensor) for key, item in content}
     return [unflatten(item, tensor) for item in content]
-
-
-def accumulator_from(state: dict[str, Any], device: torch.device | str) -> StreamingCovariance | LossTraces:
-    """The accumulator of a state."""
-    kind: type[StreamingCovariance] | type[LossTraces] = LossTraces if "draws" in state else StreamingCovariance
-    dtype = getattr(torch, state["dtype"].removeprefix("torch."))
-    accumulator = kind(state["num_samples"], device=device, dtype=dtype)
-    accumulator.load_state_dict(state)
-    return accumulator

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -80,7 +80,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor
     """(x, w, target, upstream) on the device; a ninth of the probes is ignored, tokens beside them have upstream 0."""
     tokens, width, classes = case.shape
     generator = torch.Generator(device).manual_seed(seed)
-    normal = lambda *size: torch.randn(*size, generator=generator, device=device)
+    normal: Callable[..., Tensor] = lambda *size: torch.randn(*size, generator=generator, device=device)
     w = normal(classes, width).mul_(0.02).to(case.dtype)
     target = torch.randint(classes, (tokens,), generator=generator, device=device)
     at = probes(case).to(device)
@@ -181,7 +181,7 @@ def row_error(out: Tensor, ref: Tensor, dtype: torch.dtype) -> float:
     holds = norm > 8 * info.tiny * math.sqrt(ref.shape[1])
     if not bool(holds.any()):
         return math.nan
-    return ((out.double() - ref).norm(dim=1)[holds] / norm[holds]).max().item()
+    return float(((out.double() - ref).norm(dim=1)[holds] / norm[holds]).max())
 
 
 @functools.lru_cache(maxsize=1)

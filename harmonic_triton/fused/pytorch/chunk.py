@@ -206,7 +206,7 @@ class Chunk(ABC):
         p = rest * self.to_prob[tile].to(rest.dtype)
         nll, rival_score, base = self.nll[tile], self.rival_score[tile], self.base[tile]
         no_rival = rival_score == -math.inf
-        score = self.log_scores(self.gap[tile], self.work[1, : len(p)])  # relative to the reference: it keeps its digits
+        score = self.log_scores(self.gap[tile], self.work[1, : len(p)])  # relative to the reference: with all digits
         score.scatter_(1, rival, (rival_score - base).masked_fill(no_rival, 0.0).to(p.dtype))
         score.scatter_(1, target, -base.to(p.dtype))
         own_nll, base = nll - base, base.squeeze(1)  # -log p_j is own_nll less the score of j
@@ -367,7 +367,8 @@ class DotChunk(Chunk):
     def direct(self, index: Tensor, tile: slice) -> Tensor:
         """x.w_index (C, 1) in fp64."""
         w = self.head.weight[index.squeeze(1)].double()
-        return torch.linalg.vecdot(self.x[tile].double(), w, dim=1).unsqueeze(1)
+        dot: Tensor = torch.linalg.vecdot(self.x[tile].double(), w, dim=1)
+        return dot.unsqueeze(1)
 
     def log_scores(self, gap: Tensor, out: Tensor) -> Tensor:
         return torch.neg(gap, out=out)

@@ -30,7 +30,7 @@ from harmonic_triton.fused.triton.tile_configs import FEATURE_BLOCK, ROW_BLOCK, 
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
 GRID_LIMIT = 65535  # programs along the second axis of a grid
-ALIGNED = 16  # entries: rows that start on multiples are copied asynchronously and keep the products' kernels in registers
+ALIGNED = 16  # entries: rows that start on multiples are copied asynchronously and keep the kernels in registers
 
 
 class Launch:
@@ -342,4 +342,4 @@ def forward_backward(
 def _chunk(tokens: int, most: int, block: int) -> int:
     """Size of equal chunks of at most ``most`` tokens, in whole tiles; at least one tile."""
     most = max(most // block, 1) * block
-    return triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), block) * block
+    return int(triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), block) * block)

@@ -30,7 +30,7 @@ def coefficient_kernel(
     far_ptr,  # out (N,) int8
     N, eps, DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCORED: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + ratio_j) for the classes in the products.
+    """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + gap_j) for the classes in the products.
 
     log2 p_j is the log-score relative to the reference less ``log_norm``.
     ``a_target`` and ``a_rival`` multiply x - w_c and x - w_r; ``r_part`` is the rival's share of the r-form row sum.
@@ -62,7 +62,7 @@ def coefficient_kernel(
         g_rival = g_p * rival_p - g_v * v_r
     if SCORED:  # something depends on x.w_c itself
         g_others -= tl.load(g_score_ptr + rows, mask=valid, other=0.0).to(tl.float64)
-    if DOT:  # A = -G: no distance, and x appears in dW no_rival
+    if DOT:  # A = -G: no distance, and x appears in dW alone
         factor = tl.where(valid, 1.0, 0.0).to(tl.float64)
         on_target = factor
         nearer = factor

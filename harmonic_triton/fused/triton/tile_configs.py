@@ -18,13 +18,13 @@ import torch
 from harmonic_triton._common import files
 
 ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
-STORED_ROWS, STORED_ENTRIES = 32, 512  # of the element-wise pass over stored log-scores: rows of a tile, entries of a warp
+STORED_ROWS, STORED_ENTRIES = 32, 512  # rows of a tile and entries of a warp, in the pass over stored log-scores
 MOST_WARPS = 16  # of a program, on every GPU: 1024 threads, and AMD's warps have 64
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Launch parameters of the kernels that compute a tile of ratios."""
+    """Launch parameters of the kernels that compute a tile of gaps."""
 
     block_n: int
     block_v: int

@@ -1,4 +1,4 @@
-"""Covariance of per-sample losses over draws, accumulated as they come or in one differentiable call.
+"""Covariance of per-sample losses over draws, accumulated as they come.
 
 The loss kernel of m samples is the covariance of their losses over the draws of a sampler,
 K_ij = 1/(T - 1) sum_t (l_ti - mean_i)(l_tj - mean_j), pooled over chains. Losses near 2 with a spread of 0.0005 leave
@@ -9,11 +9,7 @@ devices and machines merge by addition.
 
 from __future__ import annotations
 
-import math
-import numbers
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,32 +17,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harmonic_triton._common import validate
-from harmonic_triton._common.dispatch import resolve
-from harmonic_triton._common.precision import no_autocast
-from harmonic_triton._common.transforms import forward_mode
-from harmonic_triton.losskernel.covariance.triangle import PACKED, Triangle, fastest_gap, padded
+from harmonic_triton.losskernel.covariance.sums import (
+    BUFFER,
+    CovarianceResult,
+    Moments,
+    inverse_sd,
+    layout_gap,
+    mean_of,
+    merged_counts,
+    moments_of,
+    rank_k,
+    recentering,
+    resolve_backend,
+    sum_of,
+    total_of,
+)
+from harmonic_triton.losskernel.covariance.triangle import PACKED, Triangle, padded
+from harmonic_triton.losskernel.draws import check_reference, checked_chains, checked_draws, is_usable
 
-BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
-DRIFT = 4.0  # spreads between mean and reference beyond which a warning is due
-LARGEST = 2.0**52  # norm of a draw: the sum of a million squares of it stays within fp32
-CONSTANT = 2.0**-40  # spread over mean below which a loss counts as constant: float64 sums resolve no more
 PRECISIONS = ("split", "fast", "ieee")
-
-
-@dataclass(frozen=True)
-class CovarianceResult:
-    """Mean and covariance of m losses over ``count`` draws."""
-
-    mean: Tensor  # (m,) float64
-    covariance: Tensor  # (m, m) in the accumulator's dtype, symmetric
-    count: int
-
-    def correlation(self) -> Tensor:
-        """(m, m), a new tensor: K_ij/sqrt(K_ii K_jj) in [-1, 1]; 0 where either variance is 0, on the diagonal too."""
-        inverse_sd = _inverse_sd(self.covariance.diagonal().double()).to(self.covariance.dtype)
-        out = self.covariance * inverse_sd[:, None]
-        out.mul_(inverse_sd).clamp_(-1.0, 1.0).diagonal().copy_(inverse_sd > 0)
-        return out
 
 
 class StreamingCovariance:
@@ -57,8 +46,8 @@ class StreamingCovariance:
     Triton). The reference is the mean of the first full buffer, unless given, and stays what it is. Memory: m²/2
     numbers for the triangle and ``buffer_size`` m for the buffer, which is given back when a result, m² more, is read.
 
-    A draw with a loss that is not finite is dead (and one of norm 2^52 or more, whose squares would end fp32): it is
-    counted in :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
+    A draw with a loss that is not finite is dead (or of 2^52 and more, whose squares would end fp32): it is counted in
+    :attr:`dead` under its chain and goes no further. Draws without a chain belong to chain 0.
 
     The same updates and reads give the same bits (on a CPU with the same number of threads). Second moments are read
     after emptying the buffer, so that an additional read in between changes later results, by rounding; means, counts
@@ -100,10 +89,10 @@ class StreamingCovariance:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
         self.num_samples, self.dtype, self.buffer_size, self.precision = int(num_samples), dtype, buffer_size, precision
         self.device = torch.empty(0, device=device).device  # with its index
-        self.backend = _resolve(backend, self.device, dtype)
-        self._gap = _gap(self.backend, self.device)
+        self.backend = resolve_backend(backend, self.device, dtype)
+        self._gap = layout_gap(self.backend, self.device)
         if reference is not None:
-            self._check_vector(reference)
+            check_reference(reference, self.num_samples, self.device)
             reference = reference.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         self._given_reference = reference
         self.reset()
@@ -131,18 +120,18 @@ class StreamingCovariance:
         Raises:
             TypeError, ValueError: losses or chain have the wrong type, shape or device.
         """
-        rows, chains = self._checked_draws(losses, chain)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
-        alive = norms < LARGEST  # false for NaN
-        if not bool(alive.all()):
-            living = alive.tolist()
-            for lives, one in zip(living, chains, strict=True):
-                if not lives:
+        rows = checked_draws(losses, self.num_samples, self.device)
+        chains = checked_chains(chain, len(rows))
+        usable = is_usable(rows)
+        if not bool(usable.all()):
+            counted = usable.tolist()
+            for counts, one in zip(counted, chains, strict=True):
+                if not counts:
                     self._dead[one] = self._dead.get(one, 0) + 1
-            rows, chains = rows[alive], [one for lives, one in zip(living, chains, strict=True) if lives]
+            rows, chains = rows[usable], [one for counts, one in zip(counted, chains, strict=True) if counts]
         for one in dict.fromkeys(chains):
             which = [row for row, owner in enumerate(chains) if owner == one]
-            self._count(one, len(which), _sum(rows if len(which) == len(rows) else rows[which]))
+            self._count(one, len(which), sum_of(rows if len(which) == len(rows) else rows[which]))
         self._append(rows)
 
     @torch.no_grad()
@@ -172,7 +161,7 @@ class StreamingCovariance:
             if torch.equal(reference, self._reference):
                 self._second_moment().data.add_(triangle.data)
             else:
-                self._second_moment().add_(triangle, *_shifted(*other._flushed(), reference, self._reference))
+                self._second_moment().add_(triangle, *recentering(*other._flushed(), reference, self._reference))
         for one, count in other._counts.items():
             self._count(one, count, other._sums[one].to(self.device))
         for one, count in other._dead.items():
@@ -203,7 +192,7 @@ class StreamingCovariance:
                 "the accumulators of a group must have one num_samples, dtype, backend and (gap of the) layout, got"
                 f" {', '.join(str(theirs['kind']) for theirs in every)} by rank"
             )
-        self._dead = _total(theirs["dead"] for theirs in every)
+        self._dead = merged_counts(theirs["dead"] for theirs in every)
         holders = [rank for rank, theirs in enumerate(every) if theirs["counts"]]
         if not holders:
             return
@@ -218,7 +207,7 @@ class StreamingCovariance:
         self._flush()
         self._recentre(reference)
         dist.all_reduce(self._second_moment().data, group=group)
-        self._counts = _total(theirs["counts"] for theirs in every)
+        self._counts = merged_counts(theirs["counts"] for theirs in every)
         nothing = torch.zeros(self.num_samples, dtype=torch.float64, device=self.device)
         sums = torch.stack([self._sums.get(one, nothing) for one in self._counts])
         dist.all_reduce(sums, group=group)
@@ -258,7 +247,7 @@ class StreamingCovariance:
             ValueError: there are none.
         """
         self._needs(1)
-        return _total_of(self._sums) / self.count
+        return total_of(self._sums) / self.count
 
     @torch.no_grad()
     def variance(self, within_chain: bool = False) -> Tensor:
@@ -299,9 +288,9 @@ class StreamingCovariance:
         2^-40 of the mean.
         """
         moments = self._moments(within_chain)
-        inverse_sd = _inverse_sd(moments.variance).to(self.dtype)
-        rho = self._fill(out, moments, inverse_sd)
-        rho.diagonal().copy_(inverse_sd > 0)
+        scale = inverse_sd(moments.variance).to(self.dtype)
+        rho = self._fill(out, moments, scale)
+        rho.diagonal().copy_(scale > 0)
         return rho
 
     # --- state -----------------------------------------------------------------------------------------------------------
@@ -402,45 +391,35 @@ class StreamingCovariance:
     def _absorb(self, draws: Tensor) -> None:
         """One rank-k update; the first sets the reference. What lies in the buffer may be overwritten."""
         if self._reference is None:
-            self._reference = _mean(draws).to(self.dtype)
+            self._reference = mean_of(draws).to(self.dtype)
         scratch = self._room_for(self.dtype) if self.backend == "torch" else None
-        _rank_k(self._second_moment(), draws, self._reference, scratch, self.precision)
+        rank_k(self._second_moment(), draws, self._reference, scratch, self.precision)
 
     def _recentre(self, reference: Tensor) -> None:
         """Take second moments about another reference; the buffer is empty."""
         if self._reference is not None and not torch.equal(self._reference, reference) and self._triangle is not None:
             old, self._triangle = self._triangle, None
-            self._second_moment().add_(old, *_shifted(*self._flushed(), self._reference, reference))
+            self._second_moment().add_(old, *recentering(*self._flushed(), self._reference, reference))
         self._reference = reference
 
     def _flushed(self) -> tuple[int, Tensor]:
         """Count and (m,) sum of the draws that the triangle holds."""
-        return self.count - self._pending, _total_of(self._sums) - _sum(self._waiting())
+        return self.count - self._pending, total_of(self._sums) - sum_of(self._waiting())
 
-    def _moments(self, within_chain: bool) -> _Moments:
+    def _moments(self, within_chain: bool) -> Moments:
         """What turns the triangle into a covariance."""
         validate.flag("within_chain", within_chain)
         self._needs(2)
-        divisor = self.count - (len(self._counts) if within_chain else 1)
-        if divisor < 1:
+        if within_chain and self.count <= len(self._counts):
             raise ValueError(f"within_chain needs a chain with two draws, got {self.count} draws of as many chains")
         self._flush()
         self._buffer = None  # its memory is free for the result
-        reference = cast(Tensor, self._reference).double()  # set, now that draws have left the buffer
-        if within_chain:
-            centres = torch.stack([(self._sums[c] - n * reference) / math.sqrt(n) for c, n in self._counts.items()])
-        else:
-            centres = ((_total_of(self._sums) - self.count * reference) / math.sqrt(self.count))[None]
-        second = self._second_moment().diagonal().double() / divisor
-        variance = second - centres.square().sum(0) / divisor
-        least = (8 * torch.finfo(self.dtype).eps * second).maximum((CONSTANT * self.mean()).square())
-        variance = torch.where(variance <= least, 0.0, variance)
-        visible = second > (torch.finfo(torch.float32).eps * reference).square()
-        off = torch.where(visible, (second / variance - 1.0).clamp_min(0.0).sqrt(), 0.0)
-        return _Moments(centres, variance, divisor, off)
+        return moments_of(
+            self._second_moment().diagonal(), cast(Tensor, self._reference), self._counts, self._sums, within_chain
+        )
 
-    def _fill(self, out: Tensor | None, moments: _Moments, inverse_sd: Tensor | None) -> Tensor:
-        """The covariance, or with ``inverse_sd`` the correlation, in ``out``."""
+    def _fill(self, out: Tensor | None, moments: Moments, scale: Tensor | None) -> Tensor:
+        """The covariance, or with ``scale`` (1/sd) the correlation, in ``out``."""
         m = self.num_samples
         moments.warn_of_drift()
         if out is None:
@@ -451,7 +430,7 @@ class StreamingCovariance:
                 " leave it out to have it allocated"
             )
         centres = moments.centres.to(self.dtype)  # their rounding is to S what that of S itself is
-        self._second_moment().unfold(out, -centres, centres, 1.0 / moments.divisor, inverse_sd)
+        self._second_moment().unfold(out, -centres, centres, 1.0 / moments.divisor, scale)
         return out
 
     # --- checks ----------------------------------------------------------------------------------------------------------
@@ -460,234 +439,3 @@ class StreamingCovariance:
         if self.count < draws:
             dead = f" and {sum(self._dead.values())} dead ones" if self._dead else ""
             raise ValueError(f"at least {draws} draws are needed, there are {self.count}{dead}; update() first")
-
-    def _check_vector(self, reference: Any) -> None:
-        validate.tensors(reference=reference)
-        if reference.shape != (self.num_samples,) or not reference.is_floating_point():
-            raise ValueError(
-                f"reference must be floating and of shape ({self.num_samples},), got {validate.describe(reference)}"
-            )
-        if reference.device != self.device:
-            raise ValueError(
-                f"reference is on {reference.device} and the accumulator on {self.device}; move one of them"
-            )
-        if not bool((reference.abs() < LARGEST).all()):
-            raise ValueError("reference must be finite and below 2^52 everywhere")
-
-    def _checked_draws(self, losses: Any, chain: Any) -> tuple[Tensor, list[int]]:
-        """(k, m) draws without gradient and their k chains."""
-        validate.tensors(losses=losses)
-        if losses.dtype not in validate.FLOAT_DTYPES:
-            raise TypeError(f"losses must be floating, got {validate.describe(losses)}; cast them first")
-        if losses.dim() not in (1, 2) or losses.shape[-1] != self.num_samples:
-            raise ValueError(
-                f"losses must be ({self.num_samples},) or (k, {self.num_samples}) for the {self.num_samples} samples of this"
-                f" accumulator, got {validate.describe(losses)}"
-            )
-        if losses.device != self.device:
-            raise ValueError(f"losses are on {losses.device} and the accumulator on {self.device}; move one of them")
-        rows = losses.detach().reshape(-1, self.num_samples)
-        if isinstance(chain, Tensor):
-            if chain.is_floating_point() or chain.is_complex() or chain.dtype == torch.bool or chain.dim() > 1:
-                raise TypeError(f"chain must hold integers, one for each draw, got {validate.describe(chain)}")
-            chain = chain.tolist()
-        if chain is None or not isinstance(chain, Sequence):
-            chain = [0 if chain is None else chain] * len(rows)
-        for one in chain:
-            if isinstance(one, bool) or not isinstance(one, numbers.Integral):
-                raise TypeError(f"chain must be an int or one int for each draw, got {validate.describe(one)}")
-        if len(chain) != len(rows):
-            raise ValueError(f"chain names {len(chain)} chains for {len(rows)} draws; give one, or one for each draw")
-        return rows, [int(one) for one in chain]
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """K = (triangle - centresᵀ centres) / divisor."""
-
-    centres: Tensor  # (1, m), or (chains, m) for the within-chain estimate, float64: sqrt(n) (mean - reference)
-    variance: Tensor  # (m,) float64
-    divisor: int
-    off: Tensor  # (m,) float64: spreads between the means and the reference
-
-    def warn_of_drift(self) -> None:
-        far = self.off > DRIFT
-        if bool(far.any()):
-            worst = int(self.off.argmax())
-            warnings.warn(
-                f"the mean losses of {int(far.sum())} of {len(far)} samples lie more than {DRIFT:g} spreads from the"
-                f" reference (sample {worst}: {float(self.off[worst]):.3g}): correlations lose about 1e-7"
-                " (distance/spread)^2. Lengthen the burn-in, or start anew with reference=mean()",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
-
-def loss_covariance(losses: Tensor, *, correlation: bool = False, backend: str = "auto") -> Tensor:
-    """Covariance of m losses over T draws, (m, m), differentiable: for training against a kernel.
-
-    The gradient of the covariance for upstream G is (G + Gᵀ)(l - mean)/(T - 1), exact, as is the correlation's. Runs the
-    rank-k update of :class:`StreamingCovariance` about the mean; works under ``torch.func``, ``vmap`` and
-    ``torch.compile``, and can be differentiated again. Matrix products of the backward pass follow torch's own
-    precision settings.
-
-    Args:
-        losses: (T, m) with T >= 2, floating. bfloat16 and float16 are computed in float32.
-        correlation: K_ij/sqrt(K_ii K_jj) instead: 1 on the diagonal. A sample whose variance is 0 has 0 in its row and
-            column, the diagonal too, and gets no gradient.
-        backend: "auto", "triton" or "torch" (float64: torch). Only "auto" falls back.
-
-    Returns:
-        (m, m) float32 (float64 for float64 losses), symmetric.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong, or a backend asked for by name cannot serve.
-    """
-    validate.tensors(losses=losses)
-    if losses.dtype not in validate.FLOAT_DTYPES:
-        raise TypeError(f"losses must be floating, got {validate.describe(losses)}; cast them first")
-    if losses.dim() != 2 or losses.shape[0] < 2 or losses.shape[1] < 1:
-        raise ValueError(f"losses must be (T, m) with T >= 2 draws of m >= 1 samples, got {validate.describe(losses)}")
-    validate.flag("correlation", correlation)
-    rows = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    backend = _resolve(backend, rows.device, rows.dtype)
-    covariance = _plain_covariance(rows) if forward_mode() else _LossCovariance.apply(rows, backend)
-    if not correlation:
-        return covariance
-    variance = covariance.diagonal()
-    constant = variance <= 0
-    inverse_sd = torch.where(constant, 0.0, torch.where(constant, 1.0, variance).rsqrt())
-    rho = covariance * inverse_sd[:, None] * inverse_sd
-    return torch.diagonal_scatter(rho, torch.where(constant, 0.0, 1.0).to(rho.dtype))
-
-
-def _plain_covariance(losses: Tensor) -> Tensor:
-    """The same of torch's own operations, in fp64: for forward mode, which the operator does not know."""
-    mean = losses.double().mean(0)
-    centred = losses.double() - mean
-    noise = (len(losses) - 1) * (CONSTANT * mean).square()
-    centred = centred - torch.where(centred.square().sum(0) <= noise, centred, 0.0).detach()  # a constant sample's: 0
-    return (centred.T @ centred / (len(losses) - 1)).to(losses.dtype)
-
-
-_LIBRARY = torch.library.Library("harmonic_triton", "FRAGMENT")
-_LIBRARY.define("loss_covariance(Tensor losses, str backend) -> Tensor")
-
-
-def _loss_covariance(losses: Tensor, backend: str) -> Tensor:
-    """The operator: (T, m) fp32 or fp64 -> (m, m)."""
-    draws, m = losses.shape
-    with torch.no_grad():
-        losses = losses.detach().contiguous()
-        total = _sum(losses)
-        shift = (total / draws).to(losses.dtype)
-        triangle = Triangle(m, gap=_gap(backend, losses.device), dtype=losses.dtype, device=losses.device)
-        scratch = losses.new_zeros(min(draws, BUFFER), triangle.width) if backend == "torch" else None
-        for rows in losses.split(BUFFER):
-            _rank_k(triangle, rows, shift, scratch, "split")
-        centre = ((total - draws * shift.double()) / math.sqrt(draws)).to(losses.dtype)[None]
-        out = losses.new_empty(m, m)
-        triangle.unfold(out, -centre, centre, 1.0 / (draws - 1), None)
-        variance = out.diagonal()
-        variance[variance <= (CONSTANT * shift).square()] = 0.0
-        return out
-
-
-_LIBRARY.impl("loss_covariance", _loss_covariance, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "harmonic_triton::loss_covariance",
-    lambda losses, backend: losses.new_empty(losses.shape[1], losses.shape[1]),
-    lib=_LIBRARY,
-)
-
-
-class _LossCovariance(torch.autograd.Function):
-    """loss_covariance's operator and its gradient, which is made of differentiable operations."""
-
-    @staticmethod
-    def forward(losses: Tensor, backend: str) -> Tensor:
-        return torch.ops.harmonic_triton.loss_covariance(losses, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (losses,) = ctx.saved_tensors
-        centred = losses - losses.mean(0)
-        centred = centred - centred.mean(0)  # what rounding left of a mean much larger than the spread
-        with no_autocast(losses.device):
-            return centred @ (upstream + upstream.T) / (len(losses) - 1), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], losses: Tensor, backend: str) -> tuple[Tensor, int]:
-        return torch.stack([_LossCovariance.apply(one, backend) for one in losses.unbind(in_dims[0])]), 0
-
-
-def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend == "reference":
-        raise ValueError("backend is 'reference'; it must be one of 'auto', 'triton', 'torch'")
-    return resolve(backend, device, dtype)
-
-
-def _gap(backend: str, device: torch.device) -> int:
-    if backend == "torch":
-        return fastest_gap(device)
-    from harmonic_triton.losskernel.covariance.rank_k_triton import GAP
-
-    return GAP
-
-
-def _rank_k(triangle: Triangle, draws: Tensor, shift: Tensor, scratch: Tensor | None, precision: str) -> None:
-    """triangle += (draws - shift)ᵀ (draws - shift) for draws (k, m).
-
-    ``scratch`` (>= k, width), zero beyond m, is for the torch backend and may be where the draws lie; None is Triton.
-    """
-    if scratch is None:
-        from harmonic_triton.losskernel.covariance.rank_k_triton import rank_k_
-
-        rank_k_(triangle, draws, shift, precision)
-        return
-    if scratch.dtype != triangle.data.dtype:  # a buffer of float64 draws
-        scratch = scratch.new_zeros(len(draws), triangle.width, dtype=triangle.data.dtype)
-    rows = scratch[: len(draws)]
-    torch.sub(draws, shift, out=rows[:, : triangle.num_samples])
-    triangle.rank_k_(rows)
-
-
-def _shifted(count: int, total: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """u, v with S about ``new`` = S about ``old`` + u vᵀ + v uᵀ, for ``count`` draws that add up to ``total``."""
-    apart = old.double() - new.double()
-    return total.to(apart.device) - count * old.double() + 0.5 * count * apart, apart
-
-
-def _sum(rows: Tensor) -> Tensor:
-    """(m,) float64 sum of (k, m), a few rows at a time: they are widened first."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in rows.split(16):
-        total += part.sum(0, dtype=torch.float64)
-    return total
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """(m,) float64 mean of (k, m)."""
-    return _sum(rows) / len(rows)
-
-
-def _total_of(sums: dict[int, Tensor]) -> Tensor:
-    return torch.stack(list(sums.values())).sum(0)
-
-
-def _total(counts: Any) -> dict[int, int]:
-    """Counts by chain, added up."""
-    total: dict[int, int] = {}
-    for some in counts:
-        for one, count in some.items():
-            total[one] = total.get(one, 0) + count
-    return dict(sorted(total.items()))
-
-
-def _inverse_sd(variance: Tensor) -> Tensor:
-    """1/sqrt(variance), 0 where that is 0."""
-    return torch.where(variance > 0, variance.rsqrt(), 0.0)

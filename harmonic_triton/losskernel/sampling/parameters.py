@@ -23,7 +23,7 @@ PerSampleLoss = Callable[[nn.Module, Any], Tensor]
 Mask = str | Sequence[str] | Mapping[str, Tensor | bool] | None
 
 
-class _Probe(nn.Module):
+class _LossModule(nn.Module):
     """The loss as a module, so that functional_call reaches every use of the model's weights in it."""
 
     def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss) -> None:
@@ -34,7 +34,7 @@ class _Probe(nn.Module):
         return self.per_sample_loss(self.model, batch)
 
 
-class Weights:
+class FlatParameters:
     """The sampled parameters of a model as one vector, and the losses as a function of it."""
 
     def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, mask: Mask) -> None:
@@ -43,7 +43,7 @@ class Weights:
         if not callable(per_sample_loss):
             raise TypeError(f"per_sample_loss must be callable, got {validate.describe(per_sample_loss)}")
         self.model = model
-        self.probe = _Probe(model, per_sample_loss)
+        self.probe = _LossModule(model, per_sample_loss)
         aliases: dict[Tensor, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(parameter, []).append(name)
@@ -90,7 +90,13 @@ class Weights:
         return f"{self.num_sampled} in {len(self.aliases)} tensors {names}{masked}"
 
     def masked_(self, values: Tensor) -> Tensor:
+        """Zero the entries of (..., P) that do not move, in place."""
         return values if self.mask is None else values.mul_(self.mask)
+
+    def add_(self, out: Tensor, values: Sequence[Tensor], alpha: float) -> None:
+        """Add alpha times ``values``, (..., *shape) for each parameter, to ``out`` (..., P)."""
+        for part, one in zip(self.parts(out), values, strict=True):
+            part.add_(one, alpha=alpha)
 
     def flat(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(P,) from a tensor of each parameter's shape."""

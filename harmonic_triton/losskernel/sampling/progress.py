@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from harmonic_triton.losskernel.sampling.sampler import Sampler
+from harmonic_triton.losskernel.draws import is_usable
 
 EVERY = 5.0  # seconds between two lines
 
 
 class Progress:
-    """A tqdm bar, or lines on stderr where tqdm is not installed."""
+    """A tqdm bar, or lines on stderr where tqdm is not installed.
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler, self.started, self.said = sampler, time.monotonic(), time.monotonic()
-        self.total, self.done = len(sampler.chains) * sampler.config.num_draws, 0
+    Args:
+        num_chains: chains that this process runs.
+        num_draws: draws of each.
+        initial_losses: (m,) losses at w*.
+    """
+
+    def __init__(self, num_chains: int, num_draws: int, initial_losses: Tensor) -> None:
+        self.num_chains, self.initial_losses = num_chains, initial_losses
+        self.started = self.said = time.monotonic()
+        self.total, self.done = num_chains * num_draws, 0
         self.bar: Any = None
         try:
             from tqdm.auto import tqdm
@@ -27,8 +33,8 @@ class Progress:
             return
         self.bar = tqdm(total=self.total, unit="draw", desc="SGLD", file=sys.stderr)
 
-    def update(self, losses: Tensor) -> None:
-        """Count the rows of (k, m) losses."""
+    def update(self, losses: Tensor, diverged: int) -> None:
+        """Count the rows of (k, m) losses; ``diverged`` chains have ended so far."""
         self.done += len(losses)
         if self.bar is not None:
             self.bar.update(len(losses))
@@ -36,7 +42,7 @@ class Progress:
         if now - self.said < EVERY and self.done < self.total:
             return
         self.said = now
-        health = self.health(losses)
+        health = self.health(losses, diverged)
         if self.bar is not None:
             self.bar.set_postfix_str(health)
             return
@@ -44,11 +50,11 @@ class Progress:
         left = (self.total - self.done) / rate
         print(f"SGLD {self.done}/{self.total} draws, {rate:.1f}/s, {left:.0f} s left, {health}", file=sys.stderr)
 
-    def health(self, losses: Tensor) -> str:
-        """Dead chains, and the mean loss of the draw less that at w*."""
-        alive = losses[losses.isfinite().all(1)]
-        excess = (alive - self.sampler.initial_losses).mean().item() if len(alive) else float("nan")
-        return f"excess loss {excess:.3g}, {len(self.sampler.dead)} of {len(self.sampler.chains)} chains dead"
+    def health(self, losses: Tensor, diverged: int) -> str:
+        """Diverged chains, and the mean loss of the draw less that at w*."""
+        usable = losses[is_usable(losses)]
+        excess = (usable - self.initial_losses).mean().item() if len(usable) else float("nan")
+        return f"excess loss {excess:.3g}, {diverged} of {self.num_chains} chains dead"
 
     def close(self) -> None:
         if self.bar is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Streams:
+class CounterRNG:
     """Generators that start anew for every (seed, chain, step)."""
 
     def __init__(self, seed: int) -> None:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from harmonic_triton._common import validate
-from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel import convergence
+from harmonic_triton.losskernel.draws import is_usable
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
 from harmonic_triton.losskernel.sampling.data import samples
 from harmonic_triton.losskernel.sampling.parameters import Mask, PerSampleLoss
-from harmonic_triton.losskernel.sampling.sampler import Sampler, SGLDConfig
+from harmonic_triton.losskernel.sampling.sampler import Sampler
 
 SHARE_OF_BOUND = 0.15  # lr over its bound: 0.7 of a displacement is left after a step where the bound is attained, an
 # autocorrelation time of (1 + 0.7)/(1 - 0.7) = 5.7, and the discretised variance there is 1/(1 - 0.15) of the right one
@@ -79,7 +81,7 @@ def tune(
     less, and R-hat says whether the chains agree.
 
     Args:
-        model, per_sample_loss, train_data, seed, mask, device: as for :class:`harmonic_triton.Sampler`.
+        model, per_sample_loss, train_data, seed, mask, device: as for ``sampler.Sampler``.
         nbeta: inverse temperature times n; None: n / log n.
         target_excess: mean excess loss wanted, in the unit of the losses; None: the mean loss at w*.
         batch_size: None: 256, or all samples if there are fewer.
@@ -100,7 +102,7 @@ def tune(
         validate.between("target_excess", target_excess, 0.0)
         if target_excess == 0:
             raise ValueError("target_excess must be > 0: the probe has to leave the trained weights")
-    probe = _Probe(model, per_sample_loss, train_data, seed, nbeta, batch_size, num_chains, mask, device)
+    probe = _TrialRuns(model, per_sample_loss, train_data, seed, nbeta, batch_size, num_chains, mask, device)
 
     def say(line: str) -> None:
         if verbose:
@@ -163,12 +165,12 @@ def _mixing(losses: Tensor) -> tuple[float, float]:
     Both are 1 where the losses never vary.
     """
     mean = losses.double().mean(-1)
-    times = estimators.autocorrelation_time(mean), estimators.autocorrelation_time(losses).nanmedian()
+    times = convergence.autocorrelation_time(mean), convergence.autocorrelation_time(losses).nanmedian()
     longest = max(1.0, *(time.nan_to_num(1.0).item() for time in times))
-    return longest, estimators.gelman_rubin(mean).nan_to_num(1.0).item()
+    return longest, convergence.gelman_rubin(mean).nan_to_num(1.0).item()
 
 
-class _Probe:
+class _TrialRuns:
     """Short runs of a few chains on some training samples, at any localization."""
 
     def __init__(
@@ -218,13 +220,13 @@ class _Probe:
             warnings.simplefilter("ignore")  # dead chains are counted here
             for block in sampler.run(check_step_size=False):
                 losses[block.chain, block.draw] = block.losses
-        alive = losses[[chain for chain in range(self.num_chains) if chain not in sampler.dead]]
-        alive = alive[alive.isfinite().all(-1).all(-1)]
-        if not len(alive):
+        whole = losses[[chain for chain in range(self.num_chains) if chain not in sampler.dead]]
+        whole = whole[is_usable(whole.flatten(0, 1)).view(whole.shape[:2]).all(1)]
+        if not len(whole):
             return Trial(localization, config.lr, math.nan, math.nan, math.nan, self.num_chains, config.num_steps)
-        excess = alive.double().mean().item() - self.initial_loss
+        excess = whole.double().mean().item() - self.initial_loss
         return Trial(
-            localization, config.lr, excess, *_mixing(alive), self.num_chains - len(alive), config.num_steps
+            localization, config.lr, excess, *_mixing(whole), self.num_chains - len(whole), config.num_steps
         )  # fmt: skip
 
 

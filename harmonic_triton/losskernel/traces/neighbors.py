@@ -11,13 +11,15 @@ of equal scores the lower index wins. Columns come in ascending order, so a late
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harmonic_triton._common import validate
+from harmonic_triton._common.extras import needs
 from harmonic_triton._common.precision import exact_products
 
 SPARE = 4  # candidates beyond k
@@ -41,6 +43,30 @@ class Problem(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.mean.device
+
+
+def with_bar(work: Callable[[Callable[[int, int], None]], Any]) -> Any:
+    """Run ``work(report)`` under a progress bar."""
+    tqdm = needs("tqdm", "progress=True").tqdm
+    with tqdm(unit="tile", desc="neighbours") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return work(report)
+
+
+def checked_labels(labels: Tensor | Sequence[int], num_samples: int) -> Tensor:
+    """(m,) int32, equal where the labels are."""
+    given = torch.as_tensor(labels)
+    if given.is_floating_point() or given.is_complex():
+        raise TypeError(f"exclude_same must hold integer labels, got {validate.describe(given)}")
+    if given.shape != (num_samples,):
+        raise ValueError(
+            f"exclude_same must hold a label for each of the m = {num_samples} samples, got shape {tuple(given.shape)}"
+        )
+    return given.unique(return_inverse=True)[1].int()
 
 
 def search(

@@ -6,7 +6,6 @@ For m >> T the T x m traces are smaller than the m x m matrix and hold as much.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,20 +18,17 @@ from torch import Tensor
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import resolve
-from harmonic_triton._common.precision import exact_products
+from harmonic_triton._common.extras import needs
+from harmonic_triton.losskernel.draws import checked_chains, checked_draws, is_usable
 from harmonic_triton.losskernel.traces import neighbors
+from harmonic_triton.losskernel.traces.factor import Factor, Selection, moments, selection
 from harmonic_triton.losskernel.traces.store import MEND, FileStore, MemoryStore, State, read_state
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
-LARGEST_LOSS = 2.0**52  # from there on a draw is as dead as one that is not finite, as in StreamingCovariance
-CHUNK = 2**24  # values converted at a time
-SMALLEST_SUM = 1e-70  # of squares about a mean: below it a sample is constant, since fp32 cannot hold its scale
 NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
-
-Samples = slice | Sequence[int] | Tensor
 
 
 class Neighbors(NamedTuple):
@@ -154,13 +150,14 @@ class LossTraces:
             TypeError, ValueError: an argument is wrong.
             RuntimeError: another process, or another object of this one, writes to ``path``.
         """
-        losses, chains = self._checked_draws(losses, chain)
+        losses = checked_draws(losses, self.num_samples)
+        chains = torch.tensor(checked_chains(chain, len(losses)), dtype=torch.int64)
         state = self._state
-        alive = (torch.linalg.vector_norm(losses, math.inf, dim=1) < LARGEST_LOSS).cpu()  # false for NaN
+        usable = is_usable(losses)
         dead = self.dead
-        for number in chains[~alive].tolist():
+        for number in chains[~usable.cpu()].tolist():
             dead[number] = dead.get(number, 0) + 1
-        kept = (losses if alive.all() else losses[alive.to(losses.device)]).to(self.device)
+        kept = (losses if usable.all() else losses[usable]).to(self.device)
         reference, sums = state.reference, state.sums.clone()
         draws = torch.empty(kept.shape, dtype=self.dtype, device=self.device)
         if reference is None and len(kept):
@@ -175,34 +172,10 @@ class LossTraces:
             draw.copy_(shifted)
         if len(kept):
             self._store.write(state.count, draws)
-        state = State(state.count + len(kept), reference, sums, torch.cat([state.chains, chains[alive]]), dead)
+        state = State(state.count + len(kept), reference, sums, torch.cat([state.chains, chains[usable.cpu()]]), dead)
         if len(losses):
             self._store.commit(state)
         self._set(state)
-
-    def _checked_draws(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
-        """(losses (k, m), chains (k,) int64 on the CPU)."""
-        validate.tensors(losses=losses)
-        if not losses.is_floating_point():
-            raise TypeError(f"losses must be floating, got {validate.describe(losses)}; cast them first")
-        if losses.dim() not in (1, 2) or losses.shape[-1] != self.num_samples:
-            raise ValueError(
-                f"losses must be (m,) or (k, m) with m = num_samples = {self.num_samples}, got {validate.describe(losses)}"
-            )
-        losses = losses.detach().reshape(-1, self.num_samples)
-        if not isinstance(chain, (Tensor, Sequence)):
-            validate.integer("chain", 0 if chain is None else chain)
-            return losses, torch.full((len(losses),), int(chain or 0))
-        chains = torch.as_tensor(chain, dtype=None if len(losses) else torch.int64)
-        if chains.is_floating_point() or chains.dtype == torch.bool or chains.is_complex():
-            raise TypeError(f"chain must hold ints, got {validate.describe(chain)}")
-        if chains.dim() == 0:
-            chains = chains.expand(len(losses))
-        if chains.shape != (len(losses),):
-            raise ValueError(
-                f"chain must be an int or hold one for each of the {len(losses)} draws, got shape {tuple(chains.shape)}"
-            )
-        return losses, chains.detach().to("cpu", torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: with ``path`` which draws count, by their checksums; without it the draws themselves."""
@@ -296,7 +269,7 @@ class LossTraces:
             raise ValueError("there is no reference before the first draw; call update first")
         return self._state.reference
 
-    def draws(self, draws: Samples = slice(None), samples: Samples = slice(None)) -> Tensor:
+    def draws(self, draws: Selection = slice(None), samples: Selection = slice(None)) -> Tensor:
         """Losses less ``reference`` as stored: (draws, samples) fp32 on ``device``.
 
         Args:
@@ -304,7 +277,7 @@ class LossTraces:
                 ``traces.draws(slice(0, traces.count // 2))`` a half.
             samples: which samples, likewise.
         """
-        rows, columns = _selection("draws", draws, self.count), _selection("samples", samples, self.num_samples)
+        rows, columns = selection("draws", draws, self.count), selection("samples", samples, self.num_samples)
         stored = self._stored()
         part = stored[rows][:, columns] if isinstance(rows, slice) else stored[:, columns][rows]  # slices copy nothing
         return part.to(self.device, torch.float32, copy=True)
@@ -331,35 +304,19 @@ class LossTraces:
         # exactly 0 for a constant: it lies a few last places of its fp64 mean off, and fp64 holds the squares of such
         return (squares - total.square() / self.count) / (self.count - 1)
 
-    def covariance(self, rows: Samples, columns: Samples | None = None) -> Tensor:
+    def covariance(self, rows: Selection, columns: Selection | None = None) -> Tensor:
         """A block of K, (rows, columns) fp32, divisor T - 1.
 
         Args:
             rows: which samples, a slice, indices or a mask; columns: likewise, None for the same ones.
         """
-        products, row_scale, column_scale = self._products(rows, columns)
+        products, row_scale, column_scale = self._factor().products(rows, columns)
         row_spread, column_spread = (torch.where(scale > 0, 1 / scale, 0.0) for scale in (row_scale, column_scale))
         return products.mul_(row_spread.unsqueeze(1)).mul_(column_spread).div_(self.count - 1).float()
 
-    def correlation(self, rows: Samples, columns: Samples | None = None) -> Tensor:
+    def correlation(self, rows: Selection, columns: Selection | None = None) -> Tensor:
         """A block of rho, (rows, columns) fp32 in [-1, 1]; 0 where either variance is 0. Arguments as in covariance."""
-        return self._products(rows, columns)[0].clamp_(-1.0, 1.0).float()
-
-    def _products(self, rows: Samples, columns: Samples | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(rho of rows and columns in fp64, scales of rows, of columns)."""
-        row_at = _selection("rows", rows, self.num_samples)
-        column_at = row_at if columns is None else _selection("columns", columns, self.num_samples)
-        mean, scale = self._moments()
-        total = torch.zeros(len(mean[row_at]), len(mean[column_at]), dtype=torch.float64, device=self.device)
-
-        def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
-            return (chunk[:, at].to(self.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
-
-        with exact_products(self.device):
-            for chunk in self._stored().split(1024):  # as many as an fp32 product sums without harm
-                left = standardised(chunk, row_at)
-                total += left.t() @ (left if columns is None else standardised(chunk, column_at))
-        return total, scale[row_at], scale[column_at]
+        return self._factor().products(rows, columns)[0].clamp_(-1.0, 1.0).float()
 
     def matvec(self, v: Tensor, *, correlation: bool = False, centered: bool = False) -> Tensor:
         """K v, in one pass over the draws, (m,) or (m, p) fp64 like v.
@@ -376,16 +333,7 @@ class LossTraces:
             raise ValueError(
                 f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {validate.describe(v)}"
             )
-        mean, scale = self._moments()
-        x = v.detach().to(self.device, torch.float64).reshape(self.num_samples, -1)
-        factor = scale.unsqueeze(1) if correlation else (self.count - 1) ** -0.5
-        x = factor * (x - x.mean(0) if centered else x)
-        out = torch.zeros_like(x)
-        for chunk in self._stored().split(max(1, CHUNK // self.num_samples)):
-            values = chunk.to(self.device, torch.float64)
-            out.addmm_(values.t(), values @ x - mean @ x)  # one factor about its mean is enough
-        out *= factor
-        return (out - out.mean(0) if centered else out).reshape(v.shape)
+        return self._factor().matvec(v.detach(), correlation, centered)
 
     def linear_operator(self, *, correlation: bool = True, centered: bool = False) -> LinearOperator:
         """The products of :meth:`matvec` for ``scipy.sparse.linalg``: ``eigsh(traces.linear_operator(), k=5)``.
@@ -395,16 +343,13 @@ class LossTraces:
         """
         validate.flag("correlation", correlation)
         validate.flag("centered", centered)
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise ImportError("linear_operator needs scipy: pip install 'harmonic-triton[analysis]'") from error
+        sparse = needs("scipy.sparse.linalg", "linear_operator")
 
         def product(v: Any) -> Any:
             return self.matvec(torch.as_tensor(v).double(), correlation=correlation, centered=centered).cpu().numpy()
 
         shape = (self.num_samples, self.num_samples)
-        return LinearOperator(shape, product, rmatvec=product, matmat=product, rmatmat=product, dtype="float64")
+        return sparse.LinearOperator(shape, product, rmatvec=product, matmat=product, rmatmat=product, dtype="float64")
 
     # --- neighbours ----------------------------------------------------------------------------------------------
 
@@ -445,7 +390,9 @@ class LossTraces:
             chosen = rows if isinstance(rows, range) else chosen[rows]
             if chosen.step != 1 or not 0 <= chosen.start <= chosen.stop <= self.num_samples:
                 raise ValueError(f"rows must be consecutive samples between 0 and m = {self.num_samples}, got {rows!r}")
-        labels = None if exclude_same is None else self._checked_labels(exclude_same)
+        labels = (
+            None if exclude_same is None else neighbors.checked_labels(exclude_same, self.num_samples).to(self.device)
+        )
         backend = self._resolve_backend()
         if backend == "triton" and k > neighbors.LARGEST_TRITON_K:
             if self.backend == "triton":
@@ -456,19 +403,8 @@ class LossTraces:
             backend = "torch"
         problem = neighbors.Problem(self._stored(), *self._moments(), labels)
         if progress is True:
-            return Neighbors(*_with_bar(lambda report: neighbors.search(problem, k, chosen, backend, report)))
+            return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(problem, k, chosen, backend, report)))
         return Neighbors(*neighbors.search(problem, k, chosen, backend, progress or None))
-
-    def _checked_labels(self, labels: Tensor | Sequence[int]) -> Tensor:
-        """(m,) int32, equal where the labels are."""
-        given = torch.as_tensor(labels)
-        if given.is_floating_point() or given.is_complex():
-            raise TypeError(f"exclude_same must hold integer labels, got {validate.describe(given)}")
-        if given.shape != (self.num_samples,):
-            raise ValueError(
-                f"exclude_same must hold a label for each of the m = {self.num_samples} samples, got shape {tuple(given.shape)}"
-            )
-        return given.to(self.device).unique(return_inverse=True)[1].int()
 
     # --- stored values -------------------------------------------------------------------------------------------
 
@@ -484,21 +420,14 @@ class LossTraces:
         """(mean, 1/sqrt(sum of squares about it) or 0 where constant) of the stored values, (m,) fp64 each."""
         self._need(2)
         if self._moments_of_stored is None:
-            total, squares = torch.zeros_like(self._state.sums)
-            stored = self._stored()
-            low = stored[0].to(self.device, torch.float64)
-            high = low.clone()
-            for draw in stored:  # one by one: what a sample gets depends on its own values alone
-                value = draw.to(self.device, torch.float64)
-                total += value
-                squares.addcmul_(value, value)
-                torch.minimum(low, value, out=low)
-                torch.maximum(high, value, out=high)
-            about_mean = squares - total.square() / self.count
-            varies = (low < high) & (about_mean > SMALLEST_SUM)
-            self._warn_of_drift(squares[varies] / about_mean[varies])
-            self._moments_of_stored = total / self.count, torch.where(varies, about_mean.rsqrt(), 0.0)
+            mean, scale, ratio = moments(self._stored(), self.device)
+            self._warn_of_drift(ratio)
+            self._moments_of_stored = mean, scale
         return self._moments_of_stored
+
+    def _factor(self) -> Factor:
+        """What products are taken from."""
+        return Factor(self._stored(), *self._moments())
 
     def _warn_of_drift(self, ratio: Tensor) -> None:
         """``ratio``: mean square over variance of the stored values; rounding adds about eps^2/12 of the former."""
@@ -513,38 +442,3 @@ class LossTraces:
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def _selection(name: str, chosen: Samples, size: int) -> slice | Tensor:
-    """A slice, or indices on the CPU, of ``size`` things."""
-    if isinstance(chosen, slice):
-        if (chosen.step or 1) < 1:
-            raise ValueError(f"{name} must go forward, got {chosen}")
-        return chosen
-    if not isinstance(chosen, (Tensor, Sequence)) and not hasattr(chosen, "__array__"):
-        raise TypeError(f"{name} must be a slice, indices or a mask, got {validate.describe(chosen)}")
-    index = torch.as_tensor(chosen).cpu()
-    if index.dtype == torch.bool and index.shape == (size,):
-        return index.nonzero()[:, 0]
-    if index.numel() == 0 and index.dim() == 1:
-        return index.long()
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.dim() != 1:
-        raise TypeError(f"{name} must be a slice, 1-d indices or a mask of {size}, got {validate.describe(index)}")
-    if int(index.min()) < -size or int(index.max()) >= size:
-        raise ValueError(f"{name} must lie between 0 and {size - 1}, got {int(index.min())} ... {int(index.max())}")
-    return index.long() % size
-
-
-def _with_bar(work: Callable[[Callable[[int, int], None]], Any]) -> Any:
-    """Run ``work(report)`` under a progress bar."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install 'harmonic-triton[analysis]'") from error
-    with tqdm(unit="tile", desc="neighbours") as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return work(report)

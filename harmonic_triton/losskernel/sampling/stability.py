@@ -1,0 +1,92 @@
+"""The largest step size at which the chains are stable, from the curvature at the trained parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonic_triton._common import validate
+from harmonic_triton.losskernel.sampling.config import SGLDConfig
+from harmonic_triton.losskernel.sampling.data import Samples, samples
+from harmonic_triton.losskernel.sampling.parameters import FlatParameters, Mask, PerSampleLoss
+from harmonic_triton.losskernel.sampling.rng import CounterRNG
+
+
+def stability_bound(
+    model: nn.Module,
+    per_sample_loss: PerSampleLoss,
+    train_data: Any,
+    config: SGLDConfig,
+    *,
+    seed: int,
+    mask: Mask = None,
+    num_iterations: int = 12,
+) -> float:
+    """The step size at which SGLD becomes unstable, 4 / lambda_max(nbeta H + gamma I), H the Hessian of a minibatch's loss.
+
+    Power iterations with Hessian-vector products by central differences of gradients, over the probe's own width
+    1/sqrt(lambda) in that direction (so any loss serves, also one without a second derivative). The estimate of
+    lambda_max comes from below: keep a margin. For "sgnht" the bound is conservative by 2; for "rmsprop" it is that of
+    plain SGLD.
+
+    Args:
+        model, per_sample_loss, train_data, config, seed, mask: as for ``sampler.Sampler``.
+        num_iterations: of two gradients each.
+
+    Returns:
+        The bound; inf where there is no positive curvature, 0 where gradients are not finite.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
+    validate.seed(seed)
+    validate.integer("num_iterations", num_iterations, 1)
+    parameters = FlatParameters(model, per_sample_loss, mask)
+    data = samples("train_data", train_data, parameters.center.device)
+    return bound(parameters, data, config, seed, num_iterations)
+
+
+def bound(parameters: FlatParameters, data: Samples, config: SGLDConfig, seed: int, iterations: int = 12) -> float:
+    rng = CounterRNG(seed ^ 0x5DEECE66D)
+    n, size = len(data), min(config.batch_size, len(data))
+    rows = torch.arange(n) if size == n else rng.minibatch(0, 0, n, size)
+    step = config.microbatch_size or size
+    center = parameters.center
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        total = torch.zeros_like(at)
+        for start in range(0, size, step):
+            picked = rows[start : start + step]
+            with torch.enable_grad():
+                mean = parameters.losses(parameters.parts(at), data.batch(picked)).mean()
+                total.add_(torch.autograd.grad(mean, at)[0], alpha=len(picked) / size)
+        return parameters.masked_(total)
+
+    def largest(shift: float) -> float:
+        """The eigenvalue of nbeta H + (gamma + shift) I that is largest in magnitude."""
+        v = torch.empty_like(center).unsqueeze(0)
+        rng.noise(v, [0], 0)
+        v = parameters.masked_(v.squeeze(0))
+        v /= v.norm()
+        value, reach = config.localization + shift, 1 + center.norm().item()
+        for _ in range(iterations):
+            width = min(1 / math.sqrt(abs(value)), reach) if value else reach
+            product = (gradient(center + width * v) - gradient(center - width * v)).mul_(config.nbeta / (2 * width))
+            product.add_(v, alpha=config.localization + shift)
+            value, norm = torch.dot(v, product).item(), product.norm().item()
+            if not math.isfinite(norm):
+                return math.inf
+            if norm == 0:
+                return 0.0
+            v = product / norm
+        return value
+
+    with parameters.evaluating():
+        top = largest(0.0)
+        if top < 0:  # negative curvature is the largest; shifted by it, the positive end is
+            top = largest(-top) + top
+    return 4 / top if top > 0 else math.inf
