@@ -498,7 +498,8 @@ def test_results_have_one_naming_scheme_and_an_index():
 
 
 def test_the_covariance_suite_measures_in_processes_of_its_own(tmp_path, capsys):
-    words = "--suite covariance --samples 60 --draws 300 --buffer 128 --rounds 1 --repeats 2 --threads 1".split()
+    sizes = {"samples": 60, "draws": 300, "buffer": 128, "rounds": 1, "repeats": 2, "threads": 1}
+    words = ["--suite", "covariance", *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
     words += ["--baselines", "ours_panels", "devinterp"]
     assert main([*words, "--devinterp-python", "/no/such/python", "--out", str(tmp_path)]) == 0
     (stored,) = tmp_path.glob("covariance-*.jsonl")
@@ -738,6 +739,19 @@ def test_the_gpu_scripts_limits_fit_one_call(tmp_path):
         assert sum(step.seconds for step in planned if not step.optional) <= gpu.BUDGET_SECONDS < 600
         assert [step.name for step in planned][:4] == ["doctor", "compile", "verify", "tests"]
         assert {step.name for step in planned if step.optional} == {"counters", "memcheck"}
+
+
+def test_the_gpu_scripts_benchmarks_are_requests_that_can_be_served(tmp_path):
+    measured = [
+        step.command for tiny in (False, True) for step in gpu.steps(tiny, tmp_path) if "benchmarks" in step.command
+    ]
+    assert len(measured) == 5
+    for command in measured:
+        suite, arguments = parse_arguments(command[2:])
+        arguments.device = "cpu"
+        assert suite is head.SUITE
+        assert arguments.out == tmp_path
+        assert head.make_plan(arguments).workloads
 
 
 def python_step(name, program, seconds=20, **options):
