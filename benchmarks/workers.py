@@ -28,13 +28,15 @@ class Worker:
         self, module: str, order: Mapping[str, Any], threads: int | None = None, python: str = sys.executable,
         environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        limits = {} if threads is None else dict.fromkeys(LIBRARIES, str(threads))
+        variables = {} if threads is None else dict.fromkeys(LIBRARIES, str(threads))
+        if python != sys.executable:
+            variables["PYTHONPATH"] = str(ROOT)  # this environment's packages are not for another one
         self._process: subprocess.Popen[str] | None = None
         try:
             self._process = subprocess.Popen(
                 [python, "-W", "ignore", "-m", f"benchmarks.{module}", json.dumps(order)],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                env={**os.environ, **limits, **(environment or {}), "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **variables, **(environment or {})},
             )  # fmt: skip
         except OSError as error:
             self._reason = f"{python} does not run: {error}"
@@ -45,9 +47,11 @@ class Worker:
             return None, self._reason
         try:
             said, complaint = self._process.communicate(timeout=WORKER_SECONDS)
-        except subprocess.TimeoutExpired:
+        except BaseException as stopped:
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
+            if not isinstance(stopped, subprocess.TimeoutExpired):
+                raise
             return None, f"it took longer than {WORKER_SECONDS} s"
         status, lines = self._process.returncode, said.splitlines()
         if status < 0:

@@ -30,6 +30,7 @@ from benchmarks import (
     runs,
     sampler,
     static_cost,
+    workers,
 )
 from benchmarks.__main__ import SUITES, main, parse_arguments, write
 from benchmarks.baselines import REGISTRY, Baseline, register
@@ -512,6 +513,12 @@ def test_the_covariance_suite_measures_in_processes_of_its_own(tmp_path, capsys)
     assert by_name["devinterp"]["status"] == "failed"
     assert "/no/such/python does not run" in by_name["devinterp"]["reason"]
     assert "NOT MEASURED  peak memory, ours / devinterp: ours was not in this run" in capsys.readouterr().out
+
+
+def test_a_worker_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(workers, "WORKER_SECONDS", 0.01)
+    worker = workers.Worker("head_memory", {})
+    assert worker.answer() == (None, "it took longer than 0.01 s")
 
 
 def test_the_covariance_methods_agree():
