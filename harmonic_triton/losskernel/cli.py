@@ -288,7 +288,7 @@ def main(options: argparse.Namespace) -> int:
     """Sample and write; 2 if the entry point or an option cannot serve, 130 if interrupted."""
     try:
         return run(options)
-    except (EntryPointError, ValueError, TypeError, ImportError, files.InUseError) as error:
+    except (EntryPointError, ValueError, TypeError, ImportError, OSError, files.InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -320,7 +320,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{options.entry}: {samples:,} samples; settings that were not given are estimated", flush=True)
         config = configured(options, task)
         if first:
-            if not any(checkpoints.glob("kernel-*.pt")):
+            if not begun(checkpoints):
                 write_probe(checkpoints, config)
             if not options.quiet:
                 print(announcement(expected_seconds(options, task, config), config, samples), flush=True)
@@ -434,7 +434,7 @@ def resumed(options: argparse.Namespace, checkpoints: Path) -> SGLDConfig | None
     from harmonic_triton.losskernel.sampling.sampler import SGLDConfig
 
     path = checkpoints / PROBE_FILE
-    if not path.is_file() or not any(checkpoints.glob("kernel-*.pt")):
+    if not path.is_file() or not begun(checkpoints):
         return None
     try:
         return SGLDConfig(**{**json.loads(path.read_text(encoding="utf-8")), **given_fields(options)})
@@ -442,12 +442,18 @@ def resumed(options: argparse.Namespace, checkpoints: Path) -> SGLDConfig | None
         raise ValueError(f"{path} holds no settings of a run ({error}): start over with --no-resume") from error
 
 
+def begun(checkpoints: Path) -> bool:
+    """Whether a run has left a checkpoint or draws."""
+    return any(checkpoints.glob("kernel-[0-9]*.pt")) or any(checkpoints.glob("traces-[0-9]*/state.pt"))
+
+
 def write_probe(checkpoints: Path, config: SGLDConfig) -> None:
-    """Keep the settings beside the checkpoint, whole or not at all."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    temporary = checkpoints / (PROBE_FILE + ".tmp")
-    temporary.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(checkpoints / PROBE_FILE)
+    """Keep the settings beside the checkpoint, whole or not at all; InUseError while a process is at it."""
+    claim = files.Claim(checkpoints / "kernel-0.lock")
+    try:
+        files.write_text(checkpoints / PROBE_FILE, json.dumps(asdict(config), indent=1) + "\n")
+    finally:
+        claim.release()
 
 
 def expected_seconds(options: argparse.Namespace, task: Task, config: SGLDConfig) -> float:
@@ -514,14 +520,16 @@ def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGL
 
 def clear(directory: Path) -> None:
     """Remove a run's checkpoint, and nothing else; InUseError while a process is at it."""
-    for path in directory.glob("kernel-[0-9]*.pt"):
-        claim = files.Claim(path.with_suffix(".lock"))
-        path.unlink()
-        claim.release()
+    runs = {path.stem for kind in ("pt", "lock") for path in directory.glob(f"kernel-[0-9]*.{kind}")}
+    claims = [files.Claim(directory / f"{run}.lock") for run in sorted(runs)]  # also of one without a checkpoint yet
+    for run in runs:
+        (directory / f"{run}.pt").unlink(missing_ok=True)
     for path in directory.glob("traces-*"):
         if (path / "draws.bin").is_file():
             shutil.rmtree(path)
     (directory / PROBE_FILE).unlink(missing_ok=True)
+    for claim in claims:
+        claim.release()
 
 
 def is_first_process() -> bool:

@@ -104,8 +104,9 @@ class Collector:
 
     def update(self, draws: Draws) -> None:
         """Enter draws (k, m + q)."""
-        finite = (draws.losses.abs() < LARGEST).all(1)
         samples = draws.losses[:, : self.num_samples]
+        norms = torch.linalg.vector_norm(samples, dim=1, dtype=torch.promote_types(samples.dtype, torch.float32))
+        finite = (norms < LARGEST) & (draws.losses.abs() < LARGEST).all(1)  # as the sums have it
         self.record.update(draws.chain.cpu(), draws.draw.cpu(), samples, draws.train_loss, finite)
         for losses, chain, alive in zip(draws.losses, draws.chain.tolist(), finite.tolist(), strict=True):
             waiting = self.pending.setdefault(chain, [])

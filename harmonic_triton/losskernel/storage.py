@@ -174,6 +174,7 @@ def accumulator_from(state: dict[str, Any], device: torch.device | str) -> Strea
     """The accumulator of a state."""
     kind: type[StreamingCovariance] | type[LossTraces] = LossTraces if "draws" in state else StreamingCovariance
     dtype = getattr(torch, state["dtype"].removeprefix("torch."))
-    accumulator = kind(state["num_samples"], device=device, dtype=dtype)
+    more = {"buffer_size": state["buffer_size"]} if "buffer_size" in state else {}
+    accumulator = kind(state["num_samples"], device=device, dtype=dtype, **more)
     accumulator.load_state_dict(state)
     return accumulator

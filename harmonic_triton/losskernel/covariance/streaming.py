@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,14 @@ BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on 
 DRIFT = 4.0  # spreads between mean and reference beyond which a warning is due
 LARGEST = 2.0**52  # norm of a draw: the sum of a million squares of it stays within fp32
 CONSTANT = 2.0**-40  # spread over mean below which a loss counts as constant: float64 sums resolve no more
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 PRECISIONS = ("split", "fast", "ieee")
+
+
+def _normal(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Without gradients, but no inference tensors either: state that is made in inference_mode is changed outside."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class StreamingCovariance:
 
     # --- what came in ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_normal
     def update(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None = None) -> None:
         """Add draws.
 
@@ -145,7 +152,7 @@ class StreamingCovariance:
             self._count(one, len(which), _sum(rows if len(which) == len(rows) else rows[which]))
         self._append(rows)
 
-    @torch.no_grad()
+    @_normal
     def merge(self, other: StreamingCovariance) -> None:
         """Add the draws of another accumulator, which stays as it is.
 
@@ -179,7 +186,7 @@ class StreamingCovariance:
             self._dead[one] = self._dead.get(one, 0) + count
         self._append(other._waiting().to(self.device))
 
-    @torch.no_grad()
+    @_normal
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the accumulators of all processes of a group; afterwards every one holds all draws, in the same bits.
 
@@ -324,7 +331,7 @@ class StreamingCovariance:
             "dead": dict(self._dead),
         }
 
-    @torch.no_grad()
+    @_normal
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the state by one that :meth:`state_dict` gave, on whatever device or backend that was.
 
@@ -393,6 +400,7 @@ class StreamingCovariance:
             return torch.empty(0, self.num_samples, dtype=self.dtype, device=self.device)
         return self._buffer[: self._pending, : self.num_samples]
 
+    @_normal
     def _flush(self) -> None:
         """Empty the buffer into the triangle."""
         waiting, self._pending = self._waiting(), 0

@@ -37,6 +37,7 @@ MEND = "restore it from a copy, or start over by removing it"
 METHODS = ("sgld", "rmsprop", "sgnht")
 VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
 VMAP_CHAINS = 32
+SAME_LOSSES = 0.02  # relative difference of losses at w* that other threads, devices and 16-bit products may make
 CHECK_EVERY = 32  # steps between looks for diverged weights while no draw is taken
 
 
@@ -106,6 +107,10 @@ class SGLDConfig:
             raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         if self.method == "rmsprop" and self.num_burnin_steps == 0:
             raise ValueError("method='rmsprop' learns its preconditioner during burn-in; give num_burnin_steps >= 1")
+        for f in dataclasses.fields(self):  # NumPy's numbers have no JSON, and 20 is the same setting as 20.0
+            kind = float if f.type == "float" else int if str(f.type).startswith("int") else None
+            if kind is not None and getattr(self, f.name) is not None:
+                object.__setattr__(self, f.name, kind(getattr(self, f.name)))
         if self.num_steps >= 2**32:
             raise ValueError(f"a chain can take 2^32 - 1 steps, and these settings ask for {self.num_steps}")
 
@@ -225,6 +230,7 @@ class Sampler:
         """Everything :meth:`run` needs to go on after the last draw it yielded (tensors on their device)."""
         return {
             "fingerprint": dict(self.fingerprint),
+            "initial_losses": self.initial_losses.clone(),
             "group": self._group,
             "draw": self._draw,
             "dead": dict(self.dead),
@@ -235,13 +241,24 @@ class Sampler:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: it belongs to another model, dataset, configuration or seed; the message lists what differs.
+            ValueError: it belongs to another model, dataset, loss, configuration or seed; the message lists what differs.
         """
         checkpoint.check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._check_function(state)
         self._group, self._draw, self.dead = state["group"], state["draw"], dict(state["dead"])
         center = self._weights.center
         self._state = {name: tensor.to(center.device, copy=True) for name, tensor in state["state"].items()}
         self._placed = center.new_empty(0)
+
+    def _check_function(self, state: Mapping[str, Any]) -> None:
+        """The code of model and loss cannot be hashed: what it gives at w* stands for it, up to the last digits."""
+        saved, present = state.get("initial_losses"), self.initial_losses.cpu().double()
+        if saved is not None and (saved.cpu().double() - present).norm() > SAME_LOSSES * present.norm():
+            raise ValueError(
+                f"the checkpoint belongs to another run: its losses at the trained weights are {saved.mean():.6g} on the mean"
+                f" there, {present.mean():.6g} here, so per_sample_loss or the model's forward has changed; restore it or"
+                " take a new directory"
+            )
 
     def run(self, *, check_step_size: bool = True) -> Iterator[Draws]:
         """Draws from the present state on: for each group of chains, one block for each draw.
