@@ -41,7 +41,14 @@ FLOATS = {"eps"}  # scalar arguments that are not i32
 SMOOTHING_ONLY = {"smooth_weight_ptr", "smooth_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
 SCORED_ONLY = {"g_score_ptr"}  # None where nothing depends on the target's logit itself
 STORED_ONLY = {"stored_ptr", "tile_best_ptr"}  # None where no log-scores are stored
-HARMONIC_ONLY = {"norms_ptr", "smallest_ptr", "largest_ptr", "n_ptr", "row_sums_ptr", "column_sums_ptr"}  # None with dot products
+HARMONIC_ONLY = {
+    "norms_ptr",
+    "smallest_ptr",
+    "largest_ptr",
+    "n_ptr",
+    "row_sums_ptr",
+    "column_sums_ptr",
+}  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
 
@@ -77,9 +84,7 @@ def kernels() -> dict[str, tuple[Any, bool]]:
     from harmonic_triton.fused.triton import backward, forward
 
     named = {**vars(forward), **vars(backward)}
-    return {
-        name: (value, "BLOCK_V" in value.arg_names) for name, value in named.items() if name.endswith("_kernel")
-    }
+    return {name: (value, "BLOCK_V" in value.arg_names) for name, value in named.items() if name.endswith("_kernel")}
 
 
 def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
@@ -151,12 +156,12 @@ def compile_one(
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         (registers,), (spills,) = (
-            _numbers(r"\.vgpr_count:\s+(\d+)", text),
-            _numbers(r"\.vgpr_spill_count:\s+(\d+)", text),
+            numbers_in(r"\.vgpr_count:\s+(\d+)", text),
+            numbers_in(r"\.vgpr_spill_count:\s+(\d+)", text),
         )
     else:
         text = compiled.asm["ptx"]
-        registers, spills = _resource_usage(compiled.asm["cubin"])
+        registers, spills = resource_usage(compiled.asm["cubin"])
     variant = "+".join(key.lower() for key, on in switches.items() if on) or "plain"
     shared, matrix = compiled.metadata.shared, len(re.findall(MATRIX, text))
     cost = Cost(name, variant, dtype, arch, shared, registers, spills, matrix, products)
@@ -177,7 +182,7 @@ def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
+def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of local memory (spills), by the cuobjdump in triton's wheel."""
     import triton
 
@@ -186,11 +191,11 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = _numbers(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", out)
+    registers, stack, local = numbers_in(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", out)
     return registers, stack + local
 
 
-def _numbers(pattern: str, text: str) -> tuple[int, ...]:
+def numbers_in(pattern: str, text: str) -> tuple[int, ...]:
     found = re.search(pattern, text)
     if found is None:
         raise RuntimeError(f"the compiler's output has changed: no {pattern!r} in it")

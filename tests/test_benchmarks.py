@@ -498,29 +498,17 @@ def test_results_have_one_naming_scheme_and_an_index():
 
 
 def test_the_covariance_suite_measures_in_processes_of_its_own(tmp_path, capsys):
-    words = [
-        "--suite",
-        "covariance",
-        "--samples",
-        "60",
-        "--draws",
-        "300",
-        "--buffer",
-        "128",
-        "--rounds",
-        "1",
-        "--repeats",
-    ]
-    words += ["2", "--threads", "1", "--baselines", "ours_panels", "torch_addmm", "devinterp"]
+    sizes = {"samples": 60, "draws": 300, "buffer": 128, "rounds": 1, "repeats": 2, "threads": 1}
+    words = ["--suite", "covariance", *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
+    words += ["--baselines", "ours_panels", "devinterp"]
     assert main([*words, "--devinterp-python", "/no/such/python", "--out", str(tmp_path)]) == 0
     (stored,) = tmp_path.glob("covariance-*.jsonl")
     run = runs.load(stored)
     assert run.header["command"].endswith("devinterp --devinterp-python PATH")
     assert run.header["settings"] == {"repeats": 2, "rounds": 1}
     by_name = {record["baseline"]: record for record in run.records}
-    for name in ("ours_panels", "torch_addmm"):
-        assert by_name[name]["error"] < 1e-6
-        assert {len(seconds["values"]) for seconds in by_name[name]["seconds"].values()} == {2}
+    assert by_name["ours_panels"]["error"] < 1e-6
+    assert {len(seconds["values"]) for seconds in by_name["ours_panels"]["seconds"].values()} == {2}
     assert by_name["devinterp"]["status"] == "failed"
     assert "/no/such/python does not run" in by_name["devinterp"]["reason"]
     assert "NOT MEASURED  peak memory, ours / devinterp: ours was not in this run" in capsys.readouterr().out
@@ -531,10 +519,7 @@ def test_the_covariance_methods_agree():
     losses = covariance_methods.make_losses(50, 300)
     truth = torch.corrcoef(torch.from_numpy(losses).double().T)
     for name, method in covariance_methods.METHODS.items():
-        if name in (
-            "ours_panels",
-            "devinterp",
-        ):  # the one leaves this process without SciPy, the other is not installed
+        if name in ("ours_panels", "devinterp"):  # the one leaves its process without SciPy, the other is not installed
             continue
         first, whole, rho = method(losses, 128)
         assert 0 <= first <= whole
@@ -556,7 +541,7 @@ def test_the_covariance_targets_follow_the_figures():
 
 def test_the_sampler_suite_measures_its_own_sampler(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampler, "CASES", (sampler.Case(batch=4, chains=2, steps=1, inputs=4, draws=2),))
-    assert main(["--suite", "sampler", "--threads", "2", "--out", str(tmp_path)]) == 0
+    assert main(["--suite", "sampler", "--threads", "1", "--out", str(tmp_path)]) == 0
     (stored,) = tmp_path.glob("sampler-*.jsonl")
     by_name = {record["baseline"]: record for record in runs.load(stored).records}
     assert {name: record["status"] for name, record in by_name.items()} == {
@@ -754,6 +739,19 @@ def test_the_gpu_scripts_limits_fit_one_call(tmp_path):
         assert sum(step.seconds for step in planned if not step.optional) <= gpu.BUDGET_SECONDS < 600
         assert [step.name for step in planned][:4] == ["doctor", "compile", "verify", "tests"]
         assert {step.name for step in planned if step.optional} == {"counters", "memcheck"}
+
+
+def test_the_gpu_scripts_benchmarks_are_requests_that_can_be_served(tmp_path):
+    measured = [
+        step.command for tiny in (False, True) for step in gpu.steps(tiny, tmp_path) if "benchmarks" in step.command
+    ]
+    assert len(measured) == 5
+    for command in measured:
+        suite, arguments = parse_arguments(command[2:])
+        arguments.device = "cpu"
+        assert suite is head.SUITE
+        assert arguments.out == tmp_path
+        assert head.make_plan(arguments).workloads
 
 
 def python_step(name, program, seconds=20, **options):

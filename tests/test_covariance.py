@@ -719,7 +719,7 @@ COMPILE = """if True:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from benchmarks.static_cost import MATRIX, TARGETS, _numbers, _resource_usage
+    from benchmarks.static_cost import MATRIX, TARGETS, numbers_in, resource_usage
     from harmonic_triton.losskernel.covariance import rank_k_triton as c
 
     def compile_one(kernel, constants, pointers, aligned, arch, **options):
@@ -734,10 +734,10 @@ COMPILE = """if True:
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=options)
         if arch.startswith("gfx"):
             text = compiled.asm["amdgcn"]
-            spills = _numbers(r"\\.vgpr_spill_count:\\s+(\\d+)", text)[0]
+            spills = numbers_in(r"\\.vgpr_spill_count:\\s+(\\d+)", text)[0]
         else:
             text = compiled.asm["ptx"]
-            spills = _resource_usage(compiled.asm["cubin"])[1]
+            spills = resource_usage(compiled.asm["cubin"])[1]
         return spills, compiled.metadata.shared, len(re.findall(MATRIX, text))
 
     for arch, (precision, parts) in itertools.product(sys.argv[1:], c.PARTS.items()):

@@ -110,7 +110,7 @@ def test_products_of_transposed_operands_do_not_spill():
                 launch.attributes.pop(one)
                 source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
                 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
-                print(static_cost._resource_usage(compiled.asm["cubin"])[1], "cp.async" in compiled.asm["ptx"])"""
+                print(static_cost.resource_usage(compiled.asm["cubin"])[1], "cp.async" in compiled.asm["ptx"])"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", program]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

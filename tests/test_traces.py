@@ -676,7 +676,7 @@ COMPILE = """if True:
     import itertools, json, re, triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from benchmarks.static_cost import MATRIX, TARGETS, _numbers, _resource_usage
+    from benchmarks.static_cost import MATRIX, TARGETS, numbers_in, resource_usage
     from harmonic_triton.losskernel.traces.neighbors_triton import CONFIGS, neighbors_kernel as kernel
     kinds = {"row_ptr": None, "col_ptr": None, "keys_ptr": "i64", "row_label_ptr": "i32", "col_label_ptr": "i32"}
     for arch, (dtype, size), (labels, width) in itertools.product(TARGETS, {"bf16": 2, "fp32": 4}.items(), ((0, 8), (1, 64))):
@@ -698,10 +698,10 @@ COMPILE = """if True:
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=options)
         if arch.startswith("gfx"):
             text = compiled.asm["amdgcn"]
-            spills = _numbers(r"\\.vgpr_spill_count:\\s+(\\d+)", text)[0]
+            spills = numbers_in(r"\\.vgpr_spill_count:\\s+(\\d+)", text)[0]
         else:
             text = compiled.asm["ptx"]
-            spills = _resource_usage(compiled.asm["cubin"])[1]
+            spills = resource_usage(compiled.asm["cubin"])[1]
         products = len(re.findall(MATRIX, text))
         print(json.dumps([arch, dtype, labels, width, compiled.metadata.shared, spills, products]))
 """
