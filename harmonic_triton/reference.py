@@ -123,7 +123,9 @@ def _loss(
     log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
     rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing) + added
     losses = rows.new_zeros(len(target)).index_put((kept.nonzero().squeeze(1),), rows)
-    weights = kept.double() if class_weight is None else class_weight.double()[target.where(kept, 0)] * kept
+    weights = kept.double()
+    if class_weight is not None:
+        weights = class_weight.double()[target.where(kept, 0)].where(kept, 0.0)
     return reduce(losses, weights, reduction, num_items)
 
 

@@ -237,12 +237,13 @@ class Blocks:
     def append(self, rows: Tensor) -> None:
         """Put rows behind those that count. They are safe after :meth:`sync`."""
         data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().data
+        checksum = zlib.crc32(data)  # an interruption in here must not leave one list longer than the other
         file = self.opened()
         file.seek(self.count * self.row_bytes)
         file.write(data)
         file.flush()  # nothing is left for a later moment, when another may be writing
         self.ends.append(self.count + len(rows))
-        self.checksums.append(zlib.crc32(data))
+        self.checksums.append(checksum)
         if self._checked == len(self.ends) - 1:
             self._checked += 1
 
@@ -266,6 +267,10 @@ class Blocks:
         if self.count != count:
             raise ValueError(f"{self.path}: no block ends after {count} rows; {self.mend}")
         self._checked = min(self._checked, len(self.ends))
+
+    def distrust(self) -> None:
+        """Let :meth:`verify` read everything again: another has written to the file."""
+        self._checked = 0
 
     def verify(self, blocks: int | None = None) -> None:
         """Compare the first blocks (all), as far as that was not done yet, with their checksums.

@@ -104,10 +104,11 @@ def _prepare(
 
 
 def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options, dtype: torch.dtype) -> TokenWeights:
-    valid = (target != options.ignore_index).to(dtype)
+    counted = target != options.ignore_index
+    valid = counted.to(dtype)
     token = valid
-    if class_weight is not None:
-        token = valid * class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)]
+    if class_weight is not None:  # of an ignored token not even an infinite weight counts
+        token = torch.where(counted, class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)], 0.0)
     divisor: float | Tensor = 1.0
     if options.num_items is not None:
         items = options.num_items

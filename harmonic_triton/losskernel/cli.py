@@ -114,7 +114,7 @@ def main(options: argparse.Namespace) -> int:
     """Sample and write; 2 if the entry point or an option cannot serve, 130 if interrupted."""
     try:
         return run(options)
-    except (EntryPointError, ValueError, TypeError, ImportError, files.InUseError) as error:
+    except (EntryPointError, ValueError, TypeError, ImportError, OSError, files.InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{options.entry}: {num_samples:,} samples; settings that were not given are estimated", flush=True)
         config = configured(options, task)
         if first:
-            if not any(checkpoints.glob("kernel-*.pt")):
+            if not begun(checkpoints):
                 write_probe(checkpoints, config)
             if not options.quiet:
                 print(announcement(expected_seconds(options, task, config), config, num_samples), flush=True)
@@ -226,7 +226,7 @@ def resumed(options: argparse.Namespace, checkpoints: Path) -> SGLDConfig | None
     given otherwise now is found by the check of the checkpoint, which says what differs.
     """
     path = checkpoints / PROBE_FILE
-    if not path.is_file() or not any(checkpoints.glob("kernel-*.pt")):
+    if not path.is_file() or not begun(checkpoints):
         return None
     try:
         return SGLDConfig(**{**json.loads(path.read_text(encoding="utf-8")), **given_fields(options)})
@@ -234,10 +234,18 @@ def resumed(options: argparse.Namespace, checkpoints: Path) -> SGLDConfig | None
         raise ValueError(f"{path} holds no settings of a run ({error}): start over with --no-resume") from error
 
 
+def begun(checkpoints: Path) -> bool:
+    """Whether a run has left a checkpoint or draws."""
+    return any(checkpoints.glob("kernel-[0-9]*.pt")) or any(checkpoints.glob("traces-[0-9]*/state.pt"))
+
+
 def write_probe(checkpoints: Path, config: SGLDConfig) -> None:
-    """Keep the settings beside the checkpoint, whole or not at all."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    files.write_text(checkpoints / PROBE_FILE, json.dumps(asdict(config), indent=1) + "\n")
+    """Keep the settings beside the checkpoint, whole or not at all; InUseError while a process is at it."""
+    claim = files.Claim(checkpoints / "kernel-0.lock")
+    try:
+        files.write_text(checkpoints / PROBE_FILE, json.dumps(asdict(config), indent=1) + "\n")
+    finally:
+        claim.release()
 
 
 def expected_seconds(options: argparse.Namespace, task: Task, config: SGLDConfig) -> float:
@@ -300,14 +308,16 @@ def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGL
 
 def clear(directory: Path) -> None:
     """Remove a run's checkpoint, and nothing else; InUseError while a process is at it."""
-    for path in directory.glob("kernel-[0-9]*.pt"):
-        claim = files.Claim(path.with_suffix(".lock"))
-        path.unlink()
-        claim.release()
+    runs = {path.stem for kind in ("pt", "lock") for path in directory.glob(f"kernel-[0-9]*.{kind}")}
+    claims = [files.Claim(directory / f"{run}.lock") for run in sorted(runs)]  # also of one without a checkpoint yet
+    for run in runs:
+        (directory / f"{run}.pt").unlink(missing_ok=True)
     for path in directory.glob("traces-*"):
         if (path / "draws.bin").is_file():
             shutil.rmtree(path)
     (directory / PROBE_FILE).unlink(missing_ok=True)
+    for claim in claims:
+        claim.release()
 
 
 def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.Namespace) -> None:

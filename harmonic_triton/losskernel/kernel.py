@@ -100,7 +100,8 @@ class LossKernel:
         chains, draws, samples = losses.shape
         if initial_losses is None:
             initial_losses = torch.full((samples,), math.nan, dtype=torch.float32)
-        elif initial_losses.shape != (samples,):
+        validate.tensors(initial_losses=initial_losses)
+        if initial_losses.shape != (samples,):
             raise ValueError(f"initial_losses must be ({samples},), got {validate.describe(initial_losses)}")
         collector = Collector(chains, draws, initial_losses, samples, keep, losses.device, backend, None, trace_dtype)
         for chain in range(chains):

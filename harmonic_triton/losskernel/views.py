@@ -193,7 +193,8 @@ def restored(state: dict[str, Any], device: torch.device | str) -> StreamingCova
     """The accumulator of a view's state."""
     kind: type[StreamingCovariance] | type[LossTraces] = LossTraces if "draws" in state else StreamingCovariance
     dtype = getattr(torch, state["dtype"].removeprefix("torch."))
-    accumulator = kind(state["num_samples"], device=device, dtype=dtype)
+    more = {"buffer_size": state["buffer_size"]} if "buffer_size" in state else {}
+    accumulator = kind(state["num_samples"], device=device, dtype=dtype, **more)
     accumulator.load_state_dict(state)
     return accumulator
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from harmonic_triton._common.precision import compute_dtype
-from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ, divisor_floors, noise_share
+from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ, NormRange, divisor_floors, noise_share
 from harmonic_triton.fused.problem import Operands, Problem
 from harmonic_triton.fused.results import TokenResults, Upstream
 
@@ -38,7 +38,7 @@ class Head:
     n: Tensor | None  # () harmonic exponent; None: the scores are dot products
     eps: float
     norms: Tensor  # (V,) ||w_j||^2, empty with dot products
-    norm_range: tuple[Tensor, Tensor]  # () each: the smallest and the largest of them
+    norm_range: NormRange | None  # None with dot products
     smooth_weight: Tensor  # (V,) v_j, empty where there is no smoothing
     mix: float  # alpha of the uniform mix, for the smoothing term
 
@@ -46,10 +46,10 @@ class Head:
     def of(cls, operands: Operands, problem: Problem) -> Head:
         """The head of a call."""
         weight, n = operands.w.to(compute_dtype(operands.w.dtype)), operands.n
-        norms, norm_range = weight.new_empty(0), (weight.new_zeros(()), weight.new_zeros(()))
+        norms, norm_range = weight.new_empty(0), None
         if n is not None:
             n, norms = n.to(weight.dtype), torch.linalg.vector_norm(weight, dim=1).square_()
-            norm_range = torch.aminmax(norms)
+            norm_range = NormRange.of(norms)
         given = operands.smooth_weight
         smooth_weight = weight.new_empty(0) if given is None else given.to(weight.dtype)
         return cls(weight, n, problem.eps, norms, norm_range, smooth_weight, problem.mix)
@@ -214,8 +214,11 @@ class Chunk(ABC):
         every.scatter_(1, target, (-nll).exp().to(p.dtype))
         if len(results.entropy):
             on_target = self.on_target[tile]
-            results.score_mean.copy_(((every * score).sum(1) + base).masked_fill_(on_target.squeeze(1), 0.0))
             apart = (nll - rival_score).masked_fill(no_rival, 0.0)
+            rival_p = (rival_score - nll).exp()
+            mean = rival_p * rival_score.masked_fill(no_rival, 0.0) + self.mass[tile] * self.to_prob[tile] * self.base[tile]
+            mean += (p * score).sum(1, keepdim=True)  # the target has no part in it, whose p would round ``base``
+            results.score_mean.copy_(mean.masked_fill_(on_target, 0.0).squeeze(1))
             entropy = (-nll).exp() * nll + (-apart).exp() * apart
             entropy += (p * (own_nll.to(p.dtype) - score)).sum(1, keepdim=True)
             results.entropy.copy_(torch.where(on_target, nll, entropy.clamp_min_(0.0)).squeeze(1))
@@ -272,15 +275,15 @@ class HarmonicChunk(Chunk):
         self.x_sq = squared_norms(x)
         self.target_diff, self.target_ref = self.direct(self.target, slice(None))
         self.on_target = self.target_ref + head.eps == 0
-        least, least_share = divisor_floors(x.dtype)
-        self.target_sq = (self.target_ref + head.eps).clamp_min(least)  # s_c, able to divide
-        self.target_sq = torch.maximum(self.target_sq, least_share * self.x_sq)
+        floors = divisor_floors(x.dtype)
+        self.target_sq = (self.target_ref + head.eps).clamp_min(floors.least)  # s_c, able to divide
         # r_j = (u_j - u_ref)/s_ref with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out. Relative to a target much
         # farther than other classes their distances would lose digits: some class is within twice ``near``.
-        smallest, largest = (norm.double() for norm in head.norm_range)
+        smallest, median, largest = (norm.double() for norm in head.norm_range or NormRange.of(head.norms))
         near = self.x_sq + smallest + head.eps
         self.scale = torch.where(self.target_sq > 4 * near, near, self.target_sq)
-        self.scale = torch.maximum(self.scale, least_share * largest).clamp_min(least)  # gaps stay inside fp32
+        self.scale = torch.maximum(self.scale, floors.near_share * torch.maximum(near, median))
+        self.scale = torch.maximum(self.scale, floors.largest_share * largest).clamp_min(floors.least)
         self.by_target = self.scale == self.target_sq
         offset = torch.where(self.by_target, self.target_ref, self.scale - head.eps) - self.x_sq
         self.base = 0.5 * n.double() * torch.log(self.target_sq / self.scale)
@@ -336,7 +339,8 @@ class HarmonicChunk(Chunk):
         n, head, x, s_c, target = self.n.double(), self.head, self.x, self.target_sq, self.target
         rival_diff, s_r, floor = self.rival_distance(rival, slice(None))
         skip_rival = self.on_target | (s_r <= floor) | (rival == target)
-        factor = (n / self.scale * upstream).masked_fill(self.on_target, 0.0)
+        largest = torch.finfo(x.dtype).max / 32  # beyond it, what it multiplies is 0
+        factor = (n / self.scale * upstream).clamp(-largest, largest).masked_fill(self.on_target, 0.0)
         a_target = (n * g_others / s_c).masked_fill(self.on_target, 0.0)
         a_rival = (-n * g_rival / s_r).masked_fill(skip_rival, 0.0)
         # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.

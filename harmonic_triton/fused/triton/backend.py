@@ -21,6 +21,7 @@ from torch import Tensor
 
 from harmonic_triton._common.dispatch import interpreted
 from harmonic_triton._common.precision import full_fp32
+from harmonic_triton.fused.floors import NormRange
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
 from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream, upstream_of
 from harmonic_triton.fused.strategy import chunk_tokens
@@ -54,17 +55,18 @@ class Launch:
         self.row_grid = (triton.cdiv(self.tokens, ROW_BLOCK),)
         self.smooth_sum = None if self.smooth_weight is None else self.smooth_weight.sum()
         new = x.new_empty
-        self.norms, smallest, largest = None, None, None
+        self.norms = None
+        norm_range: tuple[Tensor | None, ...] = (None, None, None)
         if not self.dot:
             self.norms = new(self.classes, dtype=torch.float32)
             forward_kernels.norms_kernel[(triton.cdiv(self.classes, ROW_BLOCK),)](
                 w, self.norms, self.classes, self.features, *w.stride(), **self.rows
             )
-            smallest, largest = torch.aminmax(self.norms)
+            norm_range = NormRange.of(self.norms)
         self.target_ref = new(self.tokens, dtype=torch.float64)  # s_c, or x.w_c
         self.shift, self.scale, self.x_sq = (new(self.tokens, dtype=torch.float32) for _ in range(3))
         forward_kernels.geometry_kernel[self.row_grid](
-            x, w, target, smallest, largest, self.target_ref, self.shift, self.scale, self.x_sq,
+            x, w, target, *norm_range, self.target_ref, self.shift, self.scale, self.x_sq,
             self.tokens, self.features, eps, *self.strides, DOT=self.dot, **self.rows,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from harmonic_triton.fused.triton.tile import (
     LOG2E,
     NEAREST_SHARE,
     NEAREST_SQ,
+    NOISE_SHARE,
     base_of,
     exp2_minus_1,
     gap_tile,
@@ -20,6 +21,13 @@ from harmonic_triton.fused.triton.tile import (
     target_sq_of,
     tile_terms,
 )
+
+
+@triton.jit
+def within_fp32(value):
+    """fp64 to fp32 without an infinity; NaN stays. Where a factor is that large, what it multiplies is 0."""
+    limited = tl.minimum(tl.maximum(value, -1e37, propagate_nan=tl.PropagateNan.ALL), 1e37, propagate_nan=tl.PropagateNan.ALL)
+    return limited.to(tl.float32)
 
 
 @triton.jit
@@ -74,12 +82,13 @@ def coefficient_kernel(
         x_sq = tl.load(x_sq_ptr + rows, mask=valid, other=0.0).to(tl.float64)
         scale = tl.load(scale_ptr + rows, mask=valid, other=1.0)
         n = tl.load(n_ptr).to(tl.float64)
-        s_c = target_sq_of(target_ref, x_sq, eps)
+        s_c = target_sq_of(target_ref, eps)
         by_target = scale == s_c.to(tl.float32)
         scale = tl.where(by_target, s_c, scale.to(tl.float64))
         log_norm -= base_of(s_c, scale, 0.5 * n)
         s_r = tl.where(no_rival, s_c, s_c * tl.exp2(tl.where(no_rival, 0.0, rival_score) * (-2.0 * LOG2E) / n))
-        nearer = tl.maximum(scale / s_r, 1e-30)
+        # the products know no distance below the noise, where a rival on x is; they do not hold the rival itself
+        nearer = tl.maximum(scale / tl.maximum(s_r, NOISE_SHARE * tl.maximum(x_sq, scale)), 1e-30)
         norm_c = tl.load(norms_ptr + target, mask=valid, other=0.0)
         norm_r = tl.load(norms_ptr + rival, mask=valid, other=0.0)
         no_gradient = (target_ref + eps == 0.0) | (valid == 0)
@@ -98,8 +107,8 @@ def coefficient_kernel(
         least = tl.log2(tl.maximum(factor * (tl.abs(g_p) + tl.abs(g_v)), 1e-300)) - 110.0  # p_coef must be finite
         power = tl.maximum(tl.maximum(power, tl.floor(least)), -100.0)
         unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(power, 120.0)), 1.0)
-    tl.store(p_coef_ptr + rows, (factor * g_p / unscale).to(tl.float32), mask=inside)
-    tl.store(v_coef_ptr + rows, (factor * g_v / unscale).to(tl.float32), mask=inside)
+    tl.store(p_coef_ptr + rows, within_fp32(factor * g_p / unscale), mask=inside)
+    tl.store(v_coef_ptr + rows, within_fp32(factor * g_v / unscale), mask=inside)
     tl.store(a_target_ptr + rows, (on_target * g_others).to(tl.float32), mask=inside)
     tl.store(a_rival_ptr + rows, a_rival.to(tl.float32), mask=inside)
     tl.store(r_part_ptr + rows, r_part.to(tl.float32), mask=inside)

@@ -40,7 +40,7 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 @triton.jit
 def geometry_kernel(
     x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
-    smallest_ptr, largest_ptr,  # () of ||w_j||^2
+    smallest_ptr, median_ptr, largest_ptr,  # () of ||w_j||^2
     target_ref_ptr, shift_ptr, scale_ptr, x_sq_ptr,  # out (N,) fp64, fp32
     N, D, eps, stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -61,9 +61,10 @@ def geometry_kernel(
             x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
         smallest = tl.load(smallest_ptr).to(tl.float64)
+        median = tl.load(median_ptr).to(tl.float64)
         largest = tl.load(largest_ptr).to(tl.float64)
         scale, shift = reference_of(
-            apart, target_offset.to(tl.float64), x_sq.to(tl.float64), smallest, largest, eps
+            apart, target_offset.to(tl.float64), x_sq.to(tl.float64), smallest, median, largest, eps
         )
         tl.store(scale_ptr + rows, tl.where(target >= 0, scale, 1.0).to(tl.float32), mask=rows < N)
         tl.store(x_sq_ptr + rows, x_sq, mask=rows < N)
@@ -207,7 +208,7 @@ def finish_kernel(
         )
         half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
         x_sq = tl.load(x_sq_ptr + rows, mask=valid, other=0.0).to(tl.float64)
-        s_c = target_sq_of(target_ref, x_sq, eps)
+        s_c = target_sq_of(target_ref, eps)
         scale = tl.load(scale_ptr + rows, mask=valid, other=1.0)
         lacking = tl.where(scale == s_c.to(tl.float32), 0.0, base_of(s_c, scale.to(tl.float64), half_n))
         least = (x_sq + rival_norm) * NEAREST_SHARE + NEAREST_SQ

@@ -18,7 +18,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEAREST_SHARE = tl.constexpr(floors.NEAREST_SHARE)
 NEAREST_SQ = tl.constexpr(floors.NEAREST_SQ)
-LEAST_DIVISOR, DIVISOR_SHARE = map(tl.constexpr, floors.divisor_floors(torch.float32))
+LEAST_DIVISOR, NEAR_SHARE, LARGEST_SHARE = map(tl.constexpr, floors.divisor_floors(torch.float32))
 NOISE_SHARE = tl.constexpr(floors.noise_share(torch.float32))
 
 
@@ -117,21 +117,22 @@ def exp2_minus_1(value, BRIEF: tl.constexpr):
 
 
 @triton.jit
-def target_sq_of(target_ref, x_sq, eps):
+def target_sq_of(target_ref, eps):
     """s_c, floored so that it can divide."""
-    return tl.maximum(target_ref + eps, tl.maximum(x_sq * DIVISOR_SHARE, LEAST_DIVISOR))
+    return tl.maximum(target_ref + eps, LEAST_DIVISOR)
 
 
 @triton.jit
-def reference_of(target_ref, target_offset, x_sq, smallest, largest, eps):
-    """(s_ref, s_ref - eps - ||x||^2) from s_c without eps, u_c, ||x||^2 and the range of ||w_j||^2.
+def reference_of(target_ref, target_offset, x_sq, smallest, median, largest, eps):
+    """(s_ref, s_ref - eps - ||x||^2) from s_c without eps, u_c, ||x||^2 and three of the ||w_j||^2.
 
     Relative to a target much farther than other classes their distances would lose digits: some class is within twice
     ``near``. Relative to a target at no distance at all they would leave fp32.
     """
-    s_c = target_sq_of(target_ref, x_sq, eps)
+    s_c = target_sq_of(target_ref, eps)
     near = x_sq + smallest + eps
-    scale = tl.maximum(tl.where(s_c > 4.0 * near, near, s_c), tl.maximum(largest * DIVISOR_SHARE, LEAST_DIVISOR))
+    scale = tl.maximum(tl.where(s_c > 4.0 * near, near, s_c), tl.maximum(near, median) * NEAR_SHARE)
+    scale = tl.maximum(scale, tl.maximum(largest * LARGEST_SHARE, LEAST_DIVISOR))
     return scale, tl.where(scale == s_c, target_offset, scale - x_sq - eps)
 
 

@@ -26,6 +26,7 @@ from harmonic_triton.losskernel.covariance.sums import (
     mean_of,
     merged_counts,
     moments_of,
+    outside_autograd,
     rank_k,
     recentering,
     resolve_backend,
@@ -109,7 +110,7 @@ class StreamingCovariance:
 
     # --- what came in ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @outside_autograd
     def update(self, losses: Tensor, chain: int | Sequence[int] | Tensor | None = None) -> None:
         """Add draws.
 
@@ -134,7 +135,7 @@ class StreamingCovariance:
             self._count(one, len(which), sum_of(rows if len(which) == len(rows) else rows[which]))
         self._append(rows)
 
-    @torch.no_grad()
+    @outside_autograd
     def merge(self, other: StreamingCovariance) -> None:
         """Add the draws of another accumulator, which stays as it is.
 
@@ -168,7 +169,7 @@ class StreamingCovariance:
             self._dead[one] = self._dead.get(one, 0) + count
         self._append(other._waiting().to(self.device))
 
-    @torch.no_grad()
+    @outside_autograd
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the accumulators of all processes of a group; afterwards every one holds all draws, in the same bits.
 
@@ -313,7 +314,7 @@ class StreamingCovariance:
             "dead": dict(self._dead),
         }
 
-    @torch.no_grad()
+    @outside_autograd
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the state by one that :meth:`state_dict` gave, on whatever device or backend that was.
 
@@ -382,6 +383,7 @@ class StreamingCovariance:
             return torch.empty(0, self.num_samples, dtype=self.dtype, device=self.device)
         return self._buffer[: self._pending, : self.num_samples]
 
+    @outside_autograd
     def _flush(self) -> None:
         """Empty the buffer into the triangle."""
         waiting, self._pending = self._waiting(), 0

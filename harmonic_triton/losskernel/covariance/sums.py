@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ from harmonic_triton.losskernel.covariance.triangle import Triangle, fastest_gap
 BUFFER = 512  # draws in one rank-k update: enough to be bound by arithmetic on every device, 2 kB a sample
 DRIFT = 4.0  # spreads between mean and reference beyond which a warning is due
 CONSTANT = 2.0**-40  # spread over mean below which a loss counts as constant: float64 sums resolve no more
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def outside_autograd(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Without gradients, but no inference tensors either: state that is made in inference_mode is changed outside."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 @dataclass(frozen=True)

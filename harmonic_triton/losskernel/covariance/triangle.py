@@ -110,7 +110,7 @@ class Triangle:
         for mine, theirs in zip(self.panels(64), other.panels(64), strict=True):
             n, w = mine.view.shape
             rows, cols = slice(mine.row, mine.row + n), slice(mine.col, mine.col + w)
-            change = theirs.view.double().addr_(u[rows], v[cols]).addr_(v[rows], u[cols])
+            change = theirs.view.to(torch.float64, copy=True).addr_(u[rows], v[cols]).addr_(v[rows], u[cols])
             change[:, mine.corner()] = mine.triangle(change[:, mine.corner()])
             mine.view.copy_(change.add_(mine.view))
 

@@ -75,6 +75,10 @@ class SGLDConfig:
             raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         if self.method == "rmsprop" and self.num_burnin_steps == 0:
             raise ValueError("method='rmsprop' learns its preconditioner during burn-in; give num_burnin_steps >= 1")
+        for f in dataclasses.fields(self):  # NumPy's numbers have no JSON, and 20 is the same setting as 20.0
+            kind = float if f.type == "float" else int if str(f.type).startswith("int") else None
+            if kind is not None and getattr(self, f.name) is not None:
+                object.__setattr__(self, f.name, kind(getattr(self, f.name)))
         if self.num_steps >= 2**32:
             raise ValueError(f"a chain can take 2^32 - 1 steps, and these settings ask for {self.num_steps}")
 

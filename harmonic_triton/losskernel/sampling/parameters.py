@@ -42,6 +42,10 @@ class FlatParameters:
             raise TypeError(f"model must be an nn.Module, got {validate.describe(model)}")
         if not callable(per_sample_loss):
             raise TypeError(f"per_sample_loss must be callable, got {validate.describe(per_sample_loss)}")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the probe takes gradients, which torch.inference_mode forbids: call this outside; torch.no_grad does no harm"
+            )
         self.model = model
         self.probe = _LossModule(model, per_sample_loss)
         aliases: dict[Tensor, list[str]] = {}
@@ -131,6 +135,11 @@ class FlatParameters:
                 f"per_sample_loss must return one loss for each of the {rows[0] if rows else 'b'} samples, (b,) or"
                 f" (b, ...), got {validate.describe(losses)}; use reduction='none'"
             )
+        if parts[0].requires_grad and not losses.requires_grad:
+            raise ValueError(
+                "per_sample_loss gives losses without a gradient by the sampled parameters: it, or the model, detaches them"
+                " or leaves the parameters out"
+            )
         return losses.reshape(-1)
 
     def losses_of_group(self, parts: list[Tensor], batch: Any, batch_dim: int | None) -> Tensor:
@@ -171,6 +180,7 @@ class FlatParameters:
         each = tree_map(lambda leaf: leaf.unflatten(0, (2, 1)), each)
         parts = [part.requires_grad_() for part in self.parts(self.center.repeat(2, 1))]
         with self.evaluating(), warnings.catch_warnings(), torch.enable_grad():
+            self.losses([part[0] for part in parts], one)  # what fails without vmap is no obstacle to it
             warnings.filterwarnings("error", message="There is a performance drop")
             try:
                 for batch, batch_dim in ((one, None), (each, 0)):

@@ -5,7 +5,7 @@ inverse temperature times n and gamma the localization. Every chain starts at th
 
     w <- w - (eps/2) [nbeta grad L_B(w) + gamma (w - w*)] + N(0, eps),      L_B the mean loss of a random minibatch.
 
-What chain c does in step t depends on (seed, c, t) single_chain: the minibatch and the noise come from generators that start
+What chain c does in step t depends on (seed, c, t) alone: the minibatch and the noise come from generators that start
 anew at every step. Chains can therefore be grouped, spread over processes, stopped and resumed without changing a draw.
 """
 
@@ -32,6 +32,7 @@ from harmonic_triton.losskernel.sampling.rng import CounterRNG
 
 VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
 VMAP_CHAINS = 32
+SAME_LOSSES = 0.02  # relative difference of losses at w* that other threads, devices and 16-bit products may make
 CHECK_EVERY = 32  # steps between looks for diverged weights while no draw is taken
 
 
@@ -50,7 +51,7 @@ class Sampler:
     The model is only read: its weights, buffers, mode and gradients are the same at every moment the caller can look, also
     after an exception or an iterator left behind. Gradients and losses are both taken in ``eval()`` mode, for the probe
     is a density of one fixed function L_n(w): dropout is off, batch-norm uses its running statistics and leaves them
-    single_chain. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
+    alone. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
     each pass. An autocast around the call reaches the model's passes, as in training, and nothing else.
 
     A chain whose weights are no longer finite has diverged: one warning, NaN draws from then on, no further work for it. The
@@ -145,6 +146,7 @@ class Sampler:
         """Everything :meth:`run` needs to go on after the last draw it yielded (tensors on their device)."""
         return {
             "fingerprint": dict(self.fingerprint),
+            "initial_losses": self.initial_losses.clone(),
             "group": self._group,
             "draw": self._draw,
             "dead": dict(self.dead),
@@ -155,13 +157,24 @@ class Sampler:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: it belongs to another model, dataset, configuration or seed; the message lists what differs.
+            ValueError: it belongs to another model, dataset, loss, configuration or seed; the message lists what differs.
         """
         checkpoint.check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._check_function(state)
         self._group, self._draw, self.dead = state["group"], state["draw"], dict(state["dead"])
         center = self._parameters.center
         self._state = {name: tensor.to(center.device, copy=True) for name, tensor in state["state"].items()}
         self._weights = center.new_empty(0)
+
+    def _check_function(self, state: Mapping[str, Any]) -> None:
+        """The code of model and loss cannot be hashed: what it gives at w* stands for it, up to the last digits."""
+        saved, present = state.get("initial_losses"), self.initial_losses.cpu().double()
+        if saved is not None and (saved.cpu().double() - present).norm() > SAME_LOSSES * present.norm():
+            raise ValueError(
+                f"the checkpoint belongs to another run: its losses at the trained weights are {saved.mean():.6g} on the mean"
+                f" there, {present.mean():.6g} here, so per_sample_loss or the model's forward has changed; restore it or"
+                " take a new directory"
+            )
 
     def run(self, *, check_step_size: bool = True) -> Iterator[Draws]:
         """Draws from the present state on: for each group of chains, one block for each draw.

@@ -40,8 +40,10 @@ class MemoryStore:
     """Draws in one tensor on a device; its room doubles when it is full."""
 
     def __init__(self, num_samples: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        self.rows = torch.empty(capacity, num_samples, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # draws may come from in there, and later ones from outside
+            self.rows = torch.empty(capacity, num_samples, dtype=dtype, device=device)
 
+    @torch.inference_mode(False)
     def write(self, start: int, draws: Tensor) -> None:
         """Put draws (k, m) at rows start ... start + k."""
         stop = start + len(draws)
@@ -121,6 +123,8 @@ class FileStore:
         name, size = str(self.blocks.path), count * self.num_samples
         if size == 0:
             return torch.empty(count, self.num_samples, dtype=self.dtype)
+        if _stamp(self.path) != self._stamp:  # another writer came: it added draws behind these, or began anew
+            self.blocks.distrust()
         self.blocks.verify()
         return torch.from_file(name, shared=False, size=size, dtype=self.dtype).view(count, self.num_samples)
 
@@ -152,9 +156,9 @@ class FileStore:
         if _stamp(self.path) != self._stamp:
             claim.release()
             raise InUseError(f"path={str(self.path)!r}: another writer has added draws since; open it again")
+        self._claim = claim
         if self.capacity and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.blocks.opened().fileno(), 0, self.capacity * self.blocks.row_bytes)
-        self._claim = claim
 
     def close(self) -> None:
         """Let others write, until the next draw."""
