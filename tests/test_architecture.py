@@ -106,10 +106,7 @@ def test_no_circles():
 def test_imports_for_annotations_alone_are_few():
     """They are back-arrows in the text, if not in the running program: those of the wing are listed."""
     found = {
-        (module, name)
-        for module in MODULES
-        if room(module) == "losskernel"
-        for name in imports(module, typing=True)
+        (module, name) for module in MODULES if room(module) == "losskernel" for name in imports(module, typing=True)
     }
     assert found == ANNOTATIONS
 

@@ -172,7 +172,9 @@ class LossTraces:
             draw.copy_(shifted)
         if len(counted):
             self._store.write(state.count, draws)
-        state = State(state.count + len(counted), reference, sums, torch.cat([state.chains, chains[usable.cpu()]]), dead)
+        state = State(
+            state.count + len(counted), reference, sums, torch.cat([state.chains, chains[usable.cpu()]]), dead
+        )
         if len(losses):
             self._store.commit(state)
         self._set(state)
