@@ -173,6 +173,22 @@ def test_settings_are_kept_where_draws_lie_before_the_first_checkpoint(tmp_path)
     assert cli.resumed(options, tmp_path) == CONFIG
 
 
+@pytest.mark.parametrize("keep", ["traces", "covariance"])
+def test_another_share_of_queries_is_another_run(tmp_path, keep):
+    """The samples and queries lie in one data set, whose hash does not say where the queries begin."""
+    (x, y), settings = classes(), replace(CONFIG, num_chains=2, num_draws=2)
+
+    def run(first, last):
+        return ht.loss_kernel(
+            network(), classification_loss, (x, y), (x[:first], y[:first]), settings, seed=0, keep=keep,
+            query_data=(x[first:last], y[first:last]), checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+
+    run(10, 14)
+    with pytest.raises(ValueError, match="query losses: 4 there, 2 here"):
+        run(12, 14)
+
+
 # --- losses ------------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +255,14 @@ def test_losses_without_a_gradient_are_told():
         ht.loss_kernel(network(), detached, data, data, CONFIG, seed=0, progress=False)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode forbids"):
         kernel()
+
+
+def test_a_kernel_keeps_its_own_labels_and_losses():
+    initial, labels = torch.ones(3), torch.arange(3)
+    found = LossKernel.from_losses(torch.randn(2, 5, 3), initial_losses=initial, labels=labels)
+    initial.zero_()
+    labels.zero_()
+    assert found.initial_losses.tolist() == [1, 1, 1] and found.labels.tolist() == [0, 1, 2]
 
 
 def test_initial_losses_that_are_no_tensor():

@@ -90,7 +90,7 @@ class LossKernel:
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
-        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu()
+        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu().clone()
 
     @classmethod
     def from_losses(
@@ -631,7 +631,10 @@ def loss_kernel(
         fingerprint=sampler.fingerprint,
     )
     kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if kept == "traces" else kept
-    stored = Stored(directory, {**sampler.fingerprint, "keep": kind, "processes": str(world)})
+    whose = {**sampler.fingerprint, "keep": kind, "processes": str(world)}
+    if query_data is not None:
+        whose["query losses"] = str(sampler.num_samples - samples)  # behind the kernel's, in one evaluation data
+    stored = Stored(directory, whose)
     collector = None
     try:
         collector = Collector(
