@@ -309,3 +309,24 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path, capsy
     more = ["--out", str(tmp_path / "file"), "--lr", "1e-4", "--localization", "50", "--no-report", "--quiet"]
     assert main(["loss-kernel", "entry_for_attack:f", *more]) == 2
     assert capsys.readouterr().err.startswith("error: [Errno ")
+
+
+# --- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_few_samples_says_what_it_shows(tmp_path):
+    """Three samples are laid out by their components, whatever was asked for; sentences end."""
+    pytest.importorskip("matplotlib")
+    found = LossKernel.from_losses(torch.randn(2, 6, 3) + 3)
+    page = found.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Right: the first two principal components" in page and "UMAP" not in page
+    assert "with one another.<" in page
+
+
+def test_label_names_that_matplotlib_would_hide(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = LossKernel.from_losses(torch.randn(2, 6, 8) + 3)
+    names = ["_", "_private", "", "a" * 23 + "$"]
+    figure = found.plot(labels=torch.arange(8) % 4, label_names=names, method="pca")
+    shown = [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
+    assert shown == [" _", " _private", "–", "a" * 23 + r"\$"]
