@@ -104,7 +104,10 @@ def loss_kernel(
         fingerprint=sampler.fingerprint,
     )
     kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if form == "traces" else form
-    stored = Stored(directory, {**sampler.fingerprint, "keep": kind, "processes": str(world)})
+    whose = {**sampler.fingerprint, "keep": kind, "processes": str(world)}
+    if query_data is not None:
+        whose["query losses"] = str(sampler.num_samples - samples)  # behind the kernel's, in one evaluation data
+    stored = Stored(directory, whose)
     collector = None
     try:
         collector = Collector(
