@@ -144,7 +144,7 @@ def test_traces_are_of_one_run(tmp_path):
 def test_a_cell_is_run_again_after_an_interruption(tmp_path, keep):
     """A notebook keeps the exception, with it the frames and all they hold."""
     with pytest.raises(Interrupted) as kept:
-        kernel(tmp_path, keep, loss=interrupted_at(70), seconds=0.0)
+        kernel(tmp_path, keep, loss=interrupted_at(45), seconds=0.0)
     assert (tmp_path / "kernel-0.pt").exists()
     first, again = kernel(tmp_path, keep), kernel(tmp_path, keep)
     same(first, kernel(keep=keep))
@@ -366,7 +366,7 @@ def test_thousands_of_flips_are_noticed(stored, name):
 def test_damage_is_noticed_before_a_run_goes_on(tmp_path):
     """Not hours later, when the draws are read."""
     with pytest.raises(Interrupted):  # in the second of two groups
-        kernel(tmp_path, loss=interrupted_at(80), seconds=0.0)
+        kernel(tmp_path, loss=interrupted_at(55), seconds=0.0)
     path = tmp_path / "traces-0" / "draws.bin"
     data = bytearray(path.read_bytes())
     data[5] ^= 1

@@ -174,6 +174,22 @@ def test_settings_are_kept_where_draws_lie_before_the_first_checkpoint(tmp_path)
     assert cli.resumed(options, tmp_path) == CONFIG
 
 
+@pytest.mark.parametrize("keep", ["traces", "covariance"])
+def test_another_share_of_queries_is_another_run(tmp_path, keep):
+    """The samples and queries lie in one data set, whose hash does not say where the queries begin."""
+    (x, y), settings = classes(), replace(CONFIG, num_chains=2, num_draws=2)
+
+    def run(first, last):
+        return ht.loss_kernel(
+            network(), classification_loss, (x, y), (x[:first], y[:first]), settings, seed=0, keep=keep,
+            query_data=(x[first:last], y[first:last]), checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+
+    run(10, 14)
+    with pytest.raises(ValueError, match="query losses: 4 there, 2 here"):
+        run(12, 14)
+
+
 # --- losses ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +262,14 @@ def test_losses_without_a_gradient_are_told():
         kernel()
 
 
+def test_a_kernel_keeps_its_own_labels_and_losses():
+    initial, labels = torch.ones(3), torch.arange(3)
+    found = LossKernel.from_losses(torch.randn(2, 5, 3), initial_losses=initial, labels=labels)
+    initial.zero_()
+    labels.zero_()
+    assert found.initial_losses.tolist() == [1, 1, 1] and found.labels.tolist() == [0, 1, 2]
+
+
 def test_initial_losses_that_are_no_tensor():
     with pytest.raises(TypeError, match="initial_losses must be a torch.Tensor"):
         LossKernel.from_losses(torch.randn(2, 5, 3), initial_losses=[1.0, 2.0, 3.0])
@@ -290,3 +314,24 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path, capsy
     more = ["--out", str(tmp_path / "file"), "--lr", "1e-4", "--localization", "50", "--no-report", "--quiet"]
     assert main(["loss-kernel", "entry_for_attack:f", *more]) == 2
     assert capsys.readouterr().err.startswith("error: [Errno ")
+
+
+# --- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_few_samples_says_what_it_shows(tmp_path):
+    """Three samples are laid out by their components, whatever was asked for; sentences end."""
+    pytest.importorskip("matplotlib")
+    found = LossKernel.from_losses(torch.randn(2, 6, 3) + 3)
+    page = found.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Right: the first two principal components" in page and "UMAP" not in page
+    assert "with one another.<" in page
+
+
+def test_label_names_that_matplotlib_would_hide(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = LossKernel.from_losses(torch.randn(2, 6, 8) + 3)
+    names = ["_", "_private", "", "a" * 23 + "$"]
+    figure = found.plot(labels=torch.arange(8) % 4, label_names=names, method="pca")
+    shown = [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
+    assert shown == [" _", " _private", "–", "a" * 23 + r"\$"]

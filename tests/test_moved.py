@@ -64,7 +64,9 @@ def test_an_old_path_gives_its_names_with_a_warning(old):
         warnings.simplefilter("error")
         module = importlib.import_module(f"harmonic_triton.{old}")  # to import it is no offence yet
     for name in NAMES[old].split():
-        with pytest.warns(DeprecationWarning, match=rf"harmonic_triton\.{old}\.{name} is now harmonic_triton\.") as caught:
+        with pytest.warns(
+            DeprecationWarning, match=rf"harmonic_triton\.{old}\.{name} is now harmonic_triton\."
+        ) as caught:
             value = getattr(module, name)
         assert caught[0].filename == __file__  # where the old path is used, not where it is mended
         assert value is getattr(*_moved.find(old, name))
@@ -94,4 +96,3 @@ def test_a_name_that_never_was_is_told_where_it_was_looked_for():
 
     with pytest.raises(AttributeError, match=r"had no 'hmc', nor is it in .*losskernel\.sampling\.sampler"):
         old.hmc  # noqa: B018
-

@@ -589,10 +589,10 @@ def test_bad_construction(case):
 BAD_CALLS = {
     "no tensor": (lambda t: t.update([1.0, 2.0, 3.0]), TypeError, "losses must be a torch.Tensor"),
     "ints": (lambda t: t.update(torch.ones(3, dtype=torch.int64)), TypeError, "losses must be floating"),
-    "samples": (lambda t: t.update(torch.ones(2, 4)), ValueError, r"num_samples = 3, got Tensor of shape \(2, 4\)"),
+    "samples": (lambda t: t.update(torch.ones(2, 4)), ValueError, r"the 3 samples of this accumulator, got Tensor of shape \(2, 4\)"),
     "rank": (lambda t: t.update(torch.ones(1, 1, 3)), ValueError, "losses must be"),
-    "chain": (lambda t: t.update(torch.ones(2, 3), chain=[1]), ValueError, "each of the 2 draws"),
-    "chain dtype": (lambda t: t.update(torch.ones(2, 3), chain=torch.ones(2)), TypeError, "chain must hold ints"),
+    "chain": (lambda t: t.update(torch.ones(2, 3), chain=[1]), ValueError, "names 1 chains for 2 draws"),
+    "chain dtype": (lambda t: t.update(torch.ones(2, 3), chain=torch.ones(2)), TypeError, "chain must hold integers"),
     "chain kind": (lambda t: t.update(torch.ones(2, 3), chain=1.0), TypeError, "chain must be an int"),
     "k": (lambda t: t.neighbors(0), ValueError, "k must be at least 1"),
     "labels": (lambda t: t.neighbors(1, [1, 2]), ValueError, "m = 3 samples"),
@@ -711,8 +711,9 @@ def test_the_kernel_compiles_for_every_architecture():
     """No spills, shared memory within limits, bf16 products on matrix units; fp32 ones not (tf32) on NVIDIA's."""
     pytest.importorskip("triton")
     static_cost = pytest.importorskip("benchmarks.static_cost")
+    from harmonic_triton.losskernel.traces import neighbors_triton
 
-    assert {arch for arch, _ in neighbors.CONFIGS} == {*static_cost.TARGETS, "interpreter"}
+    assert {arch for arch, _ in neighbors_triton.CONFIGS} == {*static_cost.TARGETS, "interpreter"}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], cwd=ROOT, env=environment,
                          capture_output=True, text=True, check=False)  # fmt: skip
@@ -814,9 +815,11 @@ def test_what_surrounds_a_call_changes_nothing(surrounding, backend):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("how", ["column-major", "every second", "sliced", "expanded"])
 def test_the_triton_search_takes_traces_of_any_stride(how):
     """Samples apart in memory, or rows that end before the memory does: what is not there must not be read."""
+    from harmonic_triton.losskernel.traces import neighbors_triton
 
     base = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     given = {
@@ -833,9 +836,9 @@ def test_the_triton_search_takes_traces_of_any_stride(how):
     mean = values.double().mean(0) * scale * math.sqrt(40)
     scores = (scores - torch.outer(mean, mean)).fill_diagonal_(-math.inf)
     apart = lambda vector: torch.stack([vector, torch.full_like(vector, 7)], 1)[:, 0]
-    keys = neighbors.empty_keys(64, neighbors.width_of(9), torch.device("cpu"))
+    keys = neighbors.empty_keys(64, neighbors_triton.width_of(9), given.device)
     labels = apart(torch.arange(64, dtype=torch.int32) // 2)
-    neighbors.take(keys, given, given, 0, 0, apart(scale.float()), apart(mean.float()), labels)
+    neighbors_triton.take(keys, given, given, 0, 0, apart(scale.float()), apart(mean.float()), labels)
     forbidden = labels[:, None] == labels
     found = neighbors.unpack_score(keys).sort(1, descending=True).values[:, :5]
     expected = scores.masked_fill(forbidden, -math.inf).topk(5).values.float()

@@ -182,7 +182,6 @@ def seal(file: IO[bytes], at: int) -> None:
     file.seek(at)
     if file.read(SEAL) != b"0" * SEAL:
         raise ValueError(f"there is no room for a seal at {at}")
-    file.seek(0)
     checksum = _checksum(file, file.seek(0, os.SEEK_END), start=0)
     file.seek(at)
     file.write(b"%08x" % checksum)
@@ -256,7 +255,6 @@ class Blocks:
     def sync(self) -> None:
         """Bring the rows to the disk, before anything that counts them."""
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def cut(self, count: int) -> None:

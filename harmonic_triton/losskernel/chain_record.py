@@ -24,7 +24,7 @@ class ChainRecord:
     """
 
     def __init__(self, num_chains: int, num_draws: int, initial_losses: Tensor) -> None:
-        self.initial_losses = initial_losses.detach().cpu().float()
+        self.initial_losses = initial_losses.detach().to("cpu", torch.float32, copy=True)
         samples = len(initial_losses)
         generator = torch.Generator().manual_seed(0)
         self.probe_samples = torch.randperm(samples, generator=generator)[:PROBES].sort().values

@@ -246,5 +246,5 @@ def label_name(value: int, names: Sequence[str] | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar sign would start a formula, an underscore hides a legend entry."""
-    return text.replace("$", r"\$").lstrip("_")[:24]
+    """Text that matplotlib shows: a dollar sign would start a formula; an underscore, or nothing, hides a legend entry."""
+    return (" " * text.startswith("_") + text[:24]).replace("$", r"\$") or "–"

@@ -67,7 +67,7 @@ class LossKernel:
         self.accumulator, self.record, self.queries, self.about = accumulator, record, queries, about
         self.within_chain = within_chain
         self.num_samples = len(record.initial_losses)
-        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu()
+        self.labels = None if labels is None else sample_labels("labels", labels, self.num_samples).cpu().clone()
 
     @classmethod
     def from_losses(

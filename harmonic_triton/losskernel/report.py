@@ -83,7 +83,7 @@ def write(
         raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
     labels = sample_labels(kernel, labels)
     check_label_names(labels, label_names)
-    layout = EMBEDDINGS[method] if embedding is None else "the embedding that was given"
+    layout = EMBEDDINGS[method if kernel.num_samples > 3 else "pca"] if embedding is None else "the embedding that was given"
     excluded = exclude_same is not None and exclude_same is not False
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
@@ -115,7 +115,7 @@ def write(
         )
         + section(
             "Correlations and spreads",
-            f"Correlations of {min(SHOWN, kernel.num_samples):,} random samples with one another; {shares(kernel)}",
+            f"Correlations of {min(SHOWN, kernel.num_samples):,} random samples with one another{shares(kernel)}",
             image(correlations_figure(kernel, labels), "distribution of correlations; spread against loss"),
         )
         + neighbor_section(kernel, samples, num_neighbors, exclude_same, names)
@@ -200,9 +200,9 @@ def configuration(kernel: LossKernel) -> str:
 def shares(kernel: LossKernel) -> str:
     """The first principal components' shares in a sentence."""
     if kernel.num_samples < 7:
-        return ""
+        return "."
     found = ", ".join(f"{100 * share:.1f}" for share in kernel.principal_components(5).share.tolist())
-    return f"the first five principal components of ρ hold {found} % of its trace."
+    return f"; the first five principal components of ρ hold {found} % of its trace."
 
 
 def shown(value: float) -> str:

@@ -90,8 +90,8 @@ def loss_kernel(
         samples = samples * num_samples(eval_data) // num_samples(read)
     if labels is not None:
         labels = sample_labels("labels", labels, samples)
-    kept = chosen(keep, samples, config.num_chains * config.num_draws)
-    if kept == "traces" and within_chain:
+    form = chosen(keep, samples, config.num_chains * config.num_draws)
+    if form == "traces" and within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     dtype = trace_dtype if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
@@ -103,8 +103,11 @@ def loss_kernel(
         config=dataclasses.asdict(config),
         fingerprint=sampler.fingerprint,
     )
-    kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if kept == "traces" else kept
-    stored = Stored(directory, {**sampler.fingerprint, "keep": kind, "processes": str(world)})
+    kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if form == "traces" else form
+    whose = {**sampler.fingerprint, "keep": kind, "processes": str(world)}
+    if query_data is not None:
+        whose["query losses"] = str(sampler.num_samples - samples)  # behind the kernel's, in one evaluation data
+    stored = Stored(directory, whose)
     collector = None
     try:
         collector = Collector(
@@ -112,10 +115,10 @@ def loss_kernel(
             config.num_draws,
             sampler.initial_losses[:samples],
             sampler.num_samples,
-            kept,
+            form,
             sampler.device,
             backend,
-            directory / f"traces-{rank}" if directory and kept == "traces" else None,
+            directory / f"traces-{rank}" if directory and form == "traces" else None,
             dtype,
             stored.run,
         )

@@ -7,6 +7,7 @@ are the library's; target and rival are outside of them, in fp32.
 import triton
 import triton.language as tl
 
+from harmonic_triton._common.rounding import narrow
 from harmonic_triton.fused.triton.tile import (
     LOG2E,
     NEAREST_SHARE,
@@ -16,7 +17,6 @@ from harmonic_triton.fused.triton.tile import (
     exp2_minus_1,
     gap_tile,
     log_scores,
-    narrow,
     scores_from_stored,
     target_sq_of,
     tile_terms,

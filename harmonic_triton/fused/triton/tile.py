@@ -191,13 +191,3 @@ def dot_product(
         w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float64)
         total += tl.sum(x * w, 1)
     return total
-
-
-@triton.jit
-def narrow(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """Round fp32 to the nearest value of ``dtype``; the interpreter's own conversion to bf16 truncates."""
-    if UPCAST and dtype == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        value = (bits & -65536).to(tl.float32, bitcast=True)
-    return value.to(dtype)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from harmonic_triton._common import files
+from harmonic_triton._common.device import architecture
 
 ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
 STORED_ROWS, STORED_ENTRIES = 32, 512  # rows of a tile and entries of a warp, in the pass over stored log-scores
@@ -46,16 +47,6 @@ CONFIGS = {
     ("interpreter", 2): TileConfig(32, 64, 64, 4, 1),
     ("interpreter", 4): TileConfig(32, 64, 64, 4, 1),
 }
-
-
-def architecture(device: torch.device) -> str:
-    """The table's name of a device; an unknown one gets the most modest configuration of its vendor."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
 def tile_config(device: torch.device, dtype: torch.dtype, width: int) -> TileConfig:

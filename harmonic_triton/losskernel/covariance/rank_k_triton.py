@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harmonic_triton._common.device import architecture
 from harmonic_triton._common.dispatch import interpreted
-from harmonic_triton.fused.triton.tile import narrow
-from harmonic_triton.fused.triton.tile_configs import architecture
+from harmonic_triton._common.rounding import narrow
 from harmonic_triton.losskernel.covariance.triangle import Triangle
 
 GAP = 128  # of the triangles served here: tiles whose sides divide it are wholly on one side of the fold

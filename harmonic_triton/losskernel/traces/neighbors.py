@@ -113,10 +113,10 @@ def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[i
     """(rows, width) keys. Every tile among the rows themselves serves its rows and its columns."""
     keys = empty_keys(len(rows), width, problem.device)
     samples, side = problem.traces.shape[1], PANEL.get(problem.device.type, PANEL["cuda"])
-    own, below, above = (_panels(part, side) for part in (rows, range(rows.start), range(rows.stop, samples)))
-    work = [(i, j) for i in own for j in below]
-    work += [(i, j) for i in own for j in own if i.start <= j.start]
-    work += [(i, j) for i in own for j in above]
+    inside, below, above = (_panels(part, side) for part in (rows, range(rows.start), range(rows.stop, samples)))
+    work = [(i, j) for i in inside for j in below]
+    work += [(i, j) for i in inside for j in inside if i.start <= j.start]
+    work += [(i, j) for i in inside for j in above]
     held, left = range(0), torch.empty(0)
     with exact_products(problem.device):
         for done, (i, j) in enumerate(work, 1):
@@ -227,15 +227,15 @@ def _finish(problem: Problem, rows: range, keys: Tensor, k: int) -> tuple[Tensor
     samples = problem.traces.shape[1]
     empty = unpack_score(keys) == -math.inf
     index = torch.where(empty, 0, unpack_index(keys))
-    own = slice(rows.start, rows.stop)
+    here = slice(rows.start, rows.stop)
     shift, stretch = problem.mean[index], problem.scale[index]
     squares = torch.zeros(index.shape, dtype=torch.float64, device=problem.device)
     for draw in problem.traces:
         draw = draw.to(problem.device)
-        mine = ((draw[own].double() - problem.mean[own]) * problem.scale[own]).unsqueeze(1)
-        apart = draw[index].double().sub_(shift).mul_(stretch).sub_(mine)
+        values = ((draw[here].double() - problem.mean[here]) * problem.scale[here]).unsqueeze(1)
+        apart = draw[index].double().sub_(shift).mul_(stretch).sub_(values)
         squares.addcmul_(apart, apart)
-    constant = (stretch == 0) | (problem.scale[own] == 0).unsqueeze(1)
+    constant = (stretch == 0) | (problem.scale[here] == 0).unsqueeze(1)
     squares.masked_fill_(constant, 2.0).masked_fill_(empty, math.inf)
     index.masked_fill_(empty, samples)
     index, order = index.sort(1)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harmonic_triton._common.device import architecture
 from harmonic_triton._common.dispatch import interpreted
-from harmonic_triton.fused.triton.tile_configs import architecture
 
 
 @dataclass(frozen=True)

@@ -157,22 +157,24 @@ class LossTraces:
         dead = self.dead
         for number in chains[~usable.cpu()].tolist():
             dead[number] = dead.get(number, 0) + 1
-        kept = (losses if usable.all() else losses[usable]).to(self.device)
+        counted = (losses if usable.all() else losses[usable]).to(self.device)
         reference, sums = state.reference, state.sums.clone()
-        draws = torch.empty(kept.shape, dtype=self.dtype, device=self.device)
-        if reference is None and len(kept):
+        draws = torch.empty(counted.shape, dtype=self.dtype, device=self.device)
+        if reference is None and len(counted):
             reference = torch.zeros_like(sums[0])
-            for row in kept:
+            for row in counted:
                 reference += row
-            reference /= len(kept)
-        for row, draw in zip(kept, draws, strict=True):  # one by one, so that sums do not depend on the batches
+            reference /= len(counted)
+        for row, draw in zip(counted, draws, strict=True):  # one by one, so that sums do not depend on the batches
             shifted = row - reference
             sums[0] += shifted
             sums[1].addcmul_(shifted, shifted)
             draw.copy_(shifted)
-        if len(kept):
+        if len(counted):
             self._store.write(state.count, draws)
-        state = State(state.count + len(kept), reference, sums, torch.cat([state.chains, chains[usable.cpu()]]), dead)
+        state = State(
+            state.count + len(counted), reference, sums, torch.cat([state.chains, chains[usable.cpu()]]), dead
+        )
         if len(losses):
             self._store.commit(state)
         self._set(state)
