@@ -46,7 +46,9 @@ class OnGPU(TorchFunctionMode):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pretend-gpu", action="store_true", help="which tensors would be where on a GPU: see pretend_gpu.py")
+    parser.addoption(
+        "--pretend-gpu", action="store_true", help="which tensors would be where on a GPU: see pretend_gpu.py"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -21,7 +21,13 @@ from harmonic_triton.losskernel.covariance import differentiable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 TRUE_DEVICE = torch.Tensor.device.__get__
-ANYWHERE = ("copy_", "_to_copy", "lift_fresh", "set_", "scatter_")  # take both kinds; the last is within F.one_hot's C++
+ANYWHERE = (
+    "copy_",
+    "_to_copy",
+    "lift_fresh",
+    "set_",
+    "scatter_",
+)  # take both kinds; the last is within F.one_hot's C++
 CANNOT = {  # tests that need more of a GPU than is pretended
     "test_opcheck_of_triton": "fake tensors of a GPU need CUDA",
     "test_a_resumed_accumulator_goes_on_bitwise": "what torch.load reads has lost where it was",
@@ -68,7 +74,9 @@ class Pretend(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace == "harmonic_triton":
             with self:  # what it does inside is seen as well
-                outs = (differentiable._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(*args, **kwargs)
+                outs = (differentiable._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(
+                    *args, **kwargs
+                )
             return outs
         there = any(map(on_gpu, tensors))
         indices = name.startswith(("index", "_unsafe_index")) and bool(tensors) and on_gpu(tensors[0])
@@ -79,7 +87,9 @@ class Pretend(TorchDispatchMode):
         if there and name == "_assert_async" and not args[0].item():
             pytest.fail("a device-side assert would end this process's use of the GPU")
         wanted = kwargs.get("device")
-        if wanted is not None and torch.device(wanted).type == "cuda":  # "cpu" beside a tensor is what C++ takes from it
+        if (
+            wanted is not None and torch.device(wanted).type == "cuda"
+        ):  # "cpu" beside a tensor is what C++ takes from it
             there, kwargs = True, {**kwargs, "device": CPU}
             if not getattr(kwargs.get("generator"), "on_gpu", True):
                 raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
@@ -136,7 +146,11 @@ def install() -> None:
             where, args = args[0].device, (args[0].dtype, *args[1:])
         if where is None or torch.device(where).type not in ("cuda", "cpu") or TRUE_DEVICE(self).type != "cpu":
             return true_to(self, *(empty if where is None else (where,)), *args, **kwargs)
-        return true_to(moved(self, torch.device(where)), *args, **kwargs) if args or kwargs else moved(self, torch.device(where))
+        return (
+            true_to(moved(self, torch.device(where)), *args, **kwargs)
+            if args or kwargs
+            else moved(self, torch.device(where))
+        )
 
     def numpy(self, *args, **kwargs):
         if on_gpu(self):
@@ -173,7 +187,9 @@ def install() -> None:
     def run(kernel, *args, **options):
         for name, leaf in (*zip(kernel.arg_names, args, strict=False), *options.items()):
             if isinstance(leaf, Tensor) and not on_gpu(leaf):
-                pytest.fail(f"{kernel.fn.__name__}: Pointer argument {name} cannot be accessed from Triton (cpu tensor?)")
+                pytest.fail(
+                    f"{kernel.fn.__name__}: Pointer argument {name} cannot be accessed from Triton (cpu tensor?)"
+                )
         with _disable_current_modes():
             return launch(kernel, *args, **options)
 

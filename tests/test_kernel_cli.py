@@ -277,9 +277,7 @@ def test_as_a_program_with_a_report(here):
 
 def test_missing_packages_are_named_before_any_work(here, capsys, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "umap" else real(name, *more)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "umap" else real(name, *more))
     assert main(["loss-kernel", "entry_points:data", *QUICK, "--out", "out"]) == 2
     assert (
         "umap not installed: pip install 'harmonic-triton[analysis]' (from a clone: pip install '.[analysis]'),"
@@ -393,9 +391,7 @@ def test_the_expected_time_is_said_before_it_passes(here, capsys, monkeypatch):
     task = entry_point.load("slow_entry:slow", [])
     config = cli.configured(options, task)
     expected = 3 * ((10 + 40 * 2) * 0.01 + 40 * 0.01)
-    assert (
-        expected / 1.5 < cli.expected_seconds(options, task, config) < 4 * expected
-    )  # a busy machine is slower
+    assert expected / 1.5 < cli.expected_seconds(options, task, config) < 4 * expected  # a busy machine is slower
     words = ["loss-kernel", "entry_points:data", *QUICK[:-1], "--no-report", "--out", "out"]
     assert main(words) == 0
     said = capsys.readouterr().out

@@ -245,8 +245,7 @@ def test_func_grad(backend, reduction):
 # Which arguments carry the batch: samples (per-sample gradients), class vectors (an ensemble), exponents, all of them.
 @pytest.mark.parametrize("batched", ["xt", "w", "n", "xtwn"])
 @pytest.mark.parametrize("option", ["plain", "label_smoothing", "uniform_mix"])
-@pytest.mark.parametrize(("reduction", "backend"), [
-    ("mean", "torch"), ("none", "torch"), ("mean", "triton")])
+@pytest.mark.parametrize(("reduction", "backend"), [("mean", "torch"), ("none", "torch"), ("mean", "triton")])
 def test_vmap_of_grad_is_a_loop(reduction, backend, option, batched):
     """Per-sample gradients by ``vmap(grad(...))`` equal those of one call a sample."""
     members = [inputs(tokens=3, dtype=torch.float32, seed=seed) for seed in range(3)]
@@ -361,7 +360,9 @@ def test_forward_mode_of_a_fused_loss_raises(backend, by, how):
                 return function(now["x"], now["w"], target, reduction=reduction, label_smoothing=0.1,
                                 class_weight=now["class_weight"], backend=backend, **more)  # fmt: skip
 
-            with pytest.raises((NotImplementedError, ValueError), match=r'backend="reference"|class_weight is a constant'):
+            with pytest.raises(
+                (NotImplementedError, ValueError), match=r'backend="reference"|class_weight is a constant'
+            ):
                 tangents(loss, given[by], how)
 
 
@@ -602,7 +603,9 @@ def test_sum_of_token_losses_backward(backend):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_vmap_of_grad_over_the_second_dimension(reduction, backend):
     members = [inputs(tokens=5, dtype=torch.float32, seed=seed) for seed in range(3)]
-    x, w, target, _ = (torch.stack(values, 1).detach() for values in zip(*(m[:3] + (m[0],) for m in members), strict=True))
+    x, w, target, _ = (
+        torch.stack(values, 1).detach() for values in zip(*(m[:3] + (m[0],) for m in members), strict=True)
+    )
     v = torch.stack([weights(dtype=torch.float32) + k for k in range(3)], 1)
     g = torch.linspace(0.2, 1.4, 15).reshape(5, 3)
 

@@ -589,7 +589,11 @@ def test_bad_construction(case):
 BAD_CALLS = {
     "no tensor": (lambda t: t.update([1.0, 2.0, 3.0]), TypeError, "losses must be a torch.Tensor"),
     "ints": (lambda t: t.update(torch.ones(3, dtype=torch.int64)), TypeError, "losses must be floating"),
-    "samples": (lambda t: t.update(torch.ones(2, 4)), ValueError, r"the 3 samples of this accumulator, got Tensor of shape \(2, 4\)"),
+    "samples": (
+        lambda t: t.update(torch.ones(2, 4)),
+        ValueError,
+        r"the 3 samples of this accumulator, got Tensor of shape \(2, 4\)",
+    ),
     "rank": (lambda t: t.update(torch.ones(1, 1, 3)), ValueError, "losses must be"),
     "chain": (lambda t: t.update(torch.ones(2, 3), chain=[1]), ValueError, "names 1 chains for 2 draws"),
     "chain dtype": (lambda t: t.update(torch.ones(2, 3), chain=torch.ones(2)), TypeError, "chain must hold integers"),

@@ -159,7 +159,11 @@ def test_rows_that_are_not_aligned(strategy, shape, how, dtype):
             return tensor
         room = torch.full((len(tensor), width + 3), 77.0, dtype=dtype, device=DEVICE)
         room[:, 1 : 1 + width] = tensor
-        return room[:, 1 : 1 + width] if how == "gap" else room.flatten()[1 : 1 + tensor.numel()].view_as(tensor).copy_(tensor)
+        return (
+            room[:, 1 : 1 + width]
+            if how == "gap"
+            else room.flatten()[1 : 1 + tensor.numel()].view_as(tensor).copy_(tensor)
+        )
 
     results = []
     for change in (under, lambda tensor: torch.nn.functional.pad(tensor, (0, -width % 16))):
@@ -232,7 +236,10 @@ def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
             assert value.data_ptr() % 16 == 0, (kernel, name)
         elif name.startswith("stride"):
             assert value % 16 == 0 or (name in ("stride_xd", "stride_wd") and value == 1), (kernel, name, value)
-        elif name in ("D", "classes_per_split") and kernel not in ("finish_x_kernel", "finish_w_kernel"):  # as gradients are
+        elif name in ("D", "classes_per_split") and kernel not in (
+            "finish_x_kernel",
+            "finish_w_kernel",
+        ):  # as gradients are
             assert value % 16 == 0, (kernel, name, value)
 
 

@@ -29,7 +29,10 @@ def test_the_type_checker_refuses_the_wrong_calls_and_no_others():
 
 def test_the_typed_options_are_those_that_a_call_takes():
     """The dictionaries that type checkers read name each option once more: same names, same types, nothing forgotten."""
-    every = {field.name: kind for field, kind in zip(fields(options.Options), get_type_hints(options.Options).values(), strict=True)}
+    every = {
+        field.name: kind
+        for field, kind in zip(fields(options.Options), get_type_hints(options.Options).values(), strict=True)
+    }
     typed = {}
     for kind in (options.ModuleOptions, options.HeadOptions, options.CrossEntropyOptions):
         hints = get_type_hints(kind)

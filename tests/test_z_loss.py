@@ -71,7 +71,9 @@ def test_other_dtypes(backend, dtype):
     wanted = lambda x, w: dense(x, w, target, Z)[0].sum() / 8
     given = lambda x, w: ht.linear_cross_entropy(x, w, target, z_loss=Z, reduction="sum", num_items=8, backend=backend)
     want = gradients(wanted, x.double(), w.double(), torch.tensor(0.6))
-    close(gradients(given, x, w, torch.tensor(0.6)), want, 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps)
+    close(
+        gradients(given, x, w, torch.tensor(0.6)), want, 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

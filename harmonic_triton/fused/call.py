@@ -64,15 +64,11 @@ def _check(input: Tensor, linear_weight: Tensor, target: Tensor, options: Option
     validate.reduction(options.reduction, options.num_items)
     validate.budget(options.memory_budget)
     if options.process_group is not None:
-        raise ValueError(
-            "process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first"
-        )
+        raise ValueError("process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first")
     return [input, linear_weight]
 
 
-def _prepare(
-    input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool
-) -> Prepared:
+def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool) -> Prepared:
     """Flatten, shift, choose the backend, and weigh the tokens."""
     options = replace(  # NumPy's numbers as Python's
         options, eps=float(options.eps), uniform_mix=float(options.uniform_mix), z_loss=float(options.z_loss),
@@ -150,9 +146,7 @@ def _run_reference(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     if n is None:
         loss = reference.linear_cross_entropy(x, w, target, z_loss=options.z_loss, **common)
     else:
-        loss = reference.linear_harmonic_loss(
-            x, w, target, n=n, eps=eps, uniform_mix=options.uniform_mix, **common
-        )
+        loss = reference.linear_harmonic_loss(x, w, target, n=n, eps=eps, uniform_mix=options.uniform_mix, **common)
     statistics = reference.statistics(x, w, target, n, eps, ignore_index) if options.return_stats else ()
     loss = loss.masked_fill(bad if options.reduction == "none" else bad.any(), math.nan)
     return loss.to(compute_dtype(x.dtype)), statistics

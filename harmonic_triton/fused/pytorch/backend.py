@@ -69,7 +69,9 @@ def forward_backward(
                     continue
                 if weights.smooth is not None:
                     here = mine.select(tile)
-                    p = chunk.smoothed(tile, p, here, upstream_of(here, mine_weights.select(tile), problem.mix, classes))
+                    p = chunk.smoothed(
+                        tile, p, here, upstream_of(here, mine_weights.select(tile), problem.mix, classes)
+                    )
                 _keep(sums, tile, chunk.coefficients(tile, p))
             every.store(at, mine)
             if wanted.x or wanted.w:

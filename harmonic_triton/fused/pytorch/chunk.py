@@ -216,7 +216,10 @@ class Chunk(ABC):
             on_target = self.on_target[tile]
             apart = (nll - rival_score).masked_fill(no_rival, 0.0)
             rival_p = (rival_score - nll).exp()
-            mean = rival_p * rival_score.masked_fill(no_rival, 0.0) + self.mass[tile] * self.to_prob[tile] * self.base[tile]
+            mean = (
+                rival_p * rival_score.masked_fill(no_rival, 0.0)
+                + self.mass[tile] * self.to_prob[tile] * self.base[tile]
+            )
             mean += (p * score).sum(1, keepdim=True)  # the target has no part in it, whose p would round ``base``
             results.score_mean.copy_(mean.masked_fill_(on_target, 0.0).squeeze(1))
             entropy = (-nll).exp() * nll + (-apart).exp() * apart
