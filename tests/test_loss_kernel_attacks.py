@@ -22,6 +22,7 @@ from harmonic_triton._common import files
 from harmonic_triton.losskernel import checkpoint, cli
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.sampling.sampler import Sampler, sample_losses
+from harmonic_triton.losskernel.traces import store
 
 
 def twice(model, batch):
@@ -119,6 +120,38 @@ def test_an_interruption_in_the_checksum_leaves_traces_whole(tmp_path, monkeypat
     read = LossTraces(4, path=tmp_path)
     assert read.count == 30
     torch.testing.assert_close(read.covariance(slice(None)), torch.cov(draws.T), rtol=0.02, atol=0.02)
+
+
+@posix
+@pytest.mark.parametrize("where", ["ftruncate", "write"])
+def test_an_interruption_while_a_directory_is_claimed(tmp_path, monkeypatch, where):
+    """The lock stayed for as long as the process: the cell that was run again was told of "another process"."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as kept:
+        patched.setattr(os, where, interrupted)
+        files.Claim(tmp_path / "lock")
+    files.Claim(tmp_path / "lock").release()
+    assert kept.value is not None
+
+
+def test_an_interruption_while_traces_are_claimed(tmp_path, monkeypatch):
+    traces, real, calls = LossTraces(2, path=tmp_path), store._stamp, []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(store, "_stamp", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        traces.update(torch.ones(2, 2))
+    traces.close()  # as loss_kernel does it
+    LossTraces(2, path=tmp_path).update(torch.ones(2, 2))
+    assert kept.value is not None
 
 
 def test_the_order_of_large_data_is_in_its_fingerprint():
