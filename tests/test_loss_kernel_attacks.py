@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import shutil
 import zlib
@@ -195,6 +197,33 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "state.pt").read_bytes() == former and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interruption_of_a_save_stays_one(tmp_path):
+    """A notebook, and the command's "stopped", were given torch.save's RuntimeError."""
+
+    checkpoint.save(tmp_path / "state.pt", {"x": 1})
+    writes = files.replacing
+
+    @contextlib.contextmanager
+    def interrupted(path):
+        with writes(path) as file:
+            yield Interrupting(file)
+
+    class Interrupting(io.RawIOBase):
+        def __init__(self, file):
+            self.file, self.calls = file, 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls == 20:
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(files, "replacing", interrupted)
+        checkpoint.save(tmp_path / "state.pt", {str(i): torch.randn(1000) for i in range(100)})
+    assert checkpoint.load(tmp_path / "state.pt") == {"x": 1}
 
 
 def test_settings_are_kept_where_draws_lie_before_the_first_checkpoint(tmp_path):
