@@ -186,7 +186,7 @@ def test_the_loss_kernel_command_is_the_makefiles_and_can_be_parsed():
     import inspect
     import shlex
 
-    from harmonic_triton.losskernel import cli
+    from harmonic_triton.losskernel import cli, entry_point
 
     (command,) = re.findall(r"^\.venv/bin/python -m harmonic_triton (loss-kernel .*)$", README, re.MULTILINE)
     parser = argparse.ArgumentParser()
@@ -195,7 +195,7 @@ def test_the_loss_kernel_command_is_the_makefiles_and_can_be_parsed():
     assert options.quick
     given = dict(argument.split("=") for argument in options.entry_arg)
     pytest.importorskip("tokenizers")
-    assert set(given) <= set(inspect.signature(cli.resolve(options.entry)).parameters)
+    assert set(given) <= set(inspect.signature(entry_point.resolve(options.entry)).parameters)
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     recipe = re.search(
         r"^kernel: \$\(VENV\)/analysis.*\n\t\$\(BIN\)/python -m harmonic_triton (.*) \$\(ARGS\)$",
