@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -75,6 +76,19 @@ def interrupted_at(call: int):
     return loss
 
 
+@functools.cache
+def calls_of_a_run() -> int:
+    """How often a whole run asks for losses: the estimate of the stability bound takes one or two dozen pairs of them."""
+    calls = []
+
+    def loss(model, batch):
+        calls.append(None)
+        return classification_loss(model, batch)
+
+    kernel(loss=loss)
+    return len(calls)
+
+
 # --- draws belong to one run, and count once ---------------------------------------------------------------------------
 
 
@@ -144,7 +158,7 @@ def test_traces_are_of_one_run(tmp_path):
 def test_a_cell_is_run_again_after_an_interruption(tmp_path, keep):
     """A notebook keeps the exception, with it the frames and all they hold."""
     with pytest.raises(Interrupted) as kept:
-        kernel(tmp_path, keep, loss=interrupted_at(45), seconds=0.0)
+        kernel(tmp_path, keep, loss=interrupted_at(calls_of_a_run() - 18), seconds=0.0)
     assert (tmp_path / "kernel-0.pt").exists()
     first, again = kernel(tmp_path, keep), kernel(tmp_path, keep)
     same(first, kernel(keep=keep))
@@ -366,7 +380,7 @@ def test_thousands_of_flips_are_noticed(stored, name):
 def test_damage_is_noticed_before_a_run_goes_on(tmp_path):
     """Not hours later, when the draws are read."""
     with pytest.raises(Interrupted):  # in the second of two groups
-        kernel(tmp_path, loss=interrupted_at(55), seconds=0.0)
+        kernel(tmp_path, loss=interrupted_at(calls_of_a_run() - 8), seconds=0.0)
     path = tmp_path / "traces-0" / "draws.bin"
     data = bytearray(path.read_bytes())
     data[5] ^= 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import shutil
 import zlib
@@ -23,6 +25,7 @@ from harmonic_triton.losskernel import checkpoint, cli
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.sampling.sampler import Sampler
 from harmonic_triton.losskernel.sampling.stream import sample_losses
+from harmonic_triton.losskernel.traces import store
 
 
 def twice(model, batch):
@@ -122,6 +125,38 @@ def test_an_interruption_in_the_checksum_leaves_traces_whole(tmp_path, monkeypat
     torch.testing.assert_close(read.covariance(slice(None)), torch.cov(draws.T), rtol=0.02, atol=0.02)
 
 
+@posix
+@pytest.mark.parametrize("where", ["ftruncate", "write"])
+def test_an_interruption_while_a_directory_is_claimed(tmp_path, monkeypatch, where):
+    """The lock stayed for as long as the process: the cell that was run again was told of "another process"."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as kept:
+        patched.setattr(os, where, interrupted)
+        files.Claim(tmp_path / "lock")
+    files.Claim(tmp_path / "lock").release()
+    assert kept.value is not None
+
+
+def test_an_interruption_while_traces_are_claimed(tmp_path, monkeypatch):
+    traces, real, calls = LossTraces(2, path=tmp_path), store._stamp, []
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(store, "_stamp", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        traces.update(torch.ones(2, 2))
+    traces.close()  # as loss_kernel does it
+    LossTraces(2, path=tmp_path).update(torch.ones(2, 2))
+    assert kept.value is not None
+
+
 def test_the_order_of_large_data_is_in_its_fingerprint():
     """A row of a power of two began with the same token everywhere, and that column alone was looked at."""
     tokens = torch.randint(0, 50, (2**16, 64)).repeat(17, 1)
@@ -163,6 +198,33 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "state.pt").read_bytes() == former and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interruption_of_a_save_stays_one(tmp_path):
+    """A notebook, and the command's "stopped", were given torch.save's RuntimeError."""
+
+    checkpoint.save(tmp_path / "state.pt", {"x": 1})
+    writes = files.replacing
+
+    @contextlib.contextmanager
+    def interrupted(path):
+        with writes(path) as file:
+            yield Interrupting(file)
+
+    class Interrupting(io.RawIOBase):
+        def __init__(self, file):
+            self.file, self.calls = file, 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls == 20:
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(files, "replacing", interrupted)
+        checkpoint.save(tmp_path / "state.pt", {str(i): torch.randn(1000) for i in range(100)})
+    assert checkpoint.load(tmp_path / "state.pt") == {"x": 1}
 
 
 def test_settings_are_kept_where_draws_lie_before_the_first_checkpoint(tmp_path):

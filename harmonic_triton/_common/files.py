@@ -372,21 +372,28 @@ class Claim:
             if holder is not None and holder.held:
                 holder._give_way()
             descriptor = _old_or_new(os.fspath(path), 0)
-            try:
-                _lock(descriptor)
-            except (BlockingIOError, PermissionError):
-                found = os.pread(descriptor, 200, 0).decode(errors="replace").strip() if hasattr(os, "pread") else ""
-                os.close(descriptor)
-                raise InUseError(
-                    f"{path.parent} is being written by {found or 'another process'}: wait for it or end it, or take"
-                    " another directory"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             self._close = weakref.finalize(self, os.close, descriptor)
-            _claims[key] = self
+            try:
+                self._take(descriptor)
+                _claims[key] = self
+            except BaseException:  # an interruption too: a notebook keeps the frame, and with it this object
+                self._close()
+                raise
+
+    def _take(self, descriptor: int) -> None:
+        """Lock the file, and write whose it is."""
+        try:
+            _lock(descriptor)
+        except (BlockingIOError, PermissionError):
+            found = os.pread(descriptor, 200, 0).decode(errors="replace").strip() if hasattr(os, "pread") else ""
+            raise InUseError(
+                f"{self.path.parent} is being written by {found or 'another process'}: wait for it or end it, or take"
+                " another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     @property
     def held(self) -> bool:

@@ -31,8 +31,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], kind: str = "st
     with files.replacing(path) as file:
         try:
             torch.save({"kind": kind, "state": dict(state)}, file)
-        except RuntimeError as error:  # "unexpected pos" over the full disk that was the reason
-            if isinstance(error.__context__, OSError):
+        except RuntimeError as error:  # "unexpected pos" over a full disk or an interruption, the reason
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
         file.write(SEALED + b"0" * files.SEAL)

@@ -152,11 +152,10 @@ class FileStore:
         """The right to write, and draws.bin with the room that was asked for."""
         if self._claim is not None and self._claim.held:
             return
-        claim = Claim(self.path / "lock")
+        self._claim = Claim(self.path / "lock")
         if _stamp(self.path) != self._stamp:
-            claim.release()
+            self._claim.release()
             raise InUseError(f"path={str(self.path)!r}: another writer has added draws since; open it again")
-        self._claim = claim
         if self.capacity and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.blocks.opened().fileno(), 0, self.capacity * self.blocks.row_bytes)
 
