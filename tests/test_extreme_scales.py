@@ -114,3 +114,16 @@ def test_an_ignored_token_has_not_even_an_infinite_class_weight(which, reduction
         x, w, target, n=3.0, class_weight=weight, reduction=reduction, backend=which
     )
     assert torch.equal(loss(class_weight), loss(torch.ones(len(w), device=DEVICE)))
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-16])
+def test_a_single_class_has_no_loss_whatever_the_smoothing(backend, distance):
+    """Its log-probability is 0 however near it is; so is the exponent's gradient."""
+    w = torch.zeros(1, 8, device=DEVICE)
+    w[0, 3] = 1.7
+    x = w.repeat(3, 1)
+    x[:, 1] = distance
+    target = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    smoothed = lambda x, w, n: ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=0.9, backend=backend)
+    for part in run(smoothed, x, w, 2.3, torch.float32):
+        assert part.norm() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,12 +79,18 @@ class Upstream(NamedTuple):
 
 def token_losses(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Tensor:
     """(N,) weighted losses; differentiable."""
-    losses = weights.nll * mixed_nll(results.nll, mix, classes)
+    losses = weights.nll * _of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes))
     if weights.smooth is not None:
         losses = losses + weights.smooth * results.smooth
     if weights.log_sum is not None:
-        losses = losses + weights.log_sum * (results.nll + results.target_ref).square()
+        losses = losses + weights.log_sum * _of_numbers(results.nll + results.target_ref, torch.square)
     return losses
+
+
+def _of_numbers(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function where there is a number; NaN stays, and a gradient of 0 there is 0 and not 0 times NaN."""
+    bad = values.isnan()
+    return torch.where(bad, values, function(values.masked_fill(bad, 0.0)))
 
 
 def upstream_of(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Upstream:

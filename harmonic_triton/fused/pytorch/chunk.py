@@ -216,10 +216,8 @@ class Chunk(ABC):
             on_target = self.on_target[tile]
             apart = (nll - rival_score).masked_fill(no_rival, 0.0)
             rival_p = (rival_score - nll).exp()
-            mean = (
-                rival_p * rival_score.masked_fill(no_rival, 0.0)
-                + self.mass[tile] * self.to_prob[tile] * self.base[tile]
-            )
+            mean = self.mass[tile] * self.to_prob[tile] * self.base[tile]
+            mean += rival_p * rival_score.masked_fill(no_rival, 0.0)
             mean += (p * score).sum(1, keepdim=True)  # the target has no part in it, whose p would round ``base``
             results.score_mean.copy_(mean.masked_fill_(on_target, 0.0).squeeze(1))
             entropy = (-nll).exp() * nll + (-apart).exp() * apart
@@ -227,12 +225,14 @@ class Chunk(ABC):
             results.entropy.copy_(torch.where(on_target, nll, entropy.clamp_min_(0.0)).squeeze(1))
         if head.smoothing:
             smooth_share = head.smooth_share(every, head.smooth_weight)
-            share_sum, share_score = smooth_share.sum(1), (smooth_share * score).sum(1)
-            results.share_score.copy_(share_score + share_sum * base)
-            results.share_sum.copy_(share_sum)
-            results.share_rest.copy_(smooth_share.scatter(1, target, 0.0).sum(1))
+            others = smooth_share.scatter(1, target, 0.0)  # the target's score is 0, which adding ``base`` would round
+            share_rest, share_score = others.sum(1), (others * score).sum(1)
+            target_share = smooth_share.gather(1, target).squeeze(1)
+            results.share_score.copy_(share_score + share_rest * base)
+            results.share_sum.copy_(target_share + share_rest)
+            results.share_rest.copy_(share_rest)
             results.smooth.copy_(-torch.log((every + head.mix_share) / (1 + head.mix)) @ head.smooth_weight if head.mix_share
-                              else share_sum * own_nll.squeeze(1) - share_score)  # fmt: skip
+                              else share_rest * own_nll.squeeze(1) - share_score + target_share * nll.squeeze(1))  # fmt: skip
         return p
 
     def forward(self, want_scores: bool, out: TokenResults) -> Iterator[tuple[slice, Tensor]]:

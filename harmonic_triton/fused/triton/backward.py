@@ -26,10 +26,8 @@ from harmonic_triton.fused.triton.tile import (
 @triton.jit
 def within_fp32(value):
     """fp64 to fp32 without an infinity; NaN stays. Where a factor is that large, what it multiplies is 0."""
-    limited = tl.minimum(
-        tl.maximum(value, -1e37, propagate_nan=tl.PropagateNan.ALL), 1e37, propagate_nan=tl.PropagateNan.ALL
-    )
-    return limited.to(tl.float32)
+    value = tl.maximum(value, -1e37, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, 1e37, propagate_nan=tl.PropagateNan.ALL).to(tl.float32)
 
 
 @triton.jit
