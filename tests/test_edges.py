@@ -93,3 +93,23 @@ def test_probabilities_of_the_backward_stay_below_1(backend):
     bound = n * g.abs() * (1 / distances.amax(1) + 2 / distances.amin(1))
     assert (dx.norm(dim=1) <= 1.001 * bound).all()
     assert dw.norm(dim=1).max() <= 1.001 * bound.sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"uniform_mix": 0.1}, {"label_smoothing": 0.1}, {"z_loss": 0.03}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nan_token_that_is_masked_out_stays_out(backend, options):
+    """``where(mask, losses, 0)``: its upstream gradient is 0, and so is what it adds to everybody's gradients."""
+    function = ht.linear_cross_entropy if "z_loss" in options else ht.linear_harmonic_loss
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(6, 8, generator=generator), torch.randn(9, 8, generator=generator)
+    target, counts = torch.arange(6), torch.tensor([True, True, False, True, True, True])
+    gradients = []
+    for value in (1.0, math.nan):
+        bad = x.clone()
+        bad[2] *= value
+        leaves = bad.requires_grad_(), w.clone().requires_grad_()
+        losses = function(*leaves, target, reduction="none", backend=backend, **options)
+        assert losses[2].isnan() == math.isnan(value)
+        loss = (torch.where(counts, losses, 0.0) * torch.linspace(0.3, 1.2, 6)).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-7)
