@@ -83,7 +83,9 @@ def write(
         raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
     labels = sample_labels(kernel, labels)
     check_label_names(labels, label_names)
-    layout = EMBEDDINGS[method if kernel.num_samples > 3 else "pca"] if embedding is None else "the embedding that was given"
+    layout = (
+        EMBEDDINGS[method if kernel.num_samples > 3 else "pca"] if embedding is None else "the embedding that was given"
+    )
     excluded = exclude_same is not None and exclude_same is not False
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
