@@ -261,7 +261,7 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
 @posix
 def test_a_lock_dies_with_its_process_and_not_with_its_children(tmp_path):
     """Children such as data loaders outlive a killed parent for a while."""
-    from harmonic_triton._common.files import Claim, InUseError
+    from harmonic_triton._common.claims import Claim, InUseError
 
     ready, go = os.pipe(), os.pipe()
     parent = os.fork()
@@ -448,7 +448,7 @@ def test_a_failed_write_leaves_the_former_file(tmp_path):
 
 def test_starting_over_removes_a_run_s_files_alone(tmp_path):
     """And nothing while the run goes on in another process."""
-    from harmonic_triton._common.files import Claim, InUseError
+    from harmonic_triton._common.claims import Claim, InUseError
     from harmonic_triton.losskernel import cli
 
     kernel(tmp_path)

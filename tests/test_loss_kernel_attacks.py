@@ -21,6 +21,7 @@ import harmonic_triton as ht
 from harmonic_triton import LossKernel, LossTraces, SGLDConfig, StreamingCovariance
 from harmonic_triton.__main__ import main
 from harmonic_triton._common import files
+from harmonic_triton._common.claims import Claim, InUseError
 from harmonic_triton.losskernel import checkpoint, cli
 from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.sampling.sampler import Sampler
@@ -135,8 +136,8 @@ def test_an_interruption_while_a_directory_is_claimed(tmp_path, monkeypatch, whe
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as kept:
         patched.setattr(os, where, interrupted)
-        files.Claim(tmp_path / "lock")
-    files.Claim(tmp_path / "lock").release()
+        Claim(tmp_path / "lock")
+    Claim(tmp_path / "lock").release()
     assert kept.value is not None
 
 
@@ -345,10 +346,10 @@ def test_starting_over_waits_for_a_run_without_a_checkpoint(tmp_path):
     (tmp_path / "traces-0").mkdir()
     (tmp_path / "traces-0" / "draws.bin").write_bytes(b"draws")
     (tmp_path / cli.PROBE_FILE).write_text("{}")
-    held = files.Claim(tmp_path / "kernel-0.lock")
-    with pytest.raises(files.InUseError):
+    held = Claim(tmp_path / "kernel-0.lock")
+    with pytest.raises(InUseError):
         cli.clear(tmp_path)
-    with pytest.raises(files.InUseError):
+    with pytest.raises(InUseError):
         cli.write_probe(tmp_path, CONFIG)
     assert (tmp_path / "traces-0" / "draws.bin").exists() and (tmp_path / cli.PROBE_FILE).read_text() == "{}"
     held.release()

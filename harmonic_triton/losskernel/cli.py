@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from harmonic_triton._common import files
+from harmonic_triton._common.claims import Claim, InUseError
 from harmonic_triton._common.extras import ANALYSIS, missing
 from harmonic_triton._common.processes import is_first_process
 from harmonic_triton.losskernel.entry_point import CONTRACT, EntryPointError, Task, check_sizes, count_samples, load
@@ -114,7 +115,7 @@ def main(options: argparse.Namespace) -> int:
     """Sample and write; 2 if the entry point or an option cannot serve, 130 if interrupted."""
     try:
         return run(options)
-    except (EntryPointError, ValueError, TypeError, ImportError, OSError, files.InUseError) as error:
+    except (EntryPointError, ValueError, TypeError, ImportError, OSError, InUseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -241,7 +242,7 @@ def begun(checkpoints: Path) -> bool:
 
 def write_probe(checkpoints: Path, config: SGLDConfig) -> None:
     """Keep the settings beside the checkpoint, whole or not at all; InUseError while a process is at it."""
-    claim = files.Claim(checkpoints / "kernel-0.lock")
+    claim = Claim(checkpoints / "kernel-0.lock")
     try:
         files.write_text(checkpoints / PROBE_FILE, json.dumps(asdict(config), indent=1) + "\n")
     finally:
@@ -309,7 +310,7 @@ def tuned(options: argparse.Namespace, task: Task, given: dict[str, Any]) -> SGL
 def clear(directory: Path) -> None:
     """Remove a run's checkpoint, and nothing else; InUseError while a process is at it."""
     runs = {path.stem for kind in ("pt", "lock") for path in directory.glob(f"kernel-[0-9]*.{kind}")}
-    claims = [files.Claim(directory / f"{run}.lock") for run in sorted(runs)]  # also of one without a checkpoint yet
+    claims = [Claim(directory / f"{run}.lock") for run in sorted(runs)]  # also of one without a checkpoint yet
     for run in runs:
         (directory / f"{run}.pt").unlink(missing_ok=True)
     for path in directory.glob("traces-*"):

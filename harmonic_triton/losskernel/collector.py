@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonic_triton._common.files import Claim
+from harmonic_triton._common.claims import Claim
 from harmonic_triton._common.processes import rank_and_world
 from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.chain_record import ChainRecord

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from harmonic_triton._common import validate
-from harmonic_triton._common.files import Blocks, Claim
+from harmonic_triton._common.claims import Claim
+from harmonic_triton._common.files import Blocks
 from harmonic_triton._common.processes import distributed, rank_and_world
 from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.sampling.config import SGLDConfig

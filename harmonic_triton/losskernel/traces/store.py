@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonic_triton._common.files import PIECE, SEAL, Blocks, Claim, InUseError
+from harmonic_triton._common.claims import Claim, InUseError
+from harmonic_triton._common.files import PIECE, SEAL, Blocks
 from harmonic_triton.losskernel import checkpoint
 
 KIND = "the state of loss traces, format 2"
