@@ -458,3 +458,35 @@ def test_negative_groups_are_refused(here, capsys):
 def test_draws_kept_in_float32(here):
     assert command("entry_points:data", "--out", "out", "--keep", "traces", "--trace-dtype", "float32") == 0
     assert LossKernel.load(here / "out" / "kernel.safetensors").accumulator.dtype == torch.float32
+
+
+RANKED = """
+import os, torch
+from entry_points import data
+
+def ranked():
+    torch.distributed.init_process_group("gloo", init_method="file://" + os.environ["MEETING"], rank=int(os.environ["RANK"]), world_size=2)
+    return data()
+"""
+
+
+def test_two_processes_start_over_together(here):
+    """One of them removes the checkpoint, and none begins before it is gone."""
+    (here / "ranked_entry.py").write_text(RANKED)
+    command = [sys.executable, "-m", "harmonic_triton", "loss-kernel", "ranked_entry:ranked", *QUICK, "--no-report",
+               "--lr", "1e-4", "--localization", "10", "--out", "out"]  # fmt: skip
+    path = os.pathsep.join([str(here), str(ROOT)])
+    for attempt in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "MEETING": str(here / f"meeting-{attempt}"),
+            "OMP_NUM_THREADS": "1",
+        }
+        started = [
+            subprocess.Popen([*command, "--no-resume"][: None if attempt else -1], cwd=here, text=True,
+                             env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for rank in range(2)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120)[0] for process in started]
+        assert [process.returncode for process in started] == [0, 0], said

@@ -24,6 +24,12 @@ def is_first_process() -> bool:
     return rank_and_world()[0] == 0
 
 
+def wait_for_all() -> None:
+    """Go on when every process has come here: what the first one did to files before is then done for all."""
+    if distributed():
+        torch.distributed.barrier()
+
+
 def share(things: Sequence[int]) -> list[int]:
     """Every world-th of some things, from number rank on: all of them where there is one process."""
     rank, world = rank_and_world()

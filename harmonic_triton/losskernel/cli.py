@@ -22,7 +22,7 @@ import torch
 from harmonic_triton._common import files
 from harmonic_triton._common.claims import Claim, InUseError
 from harmonic_triton._common.extras import ANALYSIS, missing
-from harmonic_triton._common.processes import is_first_process
+from harmonic_triton._common.processes import is_first_process, wait_for_all
 from harmonic_triton.losskernel.entry_point import CONTRACT, EntryPointError, Task, check_sizes, count_samples, load
 from harmonic_triton.losskernel.kernel import LossKernel
 from harmonic_triton.losskernel.run import loss_kernel
@@ -135,7 +135,9 @@ def run(options: argparse.Namespace) -> int:
     first = is_first_process()
     checkpoints = options.checkpoint_dir or options.out / "checkpoint"
     if options.no_resume:
-        clear(checkpoints)
+        if first:
+            clear(checkpoints)
+        wait_for_all()
     config = resumed(options, checkpoints)
     if config is not None:
         if first:
