@@ -115,7 +115,8 @@ def linear_harmonic_loss(
     derivative needs ``backend="reference"``; the fused ones raise.
 
     Accuracy: the target and its nearest rival are measured by direct differences. Every further class j adds a relative
-    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, however far the target is: under 1e-5 unless x lies within a
+    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, however far the target is and with norms of class vectors up to
+    1e15 apart: under 1e-5 unless x lies within a
     hundredth of their norm of three or more class vectors at once, which the fp32 backends cannot tell apart (float64
     and "reference" can). 16-bit operands are taken as they are and losses are as accurate as with float32. Their gradients
     are rounded to 16 bits; the Triton backend also rounds each further class's share A_j of them, so that dX is off by about
