@@ -114,14 +114,14 @@ def linear_harmonic_loss(
     smoothing the true loss of such a token is infinite; the fused backends give a large finite one.) A second
     derivative needs ``backend="reference"``; the fused ones raise.
 
-    Accuracy: the target and its nearest rival are measured by direct differences. Every further class j adds a relative
-    error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, however far the target is and with norms of class vectors up to
-    1e15 apart: under 1e-5 unless x lies within a
-    hundredth of their norm of three or more class vectors at once, which the fp32 backends cannot tell apart (float64
-    and "reference" can). 16-bit operands are taken as they are and losses are as accurate as with float32. Their gradients
-    are rounded to 16 bits; the Triton backend also rounds each further class's share A_j of them, so that dX is off by about
-    2^-9 (bfloat16; float16 2^-12) of sum_j |A_j| ||w_j||, and dW_j of sum_i |A_ij| ||x_i||. With an offset common to x and W that is
-    up to ||x||/||x - w|| times the rounding of the result: 2e-2 at 12 in bfloat16, where the torch backend has 2e-3.
+    Accuracy: the target and its nearest rival are measured by direct differences. Every further class j adds a
+    relative error of about p_j (n/2) 1e-7 (||x||^2 + ||w_j||^2)/s_j, however far the target is and with norms of
+    class vectors up to 1e15 apart: under 1e-5 unless x lies within a hundredth of their norm of three or more class
+    vectors at once, which the fp32 backends cannot tell apart (float64 and "reference" can). 16-bit operands are
+    taken as they are and losses are as accurate as with float32. Their gradients are rounded to 16 bits; the Triton
+    backend also rounds each further class's share A_j of them, so that dX is off by about 2^-9 (bfloat16; float16
+    2^-12) of sum_j |A_j| ||w_j||, and dW_j of sum_i |A_ij| ||x_i||. With an offset common to x and W that is up to
+    ||x||/||x - w|| times the rounding of the result: 2e-2 at 12 in bfloat16, where the torch backend has 2e-3.
     """
     given = collect("linear_harmonic_loss", options, HARMONIC)
     loss, statistics = loss_and_statistics(input, linear_weight, target, given, harmonic=True)
