@@ -398,3 +398,15 @@ def test_label_names_that_matplotlib_would_hide(tmp_path):
     figure = found.plot(labels=torch.arange(8) % 4, label_names=names, method="pca")
     shown = [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
     assert shown == [" _", " _private", "–", "a" * 23 + r"\$"]
+
+
+def test_an_embedding_leaves_the_threads_as_they_are():
+    """umap-learn set them anew, and what was sampled behind it had other last digits."""
+    pytest.importorskip("umap")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        LossKernel.from_losses(torch.randn(2, 20, 30) + 3).embed("umap")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

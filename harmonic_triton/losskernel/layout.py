@@ -20,6 +20,7 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
     Returns:
         (m, d) fp32.
     """
+    threads = torch.get_num_threads()  # numba sets OpenMP's, and with them torch's
     umap = needs("umap")
     size, device = len(indices), indices.device
     itself = torch.arange(size, device=device)[:, None]  # umap-learn counts a sample as its own first neighbour
@@ -46,4 +47,5 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
             precomputed_knn=(graph, lengths),
             force_approximation_algorithm=True,
         ).fit_transform(spread)
+    torch.set_num_threads(threads)
     return torch.from_numpy(layout)
