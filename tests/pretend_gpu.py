@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from harmonic_triton import _ops
+from harmonic_triton.fused import ops as _ops
 from harmonic_triton.losskernel.covariance import differentiable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")

@@ -119,6 +119,7 @@ def test_modular_learns_and_writes_what_it_measured(tmp_path):
     assert f"PC1 ROC-AUC {measured['pc1_auc']:.4f}" in modular.summary(measured)
 
 
+@pytest.mark.slow
 def test_development_takes_one_kernel_a_checkpoint(tmp_path):
     settings = development.Development(
         modulus=7, width=32, train_batch_size=64, train_fraction=0.9, steps=250, train_lr=3e-3, weight_decay=0.0,
@@ -148,6 +149,7 @@ def test_the_share_asked_for_is_flipped_and_nothing_else():
     assert not torch.equal(wrong, mislabelled.digits(0.1, 4)[2])
 
 
+@pytest.mark.slow
 def test_the_variance_finds_flipped_labels_and_the_control_stands_beside_it(tmp_path):
     settings = replace(mislabelled.SETTINGS["quick"], width=64, steps=1500, num_chains=2, num_draws=25, embedding=False)
     measured = mislabelled.run(settings, tmp_path, Clock())

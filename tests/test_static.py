@@ -54,6 +54,7 @@ def test_every_stored_configuration_is_covered():
     assert len(jobs) == wanted
 
 
+@pytest.mark.slow  # minutes; a few of the builds are in the tests below
 @pytest.mark.parametrize("arch", static_cost.TARGETS)
 def test_compiles_within_limits(arch):
     """Every kernel x switches x dtype at its stored configuration: no spills, matrix instructions, shared memory."""
@@ -74,6 +75,27 @@ def test_compiles_within_limits(arch):
     # fp32 products stay in fp32: NVIDIA's matrix units would round the operands to tf32, AMD's have fp32 ones
     if arch.startswith("sm"):
         assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
+
+
+def test_the_products_compile_within_limits():
+    """The kernels that compute products, for 16-bit operands and both strategies, on every architecture."""
+    program = """if True:
+        import dataclasses, json
+        from benchmarks import static_cost
+        for arch in static_cost.TARGETS:
+            plain = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False}
+            for name, switches in (("forward_kernel", {**plain, "STORE_SCORES": True}),
+                                   ("gradient_kernel", {"DOT": False, "SMOOTHING": False, "STORED": False})):
+                print(json.dumps(dataclasses.asdict(static_cost.run_job((name, switches, "bf16", arch)))))"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
+    assert len(costs) == 2 * len(static_cost.TARGETS)
+    for cost in costs:
+        assert cost.spills <= PARKED and 0 < cost.registers <= REGISTERS[cost.arch], cost
+        assert cost.shared <= static_cost.SHARED_LIMIT[cost.arch] and cost.matrix_instructions, cost
 
 
 def test_products_compile_for_other_amd_gpus():
