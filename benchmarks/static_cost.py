@@ -44,6 +44,7 @@ STORED_ONLY = {"stored_ptr", "tile_best_ptr"}  # None where no log-scores are st
 HARMONIC_ONLY = {
     "norms_ptr",
     "smallest_ptr",
+    "median_ptr",
     "largest_ptr",
     "n_ptr",
     "row_sums_ptr",

@@ -465,7 +465,8 @@ import os, torch
 from entry_points import data
 
 def ranked():
-    torch.distributed.init_process_group("gloo", init_method="file://" + os.environ["MEETING"], rank=int(os.environ["RANK"]), world_size=2)
+    meeting, rank = "file://" + os.environ["MEETING"], int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     return data()
 """
 
