@@ -91,6 +91,7 @@ def test_separation_finds_two_independent_tasks_and_leaves_pairs_of_one_result_o
     assert modular.separation(kernel, shuffled, results)["knn_purity"] < 0.8
 
 
+@pytest.mark.slow
 def test_modular_learns_and_writes_what_it_measured(tmp_path):
     settings = modular.Modular(
         modulus=7,

@@ -767,3 +767,14 @@ def test_one_weight_that_is_not_finite_ends_its_chain(value):
     with pytest.warns(UserWarning, match="chain 1 diverged by step 7"):
         sampler._mark_diverged([0, 1], 7)
     assert sampler.dead == {1: 7}
+
+
+@pytest.mark.parametrize("localization", [0.0, 3.0])
+def test_the_bound_of_a_concave_loss_is_that_of_the_localization(localization):
+    """All curvature is negative: nothing but gamma holds the chain, whatever a few iterations make of the other end."""
+    model = nn.Linear(3, 1, bias=False)
+    data = (torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(40))
+    concave = lambda model, batch: -model(batch[0]).squeeze(1).square()
+    config = SGLDConfig(lr=1e-3, nbeta=50, localization=localization, batch_size=40, num_chains=1, num_draws=2)
+    bound = stability_bound(model, concave, data, config, seed=0)
+    assert bound == pytest.approx(4 / localization) if localization else bound == math.inf

@@ -37,7 +37,8 @@ def stability_bound(
         num_iterations: of two gradients each.
 
     Returns:
-        The bound; inf where there is no positive curvature, 0 where gradients are not finite.
+        The bound, at most 4 / gamma where the curvature is mostly negative; inf where there is no positive curvature and no
+        localization, 0 where gradients are not finite.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -88,5 +89,6 @@ def bound(parameters: FlatParameters, data: Samples, config: SGLDConfig, seed: i
     with parameters.evaluating():
         top = largest(0.0)
         if top < 0:  # negative curvature is the largest; shifted by it, the positive end is
-            top = largest(-top) + top
+            # of that end a few iterations may know nothing; directions without curvature have gamma
+            top = max(largest(-top) + top, config.localization)
     return 4 / top if top > 0 else math.inf
