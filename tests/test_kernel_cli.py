@@ -461,12 +461,13 @@ def test_draws_kept_in_float32(here):
 
 
 RANKED = """
-import os, torch
+import atexit, os, torch
 from entry_points import data
 
 def ranked():
     meeting, rank = "file://" + os.environ["MEETING"], int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    atexit.register(torch.distributed.destroy_process_group)  # an older PyTorch aborts where nobody does
     return data()
 """
 

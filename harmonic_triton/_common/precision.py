@@ -35,9 +35,17 @@ def full_fp32() -> Iterator[None]:
                 _restore_precision()
 
 
+def _autocast_available(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+_autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As torch.compiler.assume_constant_result sets it, without importing dynamo: PyTorch 2.11 cannot trace the question.
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products of tensors on ``device`` in their own dtype, whatever autocast surrounds the call."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not _autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
