@@ -68,6 +68,16 @@ def exchange_the_language_once_a_launch() -> None:
         return scope
 
     interpreter._patch_builtin, interpreter._patch_lang = exchange_builtins, exchange_once
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def numpy_dtype(kind: Any) -> Any:
+        """Its table of types is built anew in each of thousands of calls."""
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = look_up(kind)
+        return known[name]
+
+    interpreter._get_np_dtype = numpy_dtype
 
 
 if interpreter is not None and hasattr(interpreter, "_patch_attr"):  # how it is written in Triton 3.6 to 3.9
