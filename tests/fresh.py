@@ -2,7 +2,7 @@
 
 A process that has imported it, and has run nothing, is forked for every program (multiprocessing's fork server). A
 program sees what ``python -c`` would show it: its own ``__main__``, arguments, working directory, environment and exit
-status. What a process has at its start because of an environment variable (threads of OpenMP) is this process's.
+status, and as many threads as OMP_NUM_THREADS says. Other variables that PyTorch reads while it is imported come too late.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import traceback
 import types
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context(
@@ -38,6 +40,8 @@ def _execute(program: str, arguments: list[str], cwd: str, environment: dict[str
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     os.chdir(cwd)
     sys.argv = ["-c", *arguments]
     sys.path[:0] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
@@ -62,7 +66,7 @@ class Started:
     """A program that runs."""
 
     def __init__(self, program: str, *arguments: object, cwd: object = ROOT, env: Mapping[str, str] = os.environ):
-        self._said = [tempfile.NamedTemporaryFile("r", suffix=name) for name in (".out", ".err")]
+        self._said = [tempfile.NamedTemporaryFile("r", suffix=name) for name in (".out", ".err")]  # noqa: SIM115
         words = [str(argument) for argument in arguments]
         given = textwrap.dedent(program), words, str(cwd), dict(env), *(file.name for file in self._said)
         self._process = CONTEXT.Process(target=_execute, args=given)
