@@ -124,10 +124,10 @@ def test_triton_grid(place, dtype):
 
 # Three and more class vectors at one place: beyond the target and the rival they go through the products, and their
 # errors grow as 1/distance^2. At a tenth of their norm that is still fp32's accuracy, and everywhere it stays finite.
+# The logarithm is of fp32 whatever the operands are, and fp32 has the narrowest bounds.
 @pytest.mark.triton
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("side", [-1, 0, 1])
+@pytest.mark.parametrize(("dtype", "side"), [("fp32", -1), ("fp32", 0), ("fp32", 1), ("bf16", 0)])
 def test_triton_with_the_fast_logarithm_of_a_gpu(place, dtype, side, monkeypatch):
     """The worst that lg2.approx may do, 2^-22 off on one side or on both, stays within the bounds; it is not run here."""
     if torch.cuda.is_available():
