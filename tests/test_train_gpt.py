@@ -262,11 +262,10 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(text, tmp_pa
 def test_torchrun_with_two_processes_follows_one_process(text, tmp_path):
     """Same losses, gradient norms and weights up to rounding; 2 x 2 micro-batches of 2 against one batch of 8."""
     options = {"data": str(text), "steps": 8, "batch_size": 8, "eval_every": 4, "samples": 0, "uniform_mix": 0.01}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "examples.train_gpt", *arguments(**options, out=tmp_path / "two", micro_batch_size=2)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120
-    )
+    two = ["--standalone", "--nproc-per-node", 2, "-m", "examples.train_gpt"]
+    words = arguments(**options, out=tmp_path / "two", micro_batch_size=2)
+    torchrun = fresh.Started(fresh.module("torch.distributed.run"), *two, *words, env=environment(OMP_NUM_THREADS="1"))
+    done = torchrun.wait(timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == done.stdout.count("training and") == 1
     assert train.main(arguments(**options, out=tmp_path / "one", micro_batch_size=8)) == 0
