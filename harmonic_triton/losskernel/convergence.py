@@ -61,7 +61,8 @@ def autocorrelation_time(draws: Tensor) -> Tensor:
     pairs = rho[: length // 2 * 2].unflatten(0, (-1, 2)).sum(1)
     positive = (pairs > 0).long().cumprod(0).bool()
     tau = 2 * pairs.cummin(0).values.masked_fill(~positive, 0.0).sum(0) - 1
-    return tau.clamp_min(1 / math.log10(chains * length)) + total * 0 * rho[0]
+    times: Tensor = tau.clamp_min(1 / math.log10(chains * length)) + total * 0 * rho[0]
+    return times
 
 
 def split_chains(draws: Tensor) -> Tensor:

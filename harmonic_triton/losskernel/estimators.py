@@ -126,7 +126,7 @@ def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
 def standardised(losses: Tensor) -> Tensor:
     """(T, m) fp64: centred over the draws and scaled to norm 1, 0 where a loss never varies; ZᵀZ is the correlation."""
     centred = losses.double() - losses.mean(0, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(centred, dim=0)
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=0)
     return centred / norm.masked_fill(norm == 0, math.inf)
 
 
@@ -325,6 +325,7 @@ def taxonomic_lift(neighbors: Tensor, ancestors: Tensor, labels: Tensor | None =
 
 def population(values: Tensor) -> Tensor:
     """For each entry, how many entries are equal to it."""
+    counts: Tensor
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     return counts[inverse]
 
@@ -410,7 +411,7 @@ def neighbor_matrix(neighbors: Tensor) -> Tensor:
 
 def sample_labels(name: str, labels: Any, size: int) -> Tensor:
     """(m,) int64 labels."""
-    labels = torch.as_tensor(labels)
-    if labels.shape != (size,) or labels.is_floating_point():
-        raise ValueError(f"{name} must be integers of shape ({size},), one a sample, got {validate.describe(labels)}")
-    return labels.long()
+    given = torch.as_tensor(labels)
+    if given.shape != (size,) or given.is_floating_point():
+        raise ValueError(f"{name} must be integers of shape ({size},), one a sample, got {validate.describe(given)}")
+    return given.long()

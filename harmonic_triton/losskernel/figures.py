@@ -218,7 +218,8 @@ def correlations_figure(kernel: LossKernel, labels: Tensor | None) -> Figure:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, outside of pyplot's state."""
-    return needs("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = needs("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def check_label_names(labels: Tensor | None, names: Sequence[str] | None) -> None:

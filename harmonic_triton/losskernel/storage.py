@@ -79,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{path} is no loss kernel that this version reads (formats 1 and {FORMAT}), or is damaged"
                 )
-            state = unflatten(json.loads(metadata["loss_kernel"]), file.get_tensor)
+            state: dict[str, Any] = unflatten(json.loads(metadata["loss_kernel"]), file.get_tensor)
     except needed.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is damaged ({error}); restore it from a copy") from error
     if not sealed:

@@ -98,7 +98,8 @@ class _LossCovariance(torch.autograd.Function):
 
     @staticmethod
     def forward(losses: Tensor, backend: str) -> Tensor:
-        return torch.ops.harmonic_triton.loss_covariance(losses, backend)
+        covariance: Tensor = torch.ops.harmonic_triton.loss_covariance(losses, backend)
+        return covariance
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

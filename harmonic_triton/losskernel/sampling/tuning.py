@@ -190,9 +190,13 @@ class _TrialRuns:
         )  # fmt: skip
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**63))[:PROBE_SAMPLES]
         some = train.subset(chosen)
-        self.sampler = lambda config: Sampler(
-            model, per_sample_loss, train, some, config, seed=seed, mask=mask, chains=range(self.num_chains)
-        )
+
+        def sampler(config: SGLDConfig) -> Sampler:
+            return Sampler(
+                model, per_sample_loss, train, some, config, seed=seed, mask=mask, chains=range(self.num_chains)
+            )
+
+        self.sampler = sampler
         first = self.sampler(dataclasses.replace(self.base, localization=1e-3 * max(self.base.nbeta, 1e-3)))
         self.initial_loss = first.initial_losses.double().mean().item()
         bound = first.stability_bound()
@@ -252,5 +256,5 @@ def _next_localization(table: list[Trial], target: float) -> float:
     if above is not None and below is not None and above.localization < below.localization:
         high, low = math.log(_ratio(above, target)), math.log(_ratio(below, target))
         share = min(max(high / (high - low), 0.2), 0.8)
-        return above.localization * (below.localization / above.localization) ** share
+        return above.localization * math.pow(below.localization / above.localization, share)
     return table[-1].localization * min(max(_ratio(table[-1], target), 1e-2), 1e3)

@@ -66,7 +66,8 @@ def checked_labels(labels: Tensor | Sequence[int], num_samples: int) -> Tensor:
         raise ValueError(
             f"exclude_same must hold a label for each of the m = {num_samples} samples, got shape {tuple(given.shape)}"
         )
-    return given.unique(return_inverse=True)[1].int()
+    groups: Tensor = given.unique(return_inverse=True)[1]
+    return groups.int()
 
 
 def search(

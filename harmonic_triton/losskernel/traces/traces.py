@@ -302,7 +302,7 @@ class LossTraces:
     def variance(self) -> Tensor:
         """Variance of every sample's loss, (m,) fp64, divisor T - 1, from the losses before rounding."""
         self._need(2)
-        total, squares = self._state.sums
+        total, squares = self._state.sums.unbind()
         # exactly 0 for a constant: it lies a few last places of its fp64 mean off, and fp64 holds the squares of such
         return (squares - total.square() / self.count) / (self.count - 1)
 
