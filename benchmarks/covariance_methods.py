@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import workers
-from benchmarks.memory import NoMemoryFigureError, peak_beyond
+from harmonic_triton.tools.memory import NoMemoryFigureError, peak_beyond
 
 CENTER, SPREAD = 2.0, 0.05
 WARM_UP = 256  # samples and draws of the call before the measured ones

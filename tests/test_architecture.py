@@ -1,6 +1,7 @@
 """The house's rules: who may import whom, no circles, and no file that cannot be read in one sitting."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,23 @@ def test_imports_for_annotations_alone_are_few():
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_is_too_long(module):
     assert len(MODULES[module].read_text().splitlines()) <= LONGEST
+
+
+HOMES = {  # what is written in one file alone
+    "peak memory": (r"ru_maxrss|max_memory_allocated|VmHWM|clear_refs", "harmonic_triton/tools/memory.py"),
+    "excess loss": (r"mean\w*(\(\))?(\.item\(\))? - [\w.]*initial|- [\w.]*initial_losses\)", "harmonic_triton/losskernel/estimators.py"),
+    "a name beside a file": (r"os\.(replace|rename)\(", "harmonic_triton/_common/files.py"),
+}
+
+
+@pytest.mark.parametrize("thing", HOMES)
+def test_has_one_home(thing):
+    """In the package and the programs around it, the tests aside."""
+    pattern, home = HOMES[thing]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (PACKAGE, "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(pattern, path.read_text(encoding="utf-8"))
+    }
+    assert found == {home}

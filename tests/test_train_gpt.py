@@ -230,6 +230,19 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(corpus, tmp_path, monkey
     assert trainer.path.read_bytes() == before
 
 
+def test_a_save_follows_no_link_that_was_planted(corpus, tmp_path):
+    """Another user of a shared directory could guess a fixed temporary name."""
+    trainer = train.Trainer(Config(**{**TINY, "out": str(tmp_path)}), corpus, CPU, "harmonic")
+    trainer.path.parent.mkdir(parents=True)
+    treasure = tmp_path / "treasure"
+    treasure.write_text("mine")
+    for name in (trainer.path.with_suffix(".tmp"), trainer.path.with_name(trainer.path.name + ".tmp")):
+        name.symlink_to(treasure)
+    trainer.save()
+    assert treasure.read_text() == "mine"
+    assert not trainer.path.is_symlink()
+
+
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(text, tmp_path, capsys):
     options = {"data": str(text), "out": tmp_path / "run", "loss": "harmonic", "steps": 2, "samples": 0}
     assert train.main(arguments(**options)) == 0

@@ -74,8 +74,8 @@ def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
                     "lr": probe.lr,
                     "train_accuracy": accuracy(model, *data),
                     "test_accuracy": accuracy(model, pairs.inputs[rest], pairs.results[rest]),
-                    "initial_loss": kernel.initial_losses.double().mean().item(),
-                    "excess_loss": (kernel.mean.mean() - kernel.initial_losses.double().mean()).item(),
+                    "initial_loss": kernel.record.initial_loss,
+                    "excess_loss": kernel.excess_loss,
                     "split_half_cka": kernel.diagnostics.split_half_cka,
                     **modular.separation(kernel, task, results),
                 }

@@ -143,8 +143,8 @@ def describe(kernel: LossKernel, gamma: float, lr: float, ancestors: Tensor, lab
     return {
         "gamma": gamma,
         "lr": lr,
-        "initial_loss": kernel.initial_losses.double().mean().item(),
-        "excess_loss": (kernel.mean.mean() - kernel.initial_losses.double().mean()).item(),
+        "initial_loss": kernel.record.initial_loss,
+        "excess_loss": kernel.excess_loss,
         "split_half_cka": kernel.diagnostics.split_half_cka,
         "same_label_rho": confound.same_label,
         "other_rho": confound.other,

@@ -129,8 +129,8 @@ def run(settings: Modular, out: Path, clock: Clock) -> dict[str, Any]:
         measured = {
             "train_accuracy": accuracy(model, inputs[train_index], results[train_index]),
             "accuracy": accuracy(model, inputs, results),
-            "initial_loss": kernel.initial_losses.double().mean().item(),
-            "excess_loss": (kernel.mean.mean() - kernel.initial_losses.double().mean()).item(),
+            "initial_loss": kernel.record.initial_loss,
+            "excess_loss": kernel.excess_loss,
             "draws": kernel.num_draws,
             **separation(kernel, task, results[chosen]),
         }

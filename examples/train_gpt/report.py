@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import harmonic_triton as ht
+from harmonic_triton.tools import write_text
 
 from . import analysis, head_cost
 from .config import Config
-from .data import Corpus, write
+from .data import Corpus
 from .model import GPT
 
 matplotlib.use("Agg")
@@ -106,7 +107,7 @@ def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
         f"<body>{''.join(sections)}</body></html>"
     )
     path = Path(config.out) / "report.html"
-    write(path, page.encode())
+    write_text(path, page)
     return path
 
 
@@ -182,7 +183,7 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
     stored = json.loads(cache.read_text()) if cache.exists() else {}
     if stored.get("shape") != shape:
         stored = {"shape": shape, "heads": head_cost.compare(shape)}
-        write(cache, json.dumps(stored, indent=1).encode())
+        write_text(cache, json.dumps(stored, indent=1))
     heads = stored["heads"]
     measured = {head: cost for head, cost in heads.items() if "error" not in cost}
     figure, axes = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)

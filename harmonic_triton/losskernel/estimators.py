@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -352,13 +352,28 @@ def singular_fluctuation(variance: Tensor, beta: float, num_train: int | None = 
     return beta / 2 * empirical_variance(variance, num_train)
 
 
+Loss = TypeVar("Loss", float, Tensor)
+
+
+def excess_loss(mean_loss: Loss, initial_loss: float) -> Loss:
+    """E[L_n(w)] - L_n(w*): how far above the trained weights the probe lies, in the unit of the losses.
+
+    Args:
+        mean_loss: L_n, the mean over the samples, averaged over draws; a tensor where there are several averages.
+        initial_loss: L_n(w*).
+    """
+    return mean_loss - initial_loss
+
+
 def llc(mean_loss: float, initial_loss: float, nbeta: float) -> float:
     """Local learning coefficient λ̂ = nβ (E[L_n] - L_n(w*)) (Lau, Eq. for the WBIC-based estimator).
 
     Args:
-        mean_loss: L_n averaged over the draws; initial_loss: L_n(w*); nbeta: nβ of the probe.
+        mean_loss: L_n averaged over the draws.
+        initial_loss: L_n(w*).
+        nbeta: nβ of the probe.
     """
-    return nbeta * (mean_loss - initial_loss)
+    return nbeta * excess_loss(mean_loss, initial_loss)
 
 
 def bif(losses: Tensor, query: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from harmonic_triton._common import validate
 from harmonic_triton._common.precision import exact_products
 from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.accumulator import Accumulator
 from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
 from harmonic_triton.losskernel.traces.traces import LossTraces
 
@@ -176,20 +178,24 @@ class TraceView:
         return state
 
 
-def view(accumulator: StreamingCovariance | LossTraces, within_chain: bool) -> View:
-    """The view of an accumulator.
+def view(accumulator: Accumulator, within_chain: bool) -> View:
+    """The view of an accumulator: the one place where the two forms are told apart.
 
     Raises:
-        ValueError: the within-chain estimate of traces.
+        TypeError: it is none. ValueError: the within-chain estimate of traces.
     """
     if isinstance(accumulator, StreamingCovariance):
         return DenseView(accumulator, within_chain)
+    if not isinstance(accumulator, LossTraces):
+        raise TypeError(
+            f"accumulator must be a StreamingCovariance or LossTraces, got {validate.describe(accumulator)}"
+        )
     if within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     return TraceView(accumulator)
 
 
-def restored(state: dict[str, Any], device: torch.device | str) -> StreamingCovariance | LossTraces:
+def restored(state: dict[str, Any], device: torch.device | str) -> Accumulator:
     """The accumulator of a view's state."""
     kind: type[StreamingCovariance] | type[LossTraces] = LossTraces if "draws" in state else StreamingCovariance
     dtype = getattr(torch, state["dtype"].removeprefix("torch."))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from harmonic_triton._common import validate
 from harmonic_triton.losskernel import convergence
 from harmonic_triton.losskernel.draws import is_usable
+from harmonic_triton.losskernel.estimators import excess_loss
 from harmonic_triton.losskernel.sampling.config import SGLDConfig
 from harmonic_triton.losskernel.sampling.data import samples
 from harmonic_triton.losskernel.sampling.parameters import Mask, PerSampleLoss
@@ -228,7 +229,7 @@ class _TrialRuns:
         whole = whole[is_usable(whole.flatten(0, 1)).view(whole.shape[:2]).all(1)]
         if not len(whole):
             return Trial(localization, config.lr, math.nan, math.nan, math.nan, self.num_chains, config.num_steps)
-        excess = whole.double().mean().item() - self.initial_loss
+        excess = excess_loss(whole.double().mean().item(), self.initial_loss)
         return Trial(
             localization, config.lr, excess, *_mixing(whole), self.num_chains - len(whole), config.num_steps
         )  # fmt: skip

@@ -7,13 +7,13 @@ For m >> T the T x m traces are smaller than the m x m matrix and hold as much.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from harmonic_triton._common import validate
@@ -21,14 +21,13 @@ from harmonic_triton._common.dispatch import resolve
 from harmonic_triton._common.extras import needs
 from harmonic_triton.losskernel.draws import checked_chains, checked_draws, is_usable
 from harmonic_triton.losskernel.traces import neighbors
-from harmonic_triton.losskernel.traces.factor import Factor, Selection, moments, selection
+from harmonic_triton.losskernel.traces.factor import Factor, Selection, moments, selection, warn_of_drift
 from harmonic_triton.losskernel.traces.store import MEND, FileStore, MemoryStore, State, read_state
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
-NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
 
 
 class Neighbors(NamedTuple):
@@ -241,6 +240,25 @@ class LossTraces:
         """Let other objects and processes write to ``path``. The draws stay readable; an update takes the right again."""
         self._store.close()
 
+    def gathered(self, path: Path | None, dtype: torch.dtype, run: str) -> LossTraces:
+        """The draws of every process of ``torch.distributed``, chain by chain, in new traces; these ones are closed.
+
+        What ``path`` holds of an earlier call is dropped; the arguments are the new ones', as of the class.
+        """
+        union = LossTraces(self.num_samples, path=path, dtype=dtype, device=self.device, backend=self.backend, run=run)
+        if union.count:
+            union.reset()
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, self.chain_counts)
+        for chain, rank in sorted((chain, rank) for rank, counts in enumerate(every) for chain in counts):
+            losses = torch.empty(every[rank][chain], self.num_samples, dtype=torch.float64, device=self.device)
+            if rank == dist.get_rank():
+                losses.copy_(self.draws(self.chains == chain)).add_(self.reference)
+            dist.broadcast(losses, src=rank)
+            union.update(losses, chain=chain)
+        self.close()
+        return union
+
     # --- draws out -----------------------------------------------------------------------------------------------
 
     @property
@@ -423,24 +441,10 @@ class LossTraces:
         self._need(2)
         if self._moments_of_stored is None:
             mean, scale, ratio = moments(self._stored(), self.device)
-            self._warn_of_drift(ratio)
+            warn_of_drift(ratio, self.dtype, self.num_samples)
             self._moments_of_stored = mean, scale
         return self._moments_of_stored
 
     def _factor(self) -> Factor:
         """What products are taken from."""
         return Factor(self._stored(), *self._moments())
-
-    def _warn_of_drift(self, ratio: Tensor) -> None:
-        """``ratio``: mean square over variance of the stored values; rounding adds about eps^2/12 of the former."""
-        noise = ratio * torch.finfo(self.dtype).eps ** 2 / 12
-        noisy = int((noise > NOISE).sum())
-        if noisy:
-            warnings.warn(
-                f"the losses of {noisy} of {self.num_samples} samples have drifted from their reference by up to"
-                f" {float(ratio.max()) ** 0.5:.3g} standard deviations, and {self.dtype} rounds away up to"
-                f" {float(noise.max()):.1%} of their variance; burn in longer, begin with a larger batch of draws,"
-                " or store float32",
-                RuntimeWarning,
-                stacklevel=4,
-            )
