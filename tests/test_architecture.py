@@ -119,7 +119,10 @@ def test_no_file_is_too_long(module):
 
 HOMES = {  # what is written in one file alone
     "peak memory": (r"ru_maxrss|max_memory_allocated|VmHWM|clear_refs", "harmonic_triton/tools/memory.py"),
-    "excess loss": (r"mean\w*(\(\))?(\.item\(\))? - [\w.]*initial|- [\w.]*initial_losses\)", "harmonic_triton/losskernel/estimators.py"),
+    "excess loss": (
+        r"mean\w*(\(\))?(\.item\(\))? - [\w.]*initial|- [\w.]*initial_losses\)",
+        "harmonic_triton/losskernel/estimators.py",
+    ),
     "a name beside a file": (r"os\.(replace|rename)\(", "harmonic_triton/_common/files.py"),
 }
 

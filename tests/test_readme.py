@@ -32,9 +32,9 @@ def test_snippet_runs(snippet, printed):
 # --- the change to nanoGPT, applied to a model of its shape ----------------------------------------------------------
 
 DIFF = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1]
-TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "harmonic_triton").glob("*.py")))
+TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "harmonic_triton").rglob("*.py")))
 CHARACTERS = sorted(set(TEXT))
-DATA = torch.tensor([CHARACTERS.index(character) for character in TEXT])
+DATA = torch.tensor(list(map({character: i for i, character in enumerate(CHARACTERS)}.get, TEXT)))
 HELD_OUT = len(DATA) // 10
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot as plt
 
-from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures, modular

@@ -17,9 +17,8 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.kernel import LossKernel
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures

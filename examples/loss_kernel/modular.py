@@ -11,9 +11,8 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.kernel import LossKernel
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures
