@@ -121,7 +121,7 @@ def _loss(
 ) -> Tensor:  # fmt: skip
     """The reduced loss from the relative log-scores (kept tokens, V); ``added`` to the losses as they are."""
     log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
-    rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing) + added
+    rows = row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing) + added
     losses = rows.new_zeros(len(target)).index_put((kept.nonzero().squeeze(1),), rows)
     weights = kept.double()
     if class_weight is not None:
@@ -129,7 +129,7 @@ def _loss(
     return reduce(losses, weights, reduction, num_items)
 
 
-def _row_losses(
+def row_losses(
     log_p: Tensor, z: Tensor, target: Tensor, uniform_mix: float, class_weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
     own, classes = target.unsqueeze(1), log_p.shape[1]

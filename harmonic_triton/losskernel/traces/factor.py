@@ -84,7 +84,7 @@ def warn_of_drift(ratio: Tensor, dtype: torch.dtype, num_samples: int) -> None:
             f" {float(noise.max()):.1%} of their variance; burn in longer, begin with a larger batch of draws,"
             " or store float32",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -78,7 +78,7 @@ def search(
     if backend == "triton":
         keys = _triton_keys(problem, candidates, rows, progress)
     else:
-        keys = _torch_keys(problem, candidates, rows, progress)
+        keys = torch_keys(problem, candidates, rows, progress)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=problem.device)
     distances = torch.empty(len(rows), k, dtype=torch.float32, device=problem.device)
     for start in range(0, len(rows), FINISH):
@@ -110,7 +110,7 @@ def empty_keys(rows: int, width: int, device: torch.device) -> Tensor:
     return pack(score, torch.arange(width, device=device)).repeat(rows, 1)
 
 
-def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
+def torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
     """(rows, width) keys. Every tile among the rows themselves serves its rows and its columns."""
     keys = empty_keys(len(rows), width, problem.device)
     samples, side = problem.traces.shape[1], PANEL.get(problem.device.type, PANEL["cuda"])

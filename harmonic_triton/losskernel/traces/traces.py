@@ -330,13 +330,13 @@ class LossTraces:
         Args:
             rows: which samples, a slice, indices or a mask; columns: likewise, None for the same ones.
         """
-        products, row_scale, column_scale = self._factor().products(rows, columns)
+        products, row_scale, column_scale = self.factor().products(rows, columns)
         row_spread, column_spread = (torch.where(scale > 0, 1 / scale, 0.0) for scale in (row_scale, column_scale))
         return products.mul_(row_spread.unsqueeze(1)).mul_(column_spread).div_(self.count - 1).float()
 
     def correlation(self, rows: Selection, columns: Selection | None = None) -> Tensor:
         """A block of rho, (rows, columns) fp32 in [-1, 1]; 0 where either variance is 0. Arguments as in covariance."""
-        return self._factor().products(rows, columns)[0].clamp_(-1.0, 1.0).float()
+        return self.factor().products(rows, columns)[0].clamp_(-1.0, 1.0).float()
 
     def matvec(self, v: Tensor, *, correlation: bool = False, centered: bool = False) -> Tensor:
         """K v, in one pass over the draws, (m,) or (m, p) fp64 like v.
@@ -353,7 +353,7 @@ class LossTraces:
             raise ValueError(
                 f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {validate.describe(v)}"
             )
-        return self._factor().matvec(v.detach(), correlation, centered)
+        return self.factor().matvec(v.detach(), correlation, centered)
 
     def linear_operator(self, *, correlation: bool = True, centered: bool = False) -> LinearOperator:
         """The products of :meth:`matvec` for ``scipy.sparse.linalg``: ``eigsh(traces.linear_operator(), k=5)``.
@@ -421,7 +421,7 @@ class LossTraces:
                     " backend='auto' falls back"
                 )
             backend = "torch"
-        problem = neighbors.Problem(self._stored(), *self._moments(), labels)
+        problem = neighbors.Problem(*self.factor(), labels)
         if progress is True:
             return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(problem, k, chosen, backend, report)))
         return Neighbors(*neighbors.search(problem, k, chosen, backend, progress or None))
@@ -445,6 +445,6 @@ class LossTraces:
             self._moments_of_stored = mean, scale
         return self._moments_of_stored
 
-    def _factor(self) -> Factor:
+    def factor(self) -> Factor:
         """What products are taken from."""
         return Factor(self._stored(), *self._moments())
