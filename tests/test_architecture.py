@@ -138,3 +138,21 @@ def test_has_one_home(thing):
         if re.search(pattern, path.read_text(encoding="utf-8"))
     }
     assert found == {home}
+
+
+BRITISH = re.compile(
+    r"artefact|behaviour|centre|centring|colour|(?<!de)favour|grey|labell|licence|modell|neighbour"
+    r"|(discret|initial|memor|normal|optim|regular|standard|token|uninitial|vector)is(e|ed|er|ing|ation)\b",
+    re.IGNORECASE,
+)
+
+
+def test_identifiers_are_spelled_as_americans_do():
+    """Whole sentences may be spelled either way; a name that is typed has one spelling."""
+    found = set()
+    for folder in (PACKAGE, "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [getattr(node, field, None) for field in ("id", "attr", "name", "arg")]
+                found |= {f"{path.name}: {name}" for name in names if isinstance(name, str) and BRITISH.search(name)}
+    assert not found

@@ -796,9 +796,9 @@ def everything(losses, backend):
             traces.mean(),
         ]
         found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
-        problem = neighbors.Problem(*traces.factor(), None)
+        searched = neighbors.Search(*traces.factor(), None)
         if backend == "torch":
-            found.append(neighbors.torch_keys(problem, 9, range(150), None))
+            found.append(neighbors.torch_keys(searched, 9, range(150), None))
     return found
 
 

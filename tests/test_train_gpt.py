@@ -141,7 +141,7 @@ def test_the_report_needs_no_network_and_every_plot_in_it_is_filled(finished):
                 assert coloured.sum() > 500, name
                 continue
             drawn = [
-                (np.abs(half - matplotlib.colors.to_rgb(report.COLOURS[loss])).max(-1) < 0.03).sum() > 100
+                (np.abs(half - matplotlib.colors.to_rgb(report.COLORS[loss])).max(-1) < 0.03).sum() > 100
                 for loss in LOSSES
             ]
             # at this size a pass may fit into memory that the process has already: a bar of no height

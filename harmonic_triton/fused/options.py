@@ -94,14 +94,14 @@ CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats")
 
 def signature(function: Any, allowed: tuple[str, ...]) -> inspect.Signature:
     """What ``help`` shows: the function's own signature with the options in place of ``**options``."""
-    own = inspect.signature(function)
+    declared = inspect.signature(function)
     keywords = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(Options)
         if f.name in allowed and f.default is not MISSING
     ]
-    plain = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-    return own.replace(parameters=[*plain, *keywords])
+    plain = [p for p in declared.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    return declared.replace(parameters=[*plain, *keywords])
 
 
 def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> Options:

@@ -119,15 +119,15 @@ def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
         samples += x.shape[1]
     *products, x_sum, y_sum = totals
     pairs = ((x_sum, y_sum), (x_sum, x_sum), (y_sum, y_sum))
-    centred = (total - torch.outer(a, b) / samples for total, (a, b) in zip(products, pairs, strict=True))
-    return alignment(*(matrix.square().sum().item() for matrix in centred))
+    centered = (total - torch.outer(a, b) / samples for total, (a, b) in zip(products, pairs, strict=True))
+    return alignment(*(matrix.square().sum().item() for matrix in centered))
 
 
-def standardised(losses: Tensor) -> Tensor:
+def standardized(losses: Tensor) -> Tensor:
     """(T, m) fp64: centred over the draws and scaled to norm 1, 0 where a loss never varies; ZᵀZ is the correlation."""
-    centred = losses.double() - losses.mean(0, dtype=torch.float64)
-    norm: Tensor = torch.linalg.vector_norm(centred, dim=0)
-    return centred / norm.masked_fill(norm == 0, math.inf)
+    centered = losses.double() - losses.mean(0, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(centered, dim=0)
+    return centered / norm.masked_fill(norm == 0, math.inf)
 
 
 def alignment(product: float, first: float, second: float) -> float:
@@ -168,13 +168,13 @@ def principal_components(
     if count >= size:
         raise ValueError(f"count must be less than m = {size}, got {count}")
 
-    def centred(vector: Any) -> Any:
+    def centered(vector: Any) -> Any:
         vector = torch.as_tensor(vector).flatten()
         image = product(vector - vector.mean())
         return (image - image.mean()).numpy()
 
     sparse = needs("scipy.sparse.linalg")
-    operator = sparse.LinearOperator((size, size), matvec=centred, dtype="float64")
+    operator = sparse.LinearOperator((size, size), matvec=centered, dtype="float64")
     start = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
     values, vectors = sparse.eigsh(operator, k=count, which="LA", v0=start, tol=1e-6)
     order = values.argsort()[::-1]
@@ -218,17 +218,17 @@ def unsigned_auc(scores: Tensor, labels: Tensor) -> float:
     return max(area, 1 - area)
 
 
-def memorization_auc(variance: Tensor, initial_loss: Tensor, memorised: Tensor) -> MemorizationAUC:
+def memorization_auc(variance: Tensor, initial_loss: Tensor, memorized: Tensor) -> MemorizationAUC:
     """How well the loss variance finds memorised (mislabelled) samples, with its control (paper, appendix D.3).
 
     Args:
         variance: (m,) variance of each sample's loss, the kernel's diagonal; initial_loss: (m,) losses at w*;
-        memorised: (m,) bool.
+        memorized: (m,) bool.
 
     Raises:
-        ValueError: shapes differ, or memorised holds one value only. ImportError: without ``analysis``.
+        ValueError: shapes differ, or memorized holds one value only. ImportError: without ``analysis``.
     """
-    return MemorizationAUC(roc_auc(variance, memorised), roc_auc(initial_loss, memorised))
+    return MemorizationAUC(roc_auc(variance, memorized), roc_auc(initial_loss, memorized))
 
 
 def same_label_confound(correlation: Tensor, labels: Tensor, groups: Tensor | None = None) -> SameLabelConfound:

@@ -210,14 +210,14 @@ def alignment(first: View, second: View) -> float:
     if first.traces is None or second.traces is None:
         return estimators.cka(first.correlation, second.correlation)
     step = max(1, estimators.BLOCK // max(first.traces.count, second.traces.count))
-    chunks = (standardised_chunks(traces, step) for traces in (first.traces, second.traces))
+    chunks = (standardized_chunks(traces, step) for traces in (first.traces, second.traces))
     return estimators.cka_of_chunks(zip(*chunks, strict=True))
 
 
-def standardised_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
+def standardized_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
     """(T, step) standardised traces of a few samples after the other."""
     for start in range(0, traces.num_samples, step):
-        yield estimators.standardised(traces.draws(samples=slice(start, start + step)))
+        yield estimators.standardized(traces.draws(samples=slice(start, start + step)))
 
 
 class Neighborhood(NamedTuple):

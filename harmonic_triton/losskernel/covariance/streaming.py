@@ -213,7 +213,7 @@ class StreamingCovariance:
         if self._reference is None:
             self._reference = reference
         self._flush()
-        self._recentre(reference)
+        self._recenter(reference)
         dist.all_reduce(self._second_moment().data, group=group)
         self._counts = merged_counts(theirs["counts"] for theirs in every)
         nothing = torch.zeros(self.num_samples, dtype=torch.float64, device=self.device)
@@ -404,7 +404,7 @@ class StreamingCovariance:
         scratch = self._room_for(self.dtype) if self.backend == "torch" else None
         rank_k(self._second_moment(), draws, self._reference, scratch, self.precision)
 
-    def _recentre(self, reference: Tensor) -> None:
+    def _recenter(self, reference: Tensor) -> None:
         """Take second moments about another reference; the buffer is empty."""
         if self._reference is not None and not torch.equal(self._reference, reference) and self._triangle is not None:
             old, self._triangle = self._triangle, None
@@ -438,8 +438,8 @@ class StreamingCovariance:
                 f"out must be ({m}, {m}), {self.dtype}, on {self.device}, got {validate.describe(out)};"
                 " leave it out to have it allocated"
             )
-        centres = moments.centres.to(self.dtype)  # their rounding is to S what that of S itself is
-        self._second_moment().unfold(out, -centres, centres, 1.0 / moments.divisor, scale)
+        centers = moments.centers.to(self.dtype)  # their rounding is to S what that of S itself is
+        self._second_moment().unfold(out, -centers, centers, 1.0 / moments.divisor, scale)
         return out
 
     # --- checks ----------------------------------------------------------------------------------------------------------

@@ -33,13 +33,13 @@ class Factor(NamedTuple):
         column_at = row_at if columns is None else selection("columns", columns, len(mean))
         total = torch.zeros(len(mean[row_at]), len(mean[column_at]), dtype=torch.float64, device=mean.device)
 
-        def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
+        def standardized(chunk: Tensor, at: slice | Tensor) -> Tensor:
             return (chunk[:, at].to(mean.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
 
         with exact_products(mean.device):
             for chunk in stored.split(1024):  # as many as an fp32 product sums without harm
-                left = standardised(chunk, row_at)
-                total += left.t() @ (left if columns is None else standardised(chunk, column_at))
+                left = standardized(chunk, row_at)
+                total += left.t() @ (left if columns is None else standardized(chunk, column_at))
         return total, scale[row_at], scale[column_at]
 
     def matvec(self, v: Tensor, correlation: bool, centered: bool) -> Tensor:

@@ -421,10 +421,10 @@ class LossTraces:
                     " backend='auto' falls back"
                 )
             backend = "torch"
-        problem = neighbors.Problem(*self.factor(), labels)
+        searched = neighbors.Search(*self.factor(), labels)
         if progress is True:
-            return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(problem, k, chosen, backend, report)))
-        return Neighbors(*neighbors.search(problem, k, chosen, backend, progress or None))
+            return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(searched, k, chosen, backend, report)))
+        return Neighbors(*neighbors.search(searched, k, chosen, backend, progress or None))
 
     # --- stored values -------------------------------------------------------------------------------------------
 
