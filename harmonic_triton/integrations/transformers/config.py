@@ -54,32 +54,33 @@ def from_disk(values: dict[str, Any], where: str = "this configuration") -> dict
 
 
 @functools.cache
-def config_class(base: Any) -> Any:
-    """A configuration class that is read and written as above."""
+def config_class(owner: Any) -> Any:
+    """The configuration class of a model class ``owner``, read and written as above."""
+    base = owner.config_class
 
     def to_json_string(self: Any, use_diff: bool = True) -> str:
         values = json.loads(base.to_json_string(self, use_diff=use_diff))
         return json.dumps(to_disk(values), indent=2, sort_keys=True) + "\n"
 
-    def get_config_dict(cls: Any, name: Any, **kwargs: Any) -> Any:
-        values, unused = super(made, cls).get_config_dict(name, **kwargs)  # type: ignore[misc]
+    def get_config_dict(cls: Any, /, name: Any, **kwargs: Any) -> Any:
+        values, unused = base.get_config_dict.__func__(cls, name, **kwargs)
         return from_disk(values, str(name)), unused
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return (_blank, (base,), *object.__reduce_ex__(self, protocol)[2:])
+        return (_blank, (owner,), *object.__reduce_ex__(self, protocol)[2:])
 
-    made = type(base.__name__, (base,), {
+    own: dict[str, Any] = {
         "__module__": __name__,
         "__reduce_ex__": reduce,
         "to_json_string": to_json_string,
         "get_config_dict": classmethod(get_config_dict),
-    })  # fmt: skip
-    return made
+    }
+    return type(base.__name__, (base,), own)
 
 
-def _blank(base: Any) -> Any:
+def _blank(owner: Any) -> Any:
     """An empty configuration, for pickle and copy."""
-    made = config_class(base)
+    made = config_class(owner)
     return made.__new__(made)
 
 

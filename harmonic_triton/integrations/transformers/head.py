@@ -147,14 +147,15 @@ class CrossEntropyLinear(LossHead):
         x, target = input.reshape(-1, input.shape[-1]), labels.reshape(-1).long()
         budget = self.loss_options.get("memory_budget") or CHUNK
         step = max(1, budget // (4 * self.out_features))
-        total = x.new_zeros((), dtype=torch.float32)
+        total: Tensor = x.new_zeros((), dtype=torch.float32)
         for start in range(0, len(x), step):
             at = slice(start, start + step)
-            part = checkpoint(self._part, x[at], target[at], transform, ignore_index, use_reentrant=False)
+            part: Tensor = checkpoint(self._part, x[at], target[at], transform, ignore_index, use_reentrant=False)
             total = total + part
         if num_items is None:
             num_items = (target != ignore_index).sum().clamp(min=1)
-        return total / num_items
+        mean: Tensor = total / num_items
+        return mean
 
     def _part(self, x: Tensor, target: Tensor, transform: Transform, ignore_index: int) -> Tensor:
         """The sum over some tokens."""

@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_map_only
 from harmonic_triton.integrations.transformers.head import LossHead
 from harmonic_triton.integrations.transformers.transform import Transform
 
+_ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_meta",
+               "is_sparse", "is_nested", "is_quantized")  # fmt: skip
 ABOUT = frozenset({
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__, Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__, Tensor.is_cuda.__get__,
-    Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_nested.__get__, Tensor.is_quantized.__get__,
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex,
 })  # fmt: skip
 
@@ -59,7 +59,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(LazyLogits, LazyLogits.form, (args, kwargs or {}))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonic_triton._common import validate
+from harmonic_triton._common.dispatch import BACKENDS
 from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, transformers
 from harmonic_triton.integrations.transformers.head import (
     CHANGED,
@@ -70,6 +71,10 @@ def apply_harmonic_loss(
     loss = {"label_smoothing": label_smoothing, "backend": backend, "memory_budget": memory_budget}
     validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
     validate.budget(memory_budget)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {validate.describe(backend)}"
+        )
     if mode == "harmonic":
         validate.exponent(n)
         validate.eps(eps)
@@ -99,7 +104,7 @@ def apply_harmonic_loss(
         if model.name_or_path:
             _warn_of_conversion(model)
         stored = {**settings, **{name: loss[name] for name in ("uniform_mix", "label_smoothing") if loss[name]}}
-        _exchange_config(model, config_class(base.config_class), stored)
+        _exchange_config(model, config_class(base), stored)
     model.__class__ = _patched_class(base, mode)
     _adopt(model.get_output_embeddings(), mode, settings if mode == "harmonic" else {}, loss)
     return model
@@ -119,11 +124,11 @@ def remove_harmonic_loss(model: Any) -> Any:
     """
     if not _is_patched(model):
         raise ValueError(f"{type(model).__name__} is not patched")
-    for head in model.get_output_embeddings().modules():
-        if isinstance(head, LossHead):
-            head.__class__ = nn.Linear
-            for name in ("n", "eps", "loss_options"):
-                vars(head).pop(name, None)
+    for head in _heads(model):
+        plain: Any = head
+        plain.__class__ = nn.Linear
+        for name in ("n", "eps", "loss_options"):
+            vars(plain).pop(name, None)
     if hasattr(model.config, ATTRIBUTE):
         _exchange_config(model, model.patched_from.config_class, None)
     model.__class__ = model.patched_from
@@ -140,7 +145,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
     """``base`` with another loss. Its name stays: much of ``transformers`` and its users branch on it."""
     place = list(inspect.signature(base.forward).parameters).index("labels") - 1
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         loss = dict(getattr(config, ATTRIBUTE)) if mode == "harmonic" else {}
         settings = {name: loss.pop(name) for name in ("n", "eps") if name in loss}
@@ -169,17 +174,18 @@ def _patched_class(base: Any, mode: Mode) -> Any:
     def no_other(self: Any, value: Any) -> None:
         raise TypeError("this model's loss is that of apply_harmonic_loss; call remove_harmonic_loss(model) first")
 
-    made = type(base.__name__, (base,), {
+    own: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": base.__doc__,
-        "__init__": __init__,
+        "__init__": build,
         "__reduce_ex__": reduce,
-        "config_class": config_class(base.config_class) if mode == "harmonic" else base.config_class,
+        "config_class": config_class(base) if mode == "harmonic" else base.config_class,
         "forward": forward,
         "loss_function": property(loss_function, no_other),
         "patched_from": base,
         "set_output_embeddings": set_output_embeddings,
-    })  # fmt: skip
+    }
+    made: Any = type(base.__name__, (base,), own)
     if mode == "harmonic":
         transformers.AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
     return made
@@ -209,6 +215,10 @@ def _checked(model: Any) -> Any:
     if _is_patched(model):
         return type(model).patched_from
     base, head = type(model), model.get_output_embeddings()
+    if type(model.config) is not base.config_class:
+        raise TypeError(
+            f"the model's configuration must be a {base.config_class.__name__}, got {type(model.config).__name__}"
+        )
     if type(head) is not nn.Linear:
         raise TypeError(
             f"the output embedding of {base.__name__} must be an nn.Linear, got {type(head).__name__}; patch the model"
@@ -229,7 +239,9 @@ def _checked(model: Any) -> Any:
                 " compile it"
             )
     if type(head.weight.data).__name__ == "DTensor" or head.weight.shape[0] != head.out_features:
-        raise TypeError("the output embedding is sharded; patch the model before fully_shard, and load it without tp_plan")
+        raise TypeError(
+            "the output embedding is sharded; patch the model before fully_shard, and load it without tp_plan"
+        )
     return base
 
 
