@@ -7,12 +7,11 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -709,7 +708,7 @@ def test_works_without_scipy():
         accumulator.update(x)
         assert (accumulator.correlation() - torch.corrcoef(x.double().T)).abs().max() < 1e-6
         print(cpu_library())"""
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = fresh.run(program)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "harmonic-triton[analysis]" in run.stdout
 
@@ -765,8 +764,7 @@ def test_kernels_compile_within_limits():
     from benchmarks.static_cost import SHARED_LIMIT, TARGETS
 
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, *TARGETS]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(COMPILE, *TARGETS, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     costs = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(costs) == len(TARGETS) * 3 * 4
@@ -946,8 +944,7 @@ def test_no_product_of_sizes_is_formed_in_32_bits():
     A plane of the parts holds 2^30 numbers at m = 65536 with 16384 draws at a time, and there are three of them.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", WIDE]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(WIDE, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel for kernel, _ in found} == {"split", "rank_k", "neighbors"}

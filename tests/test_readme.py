@@ -3,11 +3,11 @@
 import importlib.util
 import math
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ PRINTED = (r"\d+\.\d\d nats, \d+% right, entropy \d+\.\d\d\n", r"torch\.Size\(\[
 
 @pytest.mark.parametrize(("snippet", "printed"), list(zip(SNIPPETS, PRINTED, strict=True)))
 def test_snippet_runs(snippet, printed):
-    run = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
+    run = fresh.run(snippet)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(printed, run.stdout)
 

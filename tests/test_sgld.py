@@ -4,11 +4,11 @@ import copy
 import dataclasses
 import math
 import os
-import subprocess
 import sys
 import textwrap
 import warnings
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -239,14 +239,10 @@ def test_two_gloo_processes_draw_what_one_does(tmp_path):
                                  checkpoint_dir=sys.argv[3]))
         torch.save(torch.cat(got), f"{sys.argv[3]}/{rank}.pt")
     """)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "meet"), str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [fresh.Started(script, rank, tmp_path / "meet", tmp_path, env=environment) for rank in range(2)]
+    ended = [process.wait(timeout=120) for process in processes]
+    assert [done.returncode for done in ended] == [0, 0], ended
     data, config = classes(), settings(lr=1e-4, chain_group_size=1, num_chains=5)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -35,8 +36,8 @@ def autocorrelated(draws: int = 30_000, samples: int = 500, chains: int = 30) ->
     noise = generator.standard_normal((draws // chains, chains, 8 + samples), dtype=np.float32)
     state = noise[0]
     path = np.empty_like(noise)
-    for step, fresh in enumerate(noise):
-        state = 0.9 * state + math.sqrt(1 - 0.9**2) * fresh
+    for step, new in enumerate(noise):
+        state = 0.9 * state + math.sqrt(1 - 0.9**2) * new
         path[step] = state
     path = path.transpose(1, 0, 2).reshape(draws, -1)
     mixing = generator.standard_normal((8, samples)).astype(np.float32) / 3
@@ -718,8 +719,7 @@ def test_the_kernel_compiles_for_every_architecture():
 
     assert {arch for arch, _ in neighbors_triton.CONFIGS} == {*static_cost.TARGETS, "interpreter"}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], cwd=ROOT, env=environment,
-                         capture_output=True, text=True, check=False)  # fmt: skip
+    run = fresh.run(COMPILE, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     costs = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(costs) == len(static_cost.TARGETS) * 2 * 2

@@ -1,0 +1,106 @@
+"""How a patched model is written to disk: so that it comes back patched, and never as the plain model.
+
+In memory a configuration keeps its class's name and model type, on which much of ``transformers`` and its users branch. On
+disk it says ``model_type: harmonic_triton``, which ``AutoConfig`` does not know before this package is imported, its
+architectures begin with "Harmonic", and in place of the size of the vocabulary stands a sentence, which the class of the
+plain model refuses and shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+from harmonic_triton._common.extras import needs
+
+TRANSFORMERS = "pip install 'harmonic-triton[transformers]'"
+transformers = needs("transformers", "harmonic_triton.integrations.transformers", install=TRANSFORMERS)
+
+MODEL_TYPE = "harmonic_triton"
+PREFIX = "Harmonic"
+VERSION = 1
+HOW = "import harmonic_triton.integrations.transformers, then AutoModelForCausalLM.from_pretrained"
+REFUSAL = f"trained with the harmonic loss: as logits these weights mean nothing. To load them: {HOW}"
+ATTRIBUTE = "harmonic_loss"  # of a configuration: what the weights mean, and what they are trained with
+
+
+def to_disk(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's entries as they are written."""
+    stored = dict(values[ATTRIBUTE], base_model_type=values["model_type"], version=VERSION)
+    if "vocab_size" in values:
+        stored["vocab_size"] = values["vocab_size"]
+    names = [PREFIX + name for name in values.get("architectures") or ()]
+    return {**values, "model_type": MODEL_TYPE, "architectures": names, "vocab_size": REFUSAL, ATTRIBUTE: stored}
+
+
+def from_disk(values: dict[str, Any], where: str = "this configuration") -> dict[str, Any]:
+    """The inverse; entries that were not written by :func:`to_disk` are refused."""
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"{where} is that of a plain {values.get('model_type')} model; load it as that and call apply_harmonic_loss"
+        )
+    stored = dict(values[ATTRIBUTE])
+    if stored.pop("version") != VERSION:
+        raise ValueError(f"{where} was written by another version of harmonic_triton than this one; install that one")
+    plain = {**values, "model_type": stored.pop("base_model_type")}
+    del plain["vocab_size"]
+    if "vocab_size" in stored:
+        plain["vocab_size"] = stored.pop("vocab_size")
+    plain["architectures"] = [name.removeprefix(PREFIX) for name in values["architectures"]]
+    plain[ATTRIBUTE] = stored
+    return plain
+
+
+@functools.cache
+def config_class(owner: Any) -> Any:
+    """The configuration class of a model class ``owner``, read and written as above."""
+    base = owner.config_class
+
+    def to_json_string(self: Any, use_diff: bool = True) -> str:
+        values = json.loads(base.to_json_string(self, use_diff=use_diff))
+        return json.dumps(to_disk(values), indent=2, sort_keys=True) + "\n"
+
+    def get_config_dict(cls: Any, /, name: Any, **kwargs: Any) -> Any:
+        values, unused = base.get_config_dict.__func__(cls, name, **kwargs)
+        return from_disk(values, str(name)), unused
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return (_blank, (owner,), *object.__reduce_ex__(self, protocol)[2:])
+
+    own: dict[str, Any] = {
+        "__module__": __name__,
+        "__reduce_ex__": reduce,
+        "to_json_string": to_json_string,
+        "get_config_dict": classmethod(get_config_dict),
+    }
+    return type(base.__name__, (base,), own)
+
+
+def _blank(owner: Any) -> Any:
+    """An empty configuration, for pickle and copy."""
+    made = config_class(owner)
+    return made.__new__(made)
+
+
+def register(harmonic_class: Callable[[Any], Any]) -> None:
+    """Let ``AutoConfig`` and ``AutoModelForCausalLM`` load what has been saved."""
+
+    class Stored:
+        """What stands for every patched architecture in the list of configurations."""
+
+        @classmethod
+        def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
+            plain = from_disk(values)
+            name = next(iter(plain["architectures"]), "")
+            base = getattr(transformers, name, None)
+            if base is None:
+                raise ValueError(
+                    f"transformers has no class {name!r}: load it as"
+                    f" harmonic_class({name}).from_pretrained(...), with the class that was patched"
+                )
+            return harmonic_class(base).config_class.from_dict(plain, **kwargs)
+
+    mapping = cast(Any, transformers.models.auto.configuration_auto).CONFIG_MAPPING
+    mapping.register(MODEL_TYPE, Stored, exist_ok=True)

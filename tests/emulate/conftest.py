@@ -1,0 +1,24 @@
+"""Tests of the compiled kernels, by ``make emulate``; elsewhere this directory holds no tests (see ``tests/test_emulated.py``)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+os.environ["HARMONIC_TRITON_TILES"] = os.devnull + ".none"  # the stored tiles, not those that this machine's user measured
+import emulation
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["test_*.py"]
+if emulation.missing() is None:
+    emulation.load()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = emulation.missing()
+    for item in items:
+        if reason is not None and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason))
