@@ -187,7 +187,9 @@ def harmonic_logits(
     the same probabilities. Differentiable any number of times.
 
     Args:
-        input: (..., D); linear_weight: (V, D); n, eps: as in :func:`linear_harmonic_loss`.
+        input: (..., D).
+        linear_weight: (V, D).
+        n, eps: as in :func:`linear_harmonic_loss`.
 
     Returns:
         (..., V), float32 (float64 for float64 input).
@@ -213,7 +215,10 @@ def harmonic_topk(
     In a transform of ``torch.func`` or in forward mode it is ``harmonic_logits(...).topk(k)``, derivatives included.
 
     Args:
-        input: (..., D); linear_weight: (V, D); k: 1 ... V; n, eps: as in :func:`linear_harmonic_loss`.
+        input: (..., D).
+        linear_weight: (V, D).
+        k: 1 ... V.
+        n, eps: as in :func:`linear_harmonic_loss`.
 
     Returns:
         log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64. Classes that
@@ -258,8 +263,8 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     Distances of 0 share the probability equally. Invariant to the scale of the distances.
 
     Args:
-        distances: bfloat16, float16, float32 or float64, >= 0 (a negative one gives NaN); n: harmonic exponent, a number
-            or a tensor of shape () or (1,).
+        distances: bfloat16, float16, float32 or float64, >= 0 (a negative one gives NaN).
+        n: harmonic exponent, a number or a tensor of shape () or (1,).
 
     Returns:
         Same shape and dtype, rounded from float32 for 16-bit distances.

@@ -22,7 +22,8 @@ class HarmonicHead(nn.Module):
     Tie it to an embedding by ``head.weight = embedding.weight``.
 
     Args:
-        in_features: D; out_features: V.
+        in_features: D.
+        out_features: V.
         n: harmonic exponent on the distance, None for sqrt(D).
         eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
         learnable_n: make n a parameter of shape (1,), initialised with the value given.

@@ -16,7 +16,8 @@ class ChainRecord:
     """Small per-draw records: mean losses, and the traces of a fixed random subset of the samples.
 
     Args:
-        num_chains, num_draws: C and T; initial_losses: (m,) at w*, NaN where unknown.
+        num_chains, num_draws: C and T.
+        initial_losses: (m,) at w*, NaN where unknown.
 
     Attributes:
         mean_loss: (C, T) fp64 mean over the m samples; 0 where not read yet. train_loss: (C, T) fp32 of the last minibatch.

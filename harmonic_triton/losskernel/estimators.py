@@ -94,7 +94,8 @@ def cka_of_factors(first: Tensor, second: Tensor) -> float:
     """:func:`cka` of the kernels XᵀX and YᵀY from their factors, without m x m (Kornblith, section 3).
 
     Args:
-        first: (T, m) factor X, for example traces standardised over the draws; second: (T', m).
+        first: (T, m) factor X, for example traces standardised over the draws.
+        second: (T', m).
 
     Raises:
         TypeError, ValueError: not two factors of the same samples.
@@ -197,7 +198,8 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
     Args:
-        scores: (m,); labels: (m,) bool, or two values of which the larger is positive.
+        scores: (m,).
+        labels: (m,) bool, or two values of which the larger is positive.
 
     Raises:
         TypeError, ValueError: shapes differ, or labels do not hold two values. ImportError: without ``analysis``.
@@ -222,7 +224,8 @@ def memorization_auc(variance: Tensor, initial_loss: Tensor, memorized: Tensor) 
     """How well the loss variance finds memorised (mislabelled) samples, with its control (paper, appendix D.3).
 
     Args:
-        variance: (m,) variance of each sample's loss, the kernel's diagonal; initial_loss: (m,) losses at w*;
+        variance: (m,) variance of each sample's loss, the kernel's diagonal.
+        initial_loss: (m,) losses at w*.
         memorized: (m,) bool.
 
     Raises:
@@ -235,8 +238,9 @@ def same_label_confound(correlation: Tensor, labels: Tensor, groups: Tensor | No
     """Whether samples correlate because they share a label (paper, appendix B, "Avoiding spurious correlations").
 
     Args:
-        correlation: (m, m); labels: (m,) integers; groups: (m,) integers, for example the task: only pairs within a
-            group count. None is one group.
+        correlation: (m, m).
+        labels: (m,) integers.
+        groups: (m,) integers, for example the task: only pairs within a group count. None is one group.
 
     Returns:
         Mean ρ over pairs i != j of one group with the same label, and with different labels; NaN where there is none.
@@ -263,7 +267,8 @@ def knn_purity(neighbors: Tensor, labels: Tensor) -> float:
     """Mean share of a sample's k nearest neighbours that carry its label.
 
     Args:
-        neighbors: (m, k) int64 indices, -1 where there is none; labels: (m,) integers.
+        neighbors: (m, k) int64 indices, -1 where there is none.
+        labels: (m,) integers.
 
     Raises:
         TypeError, ValueError: shapes differ.
@@ -337,8 +342,9 @@ def empirical_variance(variance: Tensor, num_train: int | None = None) -> float:
     """V_n = Σ_i Var ℓ_i over the training set, the trace of its kernel (paper, appendix A.1).
 
     Args:
-        variance: (m,) loss variances; num_train: n, when the m samples are drawn from a training set of n: the sum is
-            scaled by n/m. None means they are the training set.
+        variance: (m,) loss variances.
+        num_train: n, when the m samples are drawn from a training set of n: the sum is scaled by n/m. None means they are
+            the training set.
     """
     return variance.double().sum().item() * (1.0 if num_train is None else num_train / len(variance))
 
@@ -347,7 +353,8 @@ def singular_fluctuation(variance: Tensor, beta: float, num_train: int | None = 
     """ν̂ = (β/2) V_n (Watanabe 2009; paper, appendix A.1), β the inverse temperature (nβ over n).
 
     Args:
-        variance, num_train: as in :func:`empirical_variance`; beta: β.
+        variance, num_train: as in :func:`empirical_variance`.
+        beta: β.
     """
     return beta / 2 * empirical_variance(variance, num_train)
 
@@ -380,7 +387,8 @@ def bif(losses: Tensor, query: Tensor) -> Tensor:
     """Bayesian influence of each sample on each query: -Cov(ℓ_i, φ) over the draws (paper, appendix A.2).
 
     Args:
-        losses: (T, m) losses, draw by draw; query: (T,) or (T, q) observables at the same draws.
+        losses: (T, m) losses, draw by draw.
+        query: (T,) or (T, q) observables at the same draws.
 
     Returns:
         (m,) or (m, q) fp64, with the divisor T - 1. Negative: giving the sample more weight lowers E[φ].

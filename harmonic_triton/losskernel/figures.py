@@ -39,7 +39,8 @@ def overview(
 
     Args:
         embedding: (m, 2) coordinates; None: ``kernel.embed(method, exclude_same=exclude_same)``.
-        labels: (m,) integers that sort and colour the samples, None for the kernel's own; label_names: of labels 0, 1, ...
+        labels: (m,) integers that sort and colour the samples, None for the kernel's own.
+        label_names: of labels 0, 1, ...
 
     Raises:
         ValueError: an argument is wrong. ImportError: without the ``analysis`` extra.

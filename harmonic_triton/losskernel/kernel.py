@@ -223,16 +223,13 @@ class LossKernel:
         """The most correlated samples of a few, with their correlations.
 
         Args:
-            samples: which; names: m names, None for the numbers; k, exclude_same: as in :meth:`neighbors`.
+            samples: which.
+            names: m names, None for the numbers.
+            k, exclude_same: as in :meth:`neighbors`.
         """
         labels = self._exclusion(exclude_same)
         validate.integer("k", k, 1)
-        rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
-            raise ValueError(
-                f"samples must lie between 0 and m - 1 = {self.num_samples - 1}, got {int(rows.min())} ... {int(rows.max())}"
-            )
-        return views.neighborhoods(self.view, rows, k, labels, names)
+        return views.neighborhoods(self.view, samples, self.num_samples, k, labels, names)
 
     # --- numbers -------------------------------------------------------------------------------------------------------
 
@@ -339,7 +336,9 @@ class LossKernel:
         Args:
             method: "umap" (umap-learn on :meth:`neighbors`, started from the principal components) or "pca"; fewer than
                 four samples are laid out by "pca".
-            num_neighbors, min_dist: of UMAP; exclude_same: as in :meth:`neighbors`; seed: the same picture every time.
+            num_neighbors, min_dist: of UMAP.
+            exclude_same: as in :meth:`neighbors`.
+            seed: the same picture every time.
 
         Raises:
             ValueError: an argument is wrong. ImportError: without the ``analysis`` extra.

@@ -66,7 +66,8 @@ def write(
 
     Args:
         names: what to call the samples, m of them, in the table of neighbours.
-        labels: (m,) integers that sort and colour the samples, None for the kernel's own; label_names: of labels 0, 1, ...
+        labels: (m,) integers that sort and colour the samples, None for the kernel's own.
+        label_names: of labels 0, 1, ...
         samples: whose neighbours are listed; None: twelve spread over the order of their loss variance.
         exclude_same: leave pairs with one label out of neighbours and embedding: (m,) labels, or True for the kernel's.
         method, embedding: as in ``figures.overview``.

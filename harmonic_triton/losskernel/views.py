@@ -229,9 +229,18 @@ class Neighborhood(NamedTuple):
 
 
 def neighborhoods(
-    view: View, rows: Tensor, k: int, labels: Tensor | None, names: Sequence[str] | None
+    view: View, samples: Sequence[int] | Tensor, size: int, k: int, labels: Tensor | None, names: Sequence[str] | None
 ) -> list[Neighborhood]:
-    """The k most correlated samples of some (r,), pairs of one label left out."""
+    """The k most correlated samples of some (r,) of the ``size`` there are, pairs of one label left out.
+
+    Raises:
+        ValueError: there is no such sample.
+    """
+    rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size:
+        raise ValueError(
+            f"samples must lie between 0 and m - 1 = {size - 1}, got {int(rows.min())} ... {int(rows.max())}"
+        )
     rho = view.block(rows, None, True).clone()
     rho[torch.arange(len(rows)), rows] = -math.inf
     if labels is not None:

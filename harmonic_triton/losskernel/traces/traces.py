@@ -328,7 +328,8 @@ class LossTraces:
         """A block of K, (rows, columns) fp32, divisor T - 1.
 
         Args:
-            rows: which samples, a slice, indices or a mask; columns: likewise, None for the same ones.
+            rows: which samples, a slice, indices or a mask.
+            columns: likewise, None for the same ones.
         """
         products, row_scale, column_scale = self.factor().products(rows, columns)
         row_spread, column_spread = (torch.where(scale > 0, 1 / scale, 0.0) for scale in (row_scale, column_scale))
@@ -425,8 +426,6 @@ class LossTraces:
         if progress is True:
             return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(searched, k, chosen, backend, report)))
         return Neighbors(*neighbors.search(searched, k, chosen, backend, progress or None))
-
-    # --- stored values -------------------------------------------------------------------------------------------
 
     def _stored(self) -> Tensor:
         """(count, m) as stored."""
