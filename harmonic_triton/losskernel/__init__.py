@@ -2,8 +2,8 @@
 
 ``sampling`` moves the chains, ``collector`` takes their draws, ``draws`` says which count, ``covariance`` and ``traces``
 accumulate them, ``run`` is the whole way, ``kernel`` the result and ``views`` its two forms, ``estimators``, ``convergence``
-and ``diagnostics`` what is computed from it, ``figures``, ``report``, ``tables`` and ``cli`` what a person sees. The losses
-of one sample that ``loss_kernel`` and its relatives take can be imported from here.
+and ``diagnostics`` what is computed from it, ``figures``, ``report``, ``tables`` and ``cli`` what a person sees. Those
+losses of single samples that ``loss_kernel`` and its relatives take, and their ``Sampler``, can be imported from here.
 """
 
 from harmonic_triton.losskernel.per_sample_losses import (
@@ -14,8 +14,10 @@ from harmonic_triton.losskernel.per_sample_losses import (
     sequence_loss,
     token_loss,
 )
+from harmonic_triton.losskernel.sampling.sampler import Sampler
 
 __all__ = [
+    "Sampler",
     "classification_loss",
     "harmonic_head_loss",
     "per_sample_cross_entropy",

@@ -88,7 +88,7 @@ def tune(
     less, and R-hat says whether the chains agree.
 
     Args:
-        model, per_sample_loss, train_data, seed, mask, device: as for ``sampler.Sampler``.
+        model, per_sample_loss, train_data, seed, mask, device: as for :class:`losskernel.Sampler`.
         nbeta: inverse temperature times n; None: n / log n.
         target_excess: mean excess loss wanted, in the unit of the losses; None: the mean loss at w*.
         batch_size: None: 256, or all samples if there are fewer.

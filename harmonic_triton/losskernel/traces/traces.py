@@ -19,6 +19,7 @@ from torch import Tensor
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import resolve
 from harmonic_triton._common.extras import needs
+from harmonic_triton._common.processes import rank_and_world
 from harmonic_triton.losskernel.draws import checked_chains, checked_draws, is_usable
 from harmonic_triton.losskernel.traces import neighbors
 from harmonic_triton.losskernel.traces.factor import Factor, Selection, moments, selection, warn_of_drift
@@ -246,13 +247,13 @@ class LossTraces:
         What ``path`` holds of an earlier call is dropped; the arguments are the new ones', as of the class.
         """
         union = LossTraces(self.num_samples, path=path, dtype=dtype, device=self.device, backend=self.backend, run=run)
-        if union.count:
-            union.reset()
-        every: list[Any] = [None] * dist.get_world_size()
+        union.reset()
+        mine, world = rank_and_world()
+        every: list[Any] = [None] * world
         dist.all_gather_object(every, self.chain_counts)
         for chain, rank in sorted((chain, rank) for rank, counts in enumerate(every) for chain in counts):
             losses = torch.empty(every[rank][chain], self.num_samples, dtype=torch.float64, device=self.device)
-            if rank == dist.get_rank():
+            if rank == mine:
                 losses.copy_(self.draws(self.chains == chain)).add_(self.reference)
             dist.broadcast(losses, src=rank)
             union.update(losses, chain=chain)
