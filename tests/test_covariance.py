@@ -446,7 +446,7 @@ def test_all_reduce_between_processes():
     chains = ar1(draws=900, spread=0.005)
     chains[10:] += 0.002  # the references differ
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_of_two, args=(folder, chains), nprocs=2)
+        mp.start_processes(rank_of_two, (folder, chains), nprocs=2, start_method=fresh.CONTEXT.get_start_method())
         states = {name: torch.load(Path(folder) / f"{name}.pt") for name in ("both0", "both1", "second0", "second1")}
         refusals = [(Path(folder) / f"refusal{rank}").read_text() for rank in range(2)]
     assert all("one num_samples, dtype, backend" in refusal for refusal in refusals)
@@ -852,8 +852,11 @@ def numpy_correlation(losses):
     return rho
 
 
+# The library is the CPU's: Triton asks none.
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize(("library", "backend"), [("lapack", "torch"), ("panels", "torch"), ("lapack", "triton")],
+                         indirect=True)  # fmt: skip
 def test_neither_autocast_nor_the_precision_setting_reaches_the_sums(autocast, precision, library, backend):
     losses = ar1(600)
     expected = numpy_correlation(losses.flatten(0, 1))

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -278,7 +279,7 @@ def check_loading(load, model, full, options):
 
 def test_fsdp2_shards_a_head_with_a_learnable_exponent(tmp_path):
     pytest.importorskip("torch.distributed.checkpoint")
-    mp.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(rank_of_two, (str(tmp_path),), nprocs=2, start_method=fresh.CONTEXT.get_start_method())
     full = torch.load(Path(tmp_path) / "full.pt", weights_only=True)
     model = Shardable()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh
 import pytest
 import torch
 
@@ -67,7 +64,7 @@ def test_tensors_that_stay_on_the_cpu_are_found_when_a_gpu_is_pretended(request)
 def test_as_on_a_gpu():
     """This file where a GPU is pretended; ``pytest --pretend-gpu -m triton`` is the same for all of them."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "--pretend-gpu", "-q", "-p", "no:cacheprovider", "tests/test_placing.py"]
-    run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    words = ["--pretend-gpu", "-q", "-p", "no:cacheprovider", "tests/test_placing.py"]
+    run = fresh.run(fresh.module("pytest"), *words)
     assert run.returncode == 0, run.stdout[-4000:]
     assert "5 passed, 2 skipped" in run.stdout
