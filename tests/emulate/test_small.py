@@ -6,7 +6,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from test_emulated_losses import STRATEGIES, compare
+from test_emulated_losses import WAYS, compare
 from test_oracle import inputs
 
 import harmonic_triton
@@ -25,7 +25,7 @@ def kernels():
         yield from (function.name for function in functions if function.name.endswith("_kernel"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [strategy for dtype, strategy in WAYS if dtype == "bf16"])
 def test_a_loss(strategy):
     with emulation.on_gpu(90, processors=2) as session:
         compare(*inputs(19, 40, 71, torch.bfloat16, "near")[:3], 7.0, strategy)
