@@ -2,8 +2,8 @@
 
 In memory a configuration keeps its class's name and model type, on which much of ``transformers`` and its users branch. On
 disk it says ``model_type: harmonic_triton``, which ``AutoConfig`` does not know before this package is imported, its
-architectures begin with "Harmonic", and in place of the size of the vocabulary stands a sentence, which the class of the
-plain model refuses and shows.
+architectures begin with "Harmonic", and in place of the size of the vocabulary stands a sentence, which the configuration
+class of the plain model refuses and shows.
 """
 
 from __future__ import annotations
@@ -26,17 +26,24 @@ REFUSAL = f"trained with the harmonic loss: as logits these weights mean nothing
 ATTRIBUTE = "harmonic_loss"  # of a configuration: what the weights mean, and what they are trained with
 
 
-def to_disk(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's entries as they are written."""
-    stored = dict(values[ATTRIBUTE], base_model_type=values["model_type"], version=VERSION)
-    if "vocab_size" in values:
-        stored["vocab_size"] = values["vocab_size"]
+def to_disk(values: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """A configuration's entries as they are written, for a model class of this name."""
+    sizes = {}
+    written = dict(values)
+    for name, part in _parts(values).items():
+        sizes[name] = part["vocab_size"]
+        if name:
+            written[name] = {**part, "vocab_size": REFUSAL}
+    stored = {
+        **values[ATTRIBUTE], "architecture": architecture, "base_model_type": values["model_type"],
+        "version": VERSION, "vocab_size": sizes,
+    }  # fmt: skip
     names = [PREFIX + name for name in values.get("architectures") or ()]
-    return {**values, "model_type": MODEL_TYPE, "architectures": names, "vocab_size": REFUSAL, ATTRIBUTE: stored}
+    return {**written, "model_type": MODEL_TYPE, "architectures": names, "vocab_size": REFUSAL, ATTRIBUTE: stored}
 
 
-def from_disk(values: dict[str, Any], where: str = "this configuration") -> dict[str, Any]:
-    """The inverse; entries that were not written by :func:`to_disk` are refused."""
+def from_disk(values: dict[str, Any], where: str = "this configuration") -> tuple[dict[str, Any], str]:
+    """The inverse: entries and architecture. What was not written by :func:`to_disk` is refused."""
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"{where} is that of a plain {values.get('model_type')} model; load it as that and call apply_harmonic_loss"
@@ -46,11 +53,21 @@ def from_disk(values: dict[str, Any], where: str = "this configuration") -> dict
         raise ValueError(f"{where} was written by another version of harmonic_triton than this one; install that one")
     plain = {**values, "model_type": stored.pop("base_model_type")}
     del plain["vocab_size"]
-    if "vocab_size" in stored:
-        plain["vocab_size"] = stored.pop("vocab_size")
+    for name, size in stored.pop("vocab_size").items():
+        if name:
+            plain[name] = {**values[name], "vocab_size": size}
+        else:
+            plain["vocab_size"] = size
     plain["architectures"] = [name.removeprefix(PREFIX) for name in values["architectures"]]
+    architecture = stored.pop("architecture")
     plain[ATTRIBUTE] = stored
-    return plain
+    return plain, architecture
+
+
+def _parts(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A configuration (under "") and those within it that have a vocabulary."""
+    every = {"": values, **{name: part for name, part in values.items() if isinstance(part, dict)}}
+    return {name: part for name, part in every.items() if "vocab_size" in part}
 
 
 @functools.cache
@@ -60,11 +77,11 @@ def config_class(owner: Any) -> Any:
 
     def to_json_string(self: Any, use_diff: bool = True) -> str:
         values = json.loads(base.to_json_string(self, use_diff=use_diff))
-        return json.dumps(to_disk(values), indent=2, sort_keys=True) + "\n"
+        return json.dumps(to_disk(values, owner.__name__), indent=2, sort_keys=True) + "\n"
 
     def get_config_dict(cls: Any, /, name: Any, **kwargs: Any) -> Any:
         values, unused = base.get_config_dict.__func__(cls, name, **kwargs)
-        return from_disk(values, str(name)), unused
+        return from_disk(values, str(name))[0], unused
 
     def reduce(self: Any, protocol: Any) -> Any:
         return (_blank, (owner,), *object.__reduce_ex__(self, protocol)[2:])
@@ -84,6 +101,17 @@ def _blank(owner: Any) -> Any:
     return made.__new__(made)
 
 
+def register_class(base: Any, made: Any) -> None:
+    """Let every ``AutoModelFor...`` that knows ``base`` give ``made`` for a configuration of ours."""
+    for mapping in vars(transformers.models.auto.modeling_auto).values():
+        if type(mapping).__name__ != "_LazyAutoMapping":
+            continue
+        known = mapping.get(base.config_class, None)
+        if base is known or (isinstance(known, tuple) and base in known):
+            mapping.register(made.config_class, made, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+
+
 def register(harmonic_class: Callable[[Any], Any]) -> None:
     """Let ``AutoConfig`` and ``AutoModelForCausalLM`` load what has been saved."""
 
@@ -92,8 +120,7 @@ def register(harmonic_class: Callable[[Any], Any]) -> None:
 
         @classmethod
         def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
-            plain = from_disk(values)
-            name = next(iter(plain["architectures"]), "")
+            plain, name = from_disk(values)
             base = getattr(transformers, name, None)
             if base is None:
                 raise ValueError(

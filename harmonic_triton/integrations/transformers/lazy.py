@@ -43,7 +43,13 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if self._formed is not None:
                 return self._formed
-            formed = self._transform(self._head(self._input)).to(self.dtype)
+            try:
+                formed = self._transform(self._head(self._input)).to(self.dtype)
+            except TypeError as error:  # which a binary operator would take for "not my business"
+                raise RuntimeError(
+                    "logits beside a loss are formed when they are used, and here they cannot be: the weights are sharded"
+                    " outside of the forward pass; call the model without labels"
+                ) from error
             if torch.is_grad_enabled() or not self._input.requires_grad:
                 self._formed = formed
             return formed

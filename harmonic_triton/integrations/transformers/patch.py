@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import BACKENDS
-from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, transformers
+from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, register_class, transformers
 from harmonic_triton.integrations.transformers.head import (
     CHANGED,
     Call,
@@ -187,7 +187,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
     }
     made: Any = type(base.__name__, (base,), own)
     if mode == "harmonic":
-        transformers.AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+        register_class(base, made)
     return made
 
 
@@ -309,11 +309,12 @@ def _heads(model: Any) -> list[LossHead]:
         return [module]
     heads = [part for part in module.modules() if isinstance(part, LossHead)]
     if type(module).__name__ != "ModulesToSaveWrapper" or not heads:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(
-            f"the output embedding has become a {type(module).__name__}, whose result is not the loss's"
-            + (": an adapter adds dot products to what the head gives" if heads else "")
-            + "; leave it out of target_modules (and of trainable_token_indices), or train it whole with"
-            " modules_to_save, or call apply_harmonic_loss again after model.set_output_embeddings(nn.Linear(...))"
+            f"the output embedding has become a {kind}"
+            + (", and what an adapter adds to a head's result are dot products, not distances" if heads else "")
+            + ": leave it out of target_modules and trainable_token_indices (modules_to_save trains it whole), or give the"
+            " model a plain layer by model.set_output_embeddings(...)"
         )
     return heads
 
