@@ -2,8 +2,8 @@
 
 In memory a configuration keeps its class's name and model type, on which much of ``transformers`` and its users branch. On
 disk it says ``model_type: harmonic_triton``, which ``AutoConfig`` does not know before this package is imported, its
-architectures begin with "Harmonic", and in place of the size of the vocabulary stands a sentence, which the configuration
-class of the plain model refuses and shows.
+architectures begin with "Harmonic", and in place of the model's width stands a sentence, which the configuration class of the
+plain model refuses and shows. (Trainer reads a checkpoint's configuration as a ``PreTrainedConfig``, which has no width.)
 """
 
 from __future__ import annotations
@@ -26,20 +26,28 @@ REFUSAL = f"trained with the harmonic loss: as logits these weights mean nothing
 ATTRIBUTE = "harmonic_loss"  # of a configuration: what the weights mean, and what they are trained with
 
 
-def to_disk(values: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """A configuration's entries as they are written, for a model class of this name."""
-    sizes = {}
-    written = dict(values)
-    for name, part in _parts(values).items():
-        sizes[name] = part["vocab_size"]
-        if name:
-            written[name] = {**part, "vocab_size": REFUSAL}
-    stored = {
-        **values[ATTRIBUTE], "architecture": architecture, "base_model_type": values["model_type"],
-        "version": VERSION, "vocab_size": sizes,
+def to_disk(values: dict[str, Any], architecture: str, widths: dict[str, str]) -> dict[str, Any]:
+    """A configuration's entries as they are written.
+
+    Args:
+        values: the entries of a plain one.
+        architecture: the name of the model class.
+        widths: by part of the configuration ("" for the whole), what it calls the width of the model.
+    """
+    written, kept = dict(values), {}
+    for part, width in widths.items():
+        at = written if not part else dict(written[part])
+        if part:
+            written[part] = at
+        kept[part] = {width: at[width]}
+        at[width] = REFUSAL
+    written["model_type"] = MODEL_TYPE
+    written["architectures"] = [PREFIX + name for name in values.get("architectures") or ()]
+    written[ATTRIBUTE] = {
+        **values[ATTRIBUTE], "architecture": architecture, "base_model_type": values["model_type"], "version": VERSION,
+        "replaced": kept,
     }  # fmt: skip
-    names = [PREFIX + name for name in values.get("architectures") or ()]
-    return {**written, "model_type": MODEL_TYPE, "architectures": names, "vocab_size": REFUSAL, ATTRIBUTE: stored}
+    return written
 
 
 def from_disk(values: dict[str, Any], where: str = "this configuration") -> tuple[dict[str, Any], str]:
@@ -52,22 +60,26 @@ def from_disk(values: dict[str, Any], where: str = "this configuration") -> tupl
     if stored.pop("version") != VERSION:
         raise ValueError(f"{where} was written by another version of harmonic_triton than this one; install that one")
     plain = {**values, "model_type": stored.pop("base_model_type")}
-    del plain["vocab_size"]
-    for name, size in stored.pop("vocab_size").items():
-        if name:
-            plain[name] = {**values[name], "vocab_size": size}
+    for part, width in stored.pop("replaced").items():
+        if part:
+            plain[part] = {**plain[part], **width}
         else:
-            plain["vocab_size"] = size
+            plain.update(width)
     plain["architectures"] = [name.removeprefix(PREFIX) for name in values["architectures"]]
     architecture = stored.pop("architecture")
     plain[ATTRIBUTE] = stored
     return plain, architecture
 
 
-def _parts(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A configuration (under "") and those within it that have a vocabulary."""
-    every = {"": values, **{name: part for name, part in values.items() if isinstance(part, dict)}}
-    return {name: part for name, part in every.items() if "vocab_size" in part}
+def _widths(config: Any, values: dict[str, Any]) -> dict[str, str]:
+    """What a configuration, and those within it that have a vocabulary, call the width of the model."""
+    found = {}
+    for part in ("", *(name for name, value in values.items() if isinstance(value, dict) and "vocab_size" in value)):
+        held = getattr(config, part) if part else config
+        width = getattr(held, "attribute_map", {}).get("hidden_size", "hidden_size")
+        if width in (values[part] if part else values):
+            found[part] = width
+    return found
 
 
 @functools.cache
@@ -77,7 +89,7 @@ def config_class(owner: Any) -> Any:
 
     def to_json_string(self: Any, use_diff: bool = True) -> str:
         values = json.loads(base.to_json_string(self, use_diff=use_diff))
-        return json.dumps(to_disk(values, owner.__name__), indent=2, sort_keys=True) + "\n"
+        return json.dumps(to_disk(values, owner.__name__, _widths(self, values)), indent=2, sort_keys=True) + "\n"
 
     def get_config_dict(cls: Any, /, name: Any, **kwargs: Any) -> Any:
         values, unused = base.get_config_dict.__func__(cls, name, **kwargs)
