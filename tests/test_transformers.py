@@ -289,7 +289,7 @@ def test_resized_embeddings(name, size, tmp_path):
     given = {key: value.clamp(max=40) for key, value in given.items()}
     model.resize_token_embeddings(size, mean_resizing=False)
     head = model.get_output_embeddings()
-    assert head.weight.shape == (size, D) and head.out_features == size
+    assert head.weight.shape == (size, D)
     assert (head.weight is model.get_input_embeddings().weight) == (name == "gpt2")
     reference = remove_harmonic_loss(copy.deepcopy(model))
     assert type(reference.get_output_embeddings()) is nn.Linear
@@ -439,6 +439,7 @@ def replaced(model, name, module):
         (lambda: replaced(build("llama"), "lm_head", nn.Embedding(3, 2)), TypeError, "got Embedding"),
         (lambda: replaced(build("llama"), "loss_function", print), TypeError, "has been given a loss function"),
         (lambda: replaced(build("llama"), "forward", print), TypeError, "forward has been replaced"),
+        (lambda: replaced(build("llama"), "_tp_size", 2), TypeError, "without tp_plan"),
         (lambda: patched("llama"), ValueError, "is patched already, otherwise"),
         (lambda: apply_harmonic_loss(build("llama"), mode="cross_entropy"), ValueError, "is patched already"),
     ],
@@ -474,6 +475,8 @@ def test_a_head_that_is_exchanged():
         model(**given)
     with pytest.raises(TypeError, match="remove_harmonic_loss"):
         patched("llama").loss_function = print
+    with pytest.raises(TypeError, match="without tp_plan"):
+        replaced(patched("llama"), "_tp_size", 2)(**given)
 
 
 def test_weights_of_cross_entropy_warn(tmp_path):

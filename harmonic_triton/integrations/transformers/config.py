@@ -17,6 +17,12 @@ from harmonic_triton._common.extras import needs
 
 TRANSFORMERS = "pip install 'harmonic-triton[transformers]'"
 transformers = needs("transformers", "harmonic_triton.integrations.transformers", install=TRANSFORMERS)
+OLDEST = (5, 5)  # which loads extra states
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"harmonic_triton.integrations.transformers needs transformers >= {OLDEST[0]}.{OLDEST[1]}, and {transformers.__version__}"
+        f" is installed: {TRANSFORMERS}"
+    )
 
 MODEL_TYPE = "harmonic_triton"
 PREFIX = "Harmonic"

@@ -33,7 +33,7 @@ class LazyLogits(Tensor):
         """The scores of input (..., D) as the model would return them."""
         dtype = input.dtype if head.keeps_dtype or input.dtype == torch.float64 else torch.float32
         lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            LazyLogits, (*input.shape[:-1], head.out_features), dtype=dtype, device=input.device
+            LazyLogits, (*input.shape[:-1], head.weight.shape[0]), dtype=dtype, device=input.device
         )
         lazy._head, lazy._input, lazy._transform, lazy._formed = head, input, transform, None
         return lazy

@@ -238,11 +238,18 @@ def _checked(model: Any) -> Any:
                 f"the {name}'s forward has been replaced or compiled; patch the model first, then prepare, dispatch or"
                 " compile it"
             )
-    if type(head.weight.data).__name__ == "DTensor" or head.weight.shape[0] != head.out_features:
-        raise TypeError(
-            "the output embedding is sharded; patch the model before fully_shard, and load it without tp_plan"
-        )
+    if type(head.weight.data).__name__ == "DTensor":
+        raise TypeError("the output embedding is sharded; patch the model before fully_shard")
+    _whole(model)
     return base
+
+
+def _whole(model: Any) -> None:
+    """Raise where the classes are spread over devices."""
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise TypeError(
+            "tensor parallelism shards the output embedding, and the loss needs every class; load the model without tp_plan"
+        )
 
 
 def _adopt(head: Any, mode: Mode, settings: dict[str, float], loss: dict[str, Any]) -> None:
@@ -321,6 +328,7 @@ def _heads(model: Any) -> list[LossHead]:
 
 def _run(model: Any, forward: Any, wants_loss: bool, args: Any, kwargs: Any) -> Any:
     """A forward pass whose head is told what it is for."""
+    _whole(model)
     call, heads = Call(wants_loss), _heads(model)
     for head in heads:
         head.call = call
