@@ -20,8 +20,8 @@ EXTRAS = {
     "examples": ["matplotlib", "tokenizers", "tqdm"],
     "analysis": ["matplotlib", "safetensors", "scikit-learn", "scipy", "tqdm", "umap-learn"],
     "zarr": ["zarr"],
-    "transformers": ["transformers"],
-    "test": ["hypothesis", "mpmath", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+    "transformers": ["accelerate", "transformers>=5.5"],
+    "test": ["hypothesis", "mpmath", "mypy", "peft", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
 }
 
 setup(

@@ -60,6 +60,7 @@ def test_the_imports_are_found():
 
 
 FORBIDDEN = {
+    "integrations": {"losskernel", "tools", ""},
     "fused": {"losskernel", "tools", "functional", "modules", ""},  # the reference is one of its backends
     "losskernel": {"fused", "tools", "functional", "modules", "reference", ""},
     "_common": {"fused", "losskernel", "tools", "functional", "modules", "reference", ""},
@@ -78,6 +79,13 @@ def test_rooms_import_what_they_may(owner):
         if room(name) in FORBIDDEN[owner]
     ]
     assert not wrong
+
+
+def test_integrations_are_imported_on_demand():
+    """By nobody here: what they stand on may not be installed, and takes seconds to import."""
+    for module in MODULES:
+        found = [name for name in imports(module) | imports(module, typing=True) if room(name) == "integrations"]
+        assert room(module) == "integrations" or not found, module
 
 
 def test_the_reference_stands_alone():

@@ -202,13 +202,14 @@ def test_a_repetition_penalty_makes_repetition_less_likely():
     assert (held.gather(1, prompt) < free.gather(1, prompt)).all()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize("name", KINDS)
 def test_files_bring_the_loss_back(name, tmp_path):
     model, given = patched(name), batch()
     apply_harmonic_loss(model, n=N, eps=EPS)  # the same once more is nothing
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "harmonic_triton" and stored["architectures"] == ["Harmonic" + type(model).__name__]
+    transformers.PreTrainedConfig.from_json_file(tmp_path / "config.json")  # as Trainer does when it goes on
     loaded = [AutoModelForCausalLM.from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)]
     loaded.append(harmonic_class(type(build(name))).from_pretrained(tmp_path))
     wanted = model(**given)
@@ -288,7 +289,7 @@ def test_resized_embeddings(name, size, tmp_path):
     given = {key: value.clamp(max=40) for key, value in given.items()}
     model.resize_token_embeddings(size, mean_resizing=False)
     head = model.get_output_embeddings()
-    assert head.weight.shape == (size, D) and head.out_features == size
+    assert head.weight.shape == (size, D)
     assert (head.weight is model.get_input_embeddings().weight) == (name == "gpt2")
     reference = remove_harmonic_loss(copy.deepcopy(model))
     assert type(reference.get_output_embeddings()) is nn.Linear
@@ -438,6 +439,7 @@ def replaced(model, name, module):
         (lambda: replaced(build("llama"), "lm_head", nn.Embedding(3, 2)), TypeError, "got Embedding"),
         (lambda: replaced(build("llama"), "loss_function", print), TypeError, "has been given a loss function"),
         (lambda: replaced(build("llama"), "forward", print), TypeError, "forward has been replaced"),
+        (lambda: replaced(build("llama"), "_tp_size", 2), TypeError, "without tp_plan"),
         (lambda: patched("llama"), ValueError, "is patched already, otherwise"),
         (lambda: apply_harmonic_loss(build("llama"), mode="cross_entropy"), ValueError, "is patched already"),
     ],
@@ -469,10 +471,12 @@ def test_a_head_that_is_exchanged():
     model.set_output_embeddings(nn.Linear(D, V, bias=False))
     assert model(**given).loss > 0 and model.get_output_embeddings().n == N
     model.lm_head = nn.Linear(D, V, bias=False)
-    with pytest.raises(TypeError, match="has become a Linear"):
+    with pytest.raises(TypeError, match="has become a torch.nn.modules.linear.Linear"):
         model(**given)
     with pytest.raises(TypeError, match="remove_harmonic_loss"):
         patched("llama").loss_function = print
+    with pytest.raises(TypeError, match="without tp_plan"):
+        replaced(patched("llama"), "_tp_size", 2)(**given)
 
 
 def test_weights_of_cross_entropy_warn(tmp_path):

@@ -76,7 +76,9 @@ def compare(x, w, target, n, strategy, layout=None, **options):
     bounds = lambda g: oracle(x, w, target, torch.full((len(x),), g), n=n, stored=strategy == "chunks", **options)
     upstream, truth = -0.75, bounds(-0.75)
     biggest = max(truth.dx.abs().max().item(), truth.dw.abs().max().item())
-    if x.element_size() == 2 and 1e-20 < biggest < 1e30:  # gradients are brought into the dtype's range, as a scaler would
+    if (
+        x.element_size() == 2 and 1e-20 < biggest < 1e30
+    ):  # gradients are brought into the dtype's range, as a scaler would
         upstream *= 2.0 ** -round(math.log2(biggest))
         truth = bounds(upstream)
     more = {}

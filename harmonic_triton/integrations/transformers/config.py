@@ -2,8 +2,8 @@
 
 In memory a configuration keeps its class's name and model type, on which much of ``transformers`` and its users branch. On
 disk it says ``model_type: harmonic_triton``, which ``AutoConfig`` does not know before this package is imported, its
-architectures begin with "Harmonic", and in place of the size of the vocabulary stands a sentence, which the class of the
-plain model refuses and shows.
+architectures begin with "Harmonic", and in place of the model's width stands a sentence, which the configuration class of the
+plain model refuses and shows. (Trainer reads a checkpoint's configuration as a ``PreTrainedConfig``, which has no width.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from harmonic_triton._common.extras import needs
 
 TRANSFORMERS = "pip install 'harmonic-triton[transformers]'"
 transformers = needs("transformers", "harmonic_triton.integrations.transformers", install=TRANSFORMERS)
+OLDEST = (5, 5)  # which loads extra states
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"harmonic_triton.integrations.transformers needs transformers >= {OLDEST[0]}.{OLDEST[1]}, and {transformers.__version__}"
+        f" is installed: {TRANSFORMERS}"
+    )
 
 MODEL_TYPE = "harmonic_triton"
 PREFIX = "Harmonic"
@@ -26,17 +32,32 @@ REFUSAL = f"trained with the harmonic loss: as logits these weights mean nothing
 ATTRIBUTE = "harmonic_loss"  # of a configuration: what the weights mean, and what they are trained with
 
 
-def to_disk(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's entries as they are written."""
-    stored = dict(values[ATTRIBUTE], base_model_type=values["model_type"], version=VERSION)
-    if "vocab_size" in values:
-        stored["vocab_size"] = values["vocab_size"]
-    names = [PREFIX + name for name in values.get("architectures") or ()]
-    return {**values, "model_type": MODEL_TYPE, "architectures": names, "vocab_size": REFUSAL, ATTRIBUTE: stored}
+def to_disk(values: dict[str, Any], architecture: str, widths: dict[str, str]) -> dict[str, Any]:
+    """A configuration's entries as they are written.
+
+    Args:
+        values: the entries of a plain one.
+        architecture: the name of the model class.
+        widths: by part of the configuration ("" for the whole), what it calls the width of the model.
+    """
+    written, kept = dict(values), {}
+    for part, width in widths.items():
+        at = written if not part else dict(written[part])
+        if part:
+            written[part] = at
+        kept[part] = {width: at[width]}
+        at[width] = REFUSAL
+    written["model_type"] = MODEL_TYPE
+    written["architectures"] = [PREFIX + name for name in values.get("architectures") or ()]
+    written[ATTRIBUTE] = {
+        **values[ATTRIBUTE], "architecture": architecture, "base_model_type": values["model_type"], "version": VERSION,
+        "replaced": kept,
+    }  # fmt: skip
+    return written
 
 
-def from_disk(values: dict[str, Any], where: str = "this configuration") -> dict[str, Any]:
-    """The inverse; entries that were not written by :func:`to_disk` are refused."""
+def from_disk(values: dict[str, Any], where: str = "this configuration") -> tuple[dict[str, Any], str]:
+    """The inverse: entries and architecture. What was not written by :func:`to_disk` is refused."""
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"{where} is that of a plain {values.get('model_type')} model; load it as that and call apply_harmonic_loss"
@@ -45,12 +66,26 @@ def from_disk(values: dict[str, Any], where: str = "this configuration") -> dict
     if stored.pop("version") != VERSION:
         raise ValueError(f"{where} was written by another version of harmonic_triton than this one; install that one")
     plain = {**values, "model_type": stored.pop("base_model_type")}
-    del plain["vocab_size"]
-    if "vocab_size" in stored:
-        plain["vocab_size"] = stored.pop("vocab_size")
+    for part, width in stored.pop("replaced").items():
+        if part:
+            plain[part] = {**plain[part], **width}
+        else:
+            plain.update(width)
     plain["architectures"] = [name.removeprefix(PREFIX) for name in values["architectures"]]
+    architecture = stored.pop("architecture")
     plain[ATTRIBUTE] = stored
-    return plain
+    return plain, architecture
+
+
+def _widths(config: Any, values: dict[str, Any]) -> dict[str, str]:
+    """What a configuration, and those within it that have a vocabulary, call the width of the model."""
+    found = {}
+    for part in ("", *(name for name, value in values.items() if isinstance(value, dict) and "vocab_size" in value)):
+        held = getattr(config, part) if part else config
+        width = getattr(held, "attribute_map", {}).get("hidden_size", "hidden_size")
+        if width in (values[part] if part else values):
+            found[part] = width
+    return found
 
 
 @functools.cache
@@ -60,11 +95,11 @@ def config_class(owner: Any) -> Any:
 
     def to_json_string(self: Any, use_diff: bool = True) -> str:
         values = json.loads(base.to_json_string(self, use_diff=use_diff))
-        return json.dumps(to_disk(values), indent=2, sort_keys=True) + "\n"
+        return json.dumps(to_disk(values, owner.__name__, _widths(self, values)), indent=2, sort_keys=True) + "\n"
 
     def get_config_dict(cls: Any, /, name: Any, **kwargs: Any) -> Any:
         values, unused = base.get_config_dict.__func__(cls, name, **kwargs)
-        return from_disk(values, str(name)), unused
+        return from_disk(values, str(name))[0], unused
 
     def reduce(self: Any, protocol: Any) -> Any:
         return (_blank, (owner,), *object.__reduce_ex__(self, protocol)[2:])
@@ -84,6 +119,17 @@ def _blank(owner: Any) -> Any:
     return made.__new__(made)
 
 
+def register_class(base: Any, made: Any) -> None:
+    """Let every ``AutoModelFor...`` that knows ``base`` give ``made`` for a configuration of ours."""
+    for mapping in vars(transformers.models.auto.modeling_auto).values():
+        if type(mapping).__name__ != "_LazyAutoMapping":
+            continue
+        known = mapping.get(base.config_class, None)
+        if base is known or (isinstance(known, tuple) and base in known):
+            mapping.register(made.config_class, made, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+
+
 def register(harmonic_class: Callable[[Any], Any]) -> None:
     """Let ``AutoConfig`` and ``AutoModelForCausalLM`` load what has been saved."""
 
@@ -92,8 +138,7 @@ def register(harmonic_class: Callable[[Any], Any]) -> None:
 
         @classmethod
         def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
-            plain = from_disk(values)
-            name = next(iter(plain["architectures"]), "")
+            plain, name = from_disk(values)
             base = getattr(transformers, name, None)
             if base is None:
                 raise ValueError(

@@ -50,11 +50,6 @@ class LossHead(nn.Linear):
 
     def forward(self, input: Tensor, labels: Tensor | None = None, **of_call: Any) -> Tensor:  # type: ignore[override]
         """Scores of every class, or the loss where labels are given."""
-        if self.weight.shape[0] != self.out_features:
-            raise TypeError(
-                f"the output embedding holds {self.weight.shape[0]} of {self.out_features} classes: tensor parallelism has"
-                " sharded it, and the loss needs every class; load the model without tp_plan"
-            )
         if labels is not None:
             return self.loss(input, labels, **of_call)
         call = self.call

@@ -33,7 +33,7 @@ class LazyLogits(Tensor):
         """The scores of input (..., D) as the model would return them."""
         dtype = input.dtype if head.keeps_dtype or input.dtype == torch.float64 else torch.float32
         lazy: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            LazyLogits, (*input.shape[:-1], head.out_features), dtype=dtype, device=input.device
+            LazyLogits, (*input.shape[:-1], head.weight.shape[0]), dtype=dtype, device=input.device
         )
         lazy._head, lazy._input, lazy._transform, lazy._formed = head, input, transform, None
         return lazy
@@ -43,7 +43,13 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if self._formed is not None:
                 return self._formed
-            formed = self._transform(self._head(self._input)).to(self.dtype)
+            try:
+                formed = self._transform(self._head(self._input)).to(self.dtype)
+            except TypeError as error:  # which a binary operator would take for "not my business"
+                raise RuntimeError(
+                    "logits beside a loss are formed when they are used, and here they cannot be: the weights are sharded"
+                    " outside of the forward pass; call the model without labels"
+                ) from error
             if torch.is_grad_enabled() or not self._input.requires_grad:
                 self._formed = formed
             return formed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import BACKENDS
-from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, transformers
+from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, register_class, transformers
 from harmonic_triton.integrations.transformers.head import (
     CHANGED,
     Call,
@@ -187,7 +187,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
     }
     made: Any = type(base.__name__, (base,), own)
     if mode == "harmonic":
-        transformers.AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
+        register_class(base, made)
     return made
 
 
@@ -238,11 +238,18 @@ def _checked(model: Any) -> Any:
                 f"the {name}'s forward has been replaced or compiled; patch the model first, then prepare, dispatch or"
                 " compile it"
             )
-    if type(head.weight.data).__name__ == "DTensor" or head.weight.shape[0] != head.out_features:
-        raise TypeError(
-            "the output embedding is sharded; patch the model before fully_shard, and load it without tp_plan"
-        )
+    if type(head.weight.data).__name__ == "DTensor":
+        raise TypeError("the output embedding is sharded; patch the model before fully_shard")
+    _whole(model)
     return base
+
+
+def _whole(model: Any) -> None:
+    """Raise where the classes are spread over devices."""
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise TypeError(
+            "tensor parallelism shards the output embedding, and the loss needs every class; load the model without tp_plan"
+        )
 
 
 def _adopt(head: Any, mode: Mode, settings: dict[str, float], loss: dict[str, Any]) -> None:
@@ -309,17 +316,19 @@ def _heads(model: Any) -> list[LossHead]:
         return [module]
     heads = [part for part in module.modules() if isinstance(part, LossHead)]
     if type(module).__name__ != "ModulesToSaveWrapper" or not heads:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(
-            f"the output embedding has become a {type(module).__name__}, whose result is not the loss's"
-            + (": an adapter adds dot products to what the head gives" if heads else "")
-            + "; leave it out of target_modules (and of trainable_token_indices), or train it whole with"
-            " modules_to_save, or call apply_harmonic_loss again after model.set_output_embeddings(nn.Linear(...))"
+            f"the output embedding has become a {kind}"
+            + (", and what an adapter adds to a head's result are dot products, not distances" if heads else "")
+            + ": leave it out of target_modules and trainable_token_indices (modules_to_save trains it whole), or give the"
+            " model a plain layer by model.set_output_embeddings(...)"
         )
     return heads
 
 
 def _run(model: Any, forward: Any, wants_loss: bool, args: Any, kwargs: Any) -> Any:
     """A forward pass whose head is told what it is for."""
+    _whole(model)
     call, heads = Call(wants_loss), _heads(model)
     for head in heads:
         head.call = call

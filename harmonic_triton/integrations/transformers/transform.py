@@ -30,12 +30,9 @@ IDENTITY = Transform()
 
 
 def probes(input: Tensor) -> Tensor:
-    """A stand-in for the scores of input (..., D): the same few values for every token, (..., K) in fp32.
-
-    It cannot be written to: a model that changes logits in place fails, where otherwise nobody would know.
-    """
+    """A stand-in for the scores of input (..., D): the same few values for every token, (..., K) in fp32."""
     values = torch.arange(POWERS.start, POWERS.stop, device=input.device, dtype=torch.float32) ** 9
-    return values.expand(*input.shape[:-1], len(POWERS))
+    return values.expand(*input.shape[:-1], len(POWERS)).contiguous()
 
 
 def measure(before: Tensor, after: Tensor) -> Transform:
@@ -44,7 +41,7 @@ def measure(before: Tensor, after: Tensor) -> Transform:
     Raises:
         ValueError: something else than a scale and a cap.
     """
-    if after is before:
+    if after is before and not _written(after):
         return IDENTITY
     unknown = ValueError(
         "the model does something to its head's output that is neither a scale nor a soft cap; this loss cannot follow it"
@@ -63,6 +60,11 @@ def measure(before: Tensor, after: Tensor) -> Transform:
     if not all(math.isclose(a, b, rel_tol=rounding) for a, b in zip(found, expected, strict=True)):
         raise unknown
     return transform
+
+
+def _written(values: Tensor) -> bool:
+    """Whether something was done in place, as far as tensors tell."""
+    return not torch.compiler.is_compiling() and not values.is_inference() and values._version > 0
 
 
 def _rounded(scale: float) -> float:
