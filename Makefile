@@ -14,8 +14,8 @@ kernel: $(VENV)/analysis ## a first look at the loss kernel of the GPT that demo
 	$(BIN)/python -m harmonic_triton loss-kernel examples.loss_kernel.gpt:from_checkpoint \
 		--entry-arg run=runs/demo --entry-arg tokens=2000 --quick $(ARGS)
 
-test: $(VENV)/test ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q $(ARGS)
+test: $(VENV)/test ## every test but the slow ones; the twenty that took longest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q --durations=20 $(ARGS)
 
 slow: $(VENV)/test ## the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -6,7 +6,6 @@ fp32 accuracy at a sixth of the bf16 rate. (Six bf16 products cost what three tf
 no transposed copy for Hopper's matrix instructions; AMD's units have them too.)
 """
 
-# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Nearest samples by correlation: tiles of a product of traces, and a best k kept in registers as its epilogue."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from contextlib import nullcontext
