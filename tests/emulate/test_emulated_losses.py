@@ -23,9 +23,8 @@ from harmonic_triton.tools import verify
 SHORT = ("bf16", "fp16", "fp32")
 ERRORS = ("up", "down", "random")
 CPU = torch.device("cpu")
-WAYS = [  # dtype, strategy
-    *itertools.product(SHORT, ("recompute", "chunks")),
-]  # fmt: skip
+ONE_PASS = "one pass" if hasattr(strategies, "one_pass_serves") else "chunks"
+WAYS = [("bf16", "recompute"), ("bf16", ONE_PASS), ("fp16", "recompute"), ("fp32", "recompute")]  # dtype, strategy
 LINES = [  # reduction, n, inputs, loss, shape, multiprocessors
     ("none", None, "far", "harmonic", (37, 72, 301), 0), ("sum", None, "far", "harmonic", (37, 72, 301), 0),
     ("none", None, "loss 1e-10", "harmonic", (24, 128, 140), 1), ("sum", 2.0, "wrong 0.3", "harmonic", (24, 128, 140), 1),
