@@ -23,8 +23,8 @@ from harmonic_triton.integrations.transformers import (  # noqa: E402
 )
 
 N, EPS, UPSTREAM = 7.0, 1e-3, 3.0
-# Each is a case of its own: tied, untied, grouped heads, scaled embeddings, a mixture of experts.
-KINDS = ["gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral"]
+# Each is a case of its own: tied, untied, grouped heads, scaled embeddings, a mixture of experts, buffers made anew.
+KINDS = ["gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral", "falcon_h1"]
 CHANGES = {"gemma2": {"final_logit_softcapping": None}}
 
 
@@ -159,7 +159,7 @@ def test_positions_of_the_output():
     assert len(model(given["input_ids"], use_cache=False).logits) == 2
     assert model(given["input_ids"], logits_to_keep=2).logits.shape == (2, 2, V)
     by_place = model(given["input_ids"], None, None, None, None, None, None, None, given["labels"])
-    assert torch.equal(by_place.loss, output.loss)
+    assert torch.equal(by_place.loss, output.loss) and "formed when used" in repr(by_place.logits)
     with pytest.raises(ValueError, match="shape of input without its last dimension"):
         model(**given, logits_to_keep=2)
 
@@ -473,6 +473,8 @@ def test_a_head_that_is_exchanged():
     model.lm_head = nn.Linear(D, V, bias=False)
     with pytest.raises(TypeError, match="has become a torch.nn.modules.linear.Linear"):
         model(**given)
+    with pytest.raises(TypeError, match="only models that call"):
+        harmonic_class(transformers.LlamaModel)
     with pytest.raises(TypeError, match="remove_harmonic_loss"):
         patched("llama").loss_function = print
     with pytest.raises(TypeError, match="without tp_plan"):

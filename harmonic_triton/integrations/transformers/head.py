@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -28,13 +29,22 @@ class Call:
     input; the loss function then calls the head again, with the labels that the model has made of its arguments.
     """
 
-    def __init__(self, wants_loss: bool) -> None:
-        self.wants_loss = wants_loss
+    def __init__(self, heads: list[LossHead], wants_loss: bool) -> None:
+        self.heads, self.wants_loss = heads, wants_loss
         self.head: LossHead | None = None
         self.input: Tensor | None = None
         self.given: Tensor | None = None  # what the head returned
         self.seen: Tensor | None = None  # what the model made of it, as its loss function got it
         self.transform = IDENTITY
+
+
+class _Active(threading.local):
+    """The forward pass that this thread is in: others may use the same model meanwhile."""
+
+    call: Call | None = None
+
+
+ACTIVE = _Active()
 
 
 class LossHead(nn.Linear):
@@ -45,15 +55,14 @@ class LossHead(nn.Linear):
     """
 
     loss_options: dict[str, Any]
-    call: Call | None = None
     keeps_dtype = True  # whether scores are of the input's dtype
 
     def forward(self, input: Tensor, labels: Tensor | None = None, **of_call: Any) -> Tensor:  # type: ignore[override]
         """Scores of every class, or the loss where labels are given."""
         if labels is not None:
             return self.loss(input, labels, **of_call)
-        call = self.call
-        if call is None:
+        call = ACTIVE.call
+        if call is None or not any(head is self for head in call.heads):
             return self.scores(input)
         if call.input is not None:
             raise TypeError("the model calls its output embedding more than once: which call has the loss is unknown")

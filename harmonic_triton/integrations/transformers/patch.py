@@ -16,6 +16,7 @@ from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import BACKENDS
 from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, register_class, transformers
 from harmonic_triton.integrations.transformers.head import (
+    ACTIVE,
     CHANGED,
     Call,
     CrossEntropyLinear,
@@ -142,7 +143,8 @@ def harmonic_class(base: Any) -> Any:
 
 @functools.cache
 def _patched_class(base: Any, mode: Mode) -> Any:
-    """``base`` with another loss. Its name stays: much of ``transformers`` and its users branch on it."""
+    """``base`` with another loss. Names stay: much of ``transformers`` and its users branch on those of class and module."""
+    _computes_loss(base)
     place = list(inspect.signature(base.forward).parameters).index("labels") - 1
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +177,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
         raise TypeError("this model's loss is that of apply_harmonic_loss; call remove_harmonic_loss(model) first")
 
     own: dict[str, Any] = {
-        "__module__": __name__,
+        "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__init__": build,
         "__reduce_ex__": reduce,
@@ -221,15 +223,14 @@ def _checked(model: Any) -> Any:
         )
     if type(head) is not nn.Linear:
         raise TypeError(
-            f"the output embedding of {base.__name__} must be an nn.Linear, got {type(head).__name__}; patch the model"
-            " before it is quantized or given adapters (patching one with a loss but no such layer is not possible)"
+            f"the output embedding of {base.__name__} must be an nn.Linear, got {type(head).__name__}; "
+            + (
+                "only language models with a head have one"
+                if head is None
+                else "patch it before it is quantized or wrapped"
+            )
         )
-    names = inspect.unwrap(base.forward).__code__.co_names
-    if "labels" not in inspect.signature(base.forward).parameters or not {"loss_function", "super"} & set(names):
-        raise TypeError(
-            f"{base.__name__} computes its loss within its forward pass, or none; only models that call"
-            " self.loss_function can be patched"
-        )
+    _computes_loss(base)
     if "_loss_function" in vars(model):
         raise TypeError("the model has been given a loss function; delete it first (del model._loss_function)")
     for name, module in (("model", model), ("output embedding", head)):
@@ -242,6 +243,16 @@ def _checked(model: Any) -> Any:
         raise TypeError("the output embedding is sharded; patch the model before fully_shard")
     _whole(model)
     return base
+
+
+def _computes_loss(base: Any) -> None:
+    """Raise where a model class does not leave the loss to ``self.loss_function``."""
+    names = inspect.unwrap(base.forward).__code__.co_names
+    if "labels" not in inspect.signature(base.forward).parameters or not {"loss_function", "super"} & set(names):
+        raise TypeError(
+            f"{base.__name__} computes its loss within its forward pass, or none; only models that call"
+            " self.loss_function can be patched"
+        )
 
 
 def _whole(model: Any) -> None:
@@ -329,14 +340,12 @@ def _heads(model: Any) -> list[LossHead]:
 def _run(model: Any, forward: Any, wants_loss: bool, args: Any, kwargs: Any) -> Any:
     """A forward pass whose head is told what it is for."""
     _whole(model)
-    call, heads = Call(wants_loss), _heads(model)
-    for head in heads:
-        head.call = call
+    call, outer = Call(_heads(model), wants_loss), ACTIVE.call
+    ACTIVE.call = call
     try:
         output = forward(model, *args, **kwargs)
     finally:
-        for head in heads:
-            head.call = None
+        ACTIVE.call = outer
     if call.head is None or call.input is None or call.given is None:
         raise TypeError(f"{type(model).__name__} does not call its output embedding: it cannot be patched")
     if not wants_loss:
@@ -360,7 +369,7 @@ def _loss(
     **_: Any,
 ) -> Tensor:
     """The model's ``loss_function``: the same arguments and meaning as ``transformers``' for causal language models."""
-    call = _heads(model)[0].call
+    call = ACTIVE.call
     if call is None or call.head is None or call.input is None or call.given is None:
         raise TypeError("the logits that the loss function was given did not come from the model's output embedding")
     call.seen, call.transform = logits, measure(call.given, logits)
