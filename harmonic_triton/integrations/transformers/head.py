@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -110,13 +111,12 @@ class HarmonicLinear(LossHead):
         """Nothing to set: a state of other values is refused."""
         if not isinstance(state, Tensor) or state.is_meta or state.shape != (2,):
             return
-        mine, theirs = self.get_extra_state(), state.detach().cpu()
-        rounding = torch.finfo(theirs.dtype).eps  # some programs cast whole states to 16 bits
-        if not torch.allclose(mine, theirs.double(), rtol=rounding, atol=0.0):
+        rounding = torch.finfo(state.dtype).eps  # some programs cast whole states to 16 bits
+        n, eps = state.tolist()
+        if not (math.isclose(n, self.n, rel_tol=rounding) and math.isclose(eps, self.eps, rel_tol=rounding)):
             raise ValueError(
-                f"the weights were trained with n = {theirs[0]:g} and eps = {theirs[1]:g}, and this head has n = {self.n:g}"
-                f" and eps = {self.eps:g}: its loss would be another; apply_harmonic_loss(model, n={theirs[0]!r},"
-                f" eps={theirs[1]!r})"
+                f"the weights were trained with n = {n:g} and eps = {eps:g}, and this head has n = {self.n:g} and eps ="
+                f" {self.eps:g}: its loss would be another; patch the model by apply_harmonic_loss(model, n={n!r}, eps={eps!r})"
             )
 
     def extra_repr(self) -> str:

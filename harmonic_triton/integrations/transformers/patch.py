@@ -46,7 +46,7 @@ def apply_harmonic_loss(
     """Train and sample a causal language model of ``transformers`` with the harmonic loss, in place.
 
     With labels the model computes the fused loss, without the N x V matrix, from whatever it would have passed to its loss
-    function (``labels`` or ``shift_labels``, ``num_items_in_batch``, ``ignore_index``); an auxiliary loss of its own is kept.
+    function (``shift_labels``, ``num_items_in_batch``, ``ignore_index``); an auxiliary loss of its own is kept.
     Without labels ``logits`` are log-probabilities, which ``generate`` takes as they are. Beside a loss, ``logits`` are formed
     when somebody uses them (under ``torch.compile`` they are None). ``save_pretrained`` writes a checkpoint that
     ``AutoModelForCausalLM`` loads, patched, wherever this module is imported; elsewhere loading it is an error.
@@ -311,7 +311,8 @@ def _warn_of_conversion(model: Any) -> None:
         f"the weights of {model.name_or_path} were trained with cross-entropy: their dot products mean something, their"
         " distances do not yet. Expect a loss far above the model's own at first, compare it with log(V), and train on with"
         " a warm-up. Where hidden states are much longer than class vectors every class looks equally far: scale the"
-        " last norm's weight so that both are of a size. Perplexities of the two losses are comparable, logits are not",
+        " last norm's weight so that both are of a size. Perplexities of the two losses are comparable, logits are not."
+        f" The model's name is now {CONVERTED.format(model.name_or_path)!r}, so that nothing takes the old weights for these",
         stacklevel=3,
     )
 
