@@ -87,7 +87,7 @@ def test_a_trainer_evaluates_saves_and_goes_on(tmp_path):
     """compute_metrics gets the log-probabilities; a stopped run goes on with the losses of one that was not."""
 
     def rows_of(prediction):
-        return {"sums": float(torch.tensor(prediction.predictions).exp().sum(-1).mean())}
+        return {"sums": float(torch.as_tensor(prediction.predictions).exp().sum(-1).mean())}
 
     whole, _ = trained(tmp_path / "whole", patched("gpt2"), batch_size=4, accumulation=1, steps=4)
     half, trainer = trained(

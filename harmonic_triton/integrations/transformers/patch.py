@@ -9,22 +9,13 @@ import math
 import warnings
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import BACKENDS
 from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, register_class, transformers
-from harmonic_triton.integrations.transformers.head import (
-    ACTIVE,
-    CHANGED,
-    Call,
-    CrossEntropyLinear,
-    HarmonicLinear,
-    LossHead,
-)
-from harmonic_triton.integrations.transformers.lazy import LazyLogits
-from harmonic_triton.integrations.transformers.transform import measure
+from harmonic_triton.integrations.transformers.forward import check_whole, compute_loss, heads_of, run
+from harmonic_triton.integrations.transformers.head import CrossEntropyLinear, HarmonicLinear, LossHead
 
 Mode = Literal["harmonic", "cross_entropy"]
 HEADS: dict[str, type[LossHead]] = {"harmonic": HarmonicLinear, "cross_entropy": CrossEntropyLinear}
@@ -69,33 +60,14 @@ def apply_harmonic_loss(
             logits after the head (soft-capping, scaling) is followed by cross-entropy and refused by the harmonic loss, in the
             first forward pass.
     """
-    loss = {"label_smoothing": label_smoothing, "backend": backend, "memory_budget": memory_budget}
-    validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
-    validate.budget(memory_budget)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {validate.describe(backend)}"
-        )
-    if mode == "harmonic":
-        validate.exponent(n)
-        validate.eps(eps)
-        validate.between("uniform_mix", uniform_mix, 0.0)
-        if isinstance(n, Tensor):
-            raise TypeError("n must be a number: a model's n is part of its configuration")
-        if z_loss:
-            raise ValueError("z_loss is an option of cross-entropy: HarMax has no logits whose scale could drift")
-        loss["uniform_mix"] = uniform_mix
-    elif mode == "cross_entropy":
-        if n is not None or eps or uniform_mix:
-            raise ValueError("n, eps and uniform_mix are options of the harmonic loss; mode is 'cross_entropy'")
-        validate.between("z_loss", z_loss, 0.0)
-        loss["z_loss"] = z_loss
-    else:
-        raise ValueError(f"mode must be 'harmonic' or 'cross_entropy', got {validate.describe(mode)}")
+    loss = _options(mode, n, eps, uniform_mix, label_smoothing, z_loss, backend, memory_budget)
     base = _checked(model)
-    settings = {"n": math.sqrt(model.get_output_embeddings().in_features) if n is None else float(n), "eps": float(eps)}
+    settings: dict[str, float] = {}
+    if mode == "harmonic":
+        width = model.get_output_embeddings().in_features
+        settings = {"n": math.sqrt(width) if n is None else float(n), "eps": float(eps)}
     if _is_patched(model):
-        _same_again(model, mode, settings if mode == "harmonic" else {}, loss)
+        _same_again(model, mode, settings, loss)
         return model
     if mode == "harmonic":
         if model.get_output_embeddings().bias is not None:
@@ -107,7 +79,7 @@ def apply_harmonic_loss(
         stored = {**settings, **{name: loss[name] for name in ("uniform_mix", "label_smoothing") if loss[name]}}
         _exchange_config(model, config_class(base), stored)
     model.__class__ = _patched_class(base, mode)
-    _adopt(model.get_output_embeddings(), mode, settings if mode == "harmonic" else {}, loss)
+    _adopt(model.get_output_embeddings(), mode, settings, loss)
     return model
 
 
@@ -125,7 +97,7 @@ def remove_harmonic_loss(model: Any) -> Any:
     """
     if not _is_patched(model):
         raise ValueError(f"{type(model).__name__} is not patched")
-    for head in _heads(model):
+    for head in heads_of(model):
         plain: Any = head
         plain.__class__ = nn.Linear
         for name in ("n", "eps", "loss_options"):
@@ -158,10 +130,10 @@ def _patched_class(base: Any, mode: Mode) -> Any:
         labels = args[place] if len(args) > place else kwargs.get("labels")
         if labels is None and mode == "cross_entropy":
             return base.forward(self, *args, **kwargs)
-        return _run(self, base.forward, labels is not None, args, kwargs)
+        return run(self, base.forward, labels is not None, args, kwargs)
 
     def set_output_embeddings(self: Any, new: Any) -> None:
-        old = _heads(self)[0]
+        old = heads_of(self)[0]
         base.set_output_embeddings(self, new)
         if type(new) is nn.Linear:
             settings = {name: getattr(old, name) for name in ("n", "eps") if hasattr(old, name)}
@@ -171,7 +143,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
         return (_blank, (base, mode), *object.__reduce_ex__(self, protocol)[2:])
 
     def loss_function(self: Any) -> Any:
-        return functools.partial(_loss, self)
+        return functools.partial(compute_loss, self)
 
     def no_other(self: Any, value: Any) -> None:
         raise TypeError("this model's loss is that of apply_harmonic_loss; call remove_harmonic_loss(model) first")
@@ -191,6 +163,43 @@ def _patched_class(base: Any, mode: Mode) -> Any:
     if mode == "harmonic":
         register_class(base, made)
     return made
+
+
+def _options(
+    mode: Mode,
+    n: float | None,
+    eps: float,
+    uniform_mix: float,
+    label_smoothing: float,
+    z_loss: float,
+    backend: str,
+    memory_budget: int | None,
+) -> dict[str, Any]:
+    """Every argument but the model, checked, and those of the loss beside n and eps."""
+    loss = {"label_smoothing": label_smoothing, "backend": backend, "memory_budget": memory_budget}
+    validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
+    validate.budget(memory_budget)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {validate.describe(backend)}"
+        )
+    if mode == "harmonic":
+        validate.exponent(n)
+        validate.eps(eps)
+        validate.between("uniform_mix", uniform_mix, 0.0)
+        if isinstance(n, Tensor):
+            raise TypeError("n must be a number: a model's n is part of its configuration")
+        if z_loss:
+            raise ValueError("z_loss is an option of cross-entropy: HarMax has no logits whose scale could drift")
+        loss["uniform_mix"] = uniform_mix
+    elif mode == "cross_entropy":
+        if n is not None or eps or uniform_mix:
+            raise ValueError("n, eps and uniform_mix are options of the harmonic loss; mode is 'cross_entropy'")
+        validate.between("z_loss", z_loss, 0.0)
+        loss["z_loss"] = z_loss
+    else:
+        raise ValueError(f"mode must be 'harmonic' or 'cross_entropy', got {validate.describe(mode)}")
+    return loss
 
 
 def _blank(base: Any, mode: Mode) -> Any:
@@ -241,7 +250,7 @@ def _checked(model: Any) -> Any:
             )
     if type(head.weight.data).__name__ == "DTensor":
         raise TypeError("the output embedding is sharded; patch the model before fully_shard")
-    _whole(model)
+    check_whole(model)
     return base
 
 
@@ -255,14 +264,6 @@ def _computes_loss(base: Any) -> None:
         )
 
 
-def _whole(model: Any) -> None:
-    """Raise where the classes are spread over devices."""
-    if getattr(model, "_tp_size", None) not in (None, 1):
-        raise TypeError(
-            "tensor parallelism shards the output embedding, and the loss needs every class; load the model without tp_plan"
-        )
-
-
 def _adopt(head: Any, mode: Mode, settings: dict[str, float], loss: dict[str, Any]) -> None:
     """Make an ``nn.Linear`` the head of a loss."""
     if type(head) is not nn.Linear:
@@ -273,7 +274,7 @@ def _adopt(head: Any, mode: Mode, settings: dict[str, float], loss: dict[str, An
 
 def _same_again(model: Any, mode: Mode, settings: dict[str, float], loss: dict[str, Any]) -> None:
     """A second patch that asks for what there is does nothing; another one is refused."""
-    head = _heads(model)[0]
+    head = heads_of(model)[0]
     has = {name: value for name, value in head.loss_options.items() if value}
     asked = {name: value for name, value in loss.items() if value}
     has.setdefault("backend", "auto")
@@ -315,114 +316,3 @@ def _warn_of_conversion(model: Any) -> None:
         f" The model's name is now {CONVERTED.format(model.name_or_path)!r}, so that nothing takes the old weights for these",
         stacklevel=3,
     )
-
-
-def _heads(model: Any) -> list[LossHead]:
-    """The head, and the copies of it that PEFT trains in its place.
-
-    Raises:
-        TypeError: something else stands there.
-    """
-    module = model.get_output_embeddings()
-    if isinstance(module, LossHead):
-        return [module]
-    heads = [part for part in module.modules() if isinstance(part, LossHead)]
-    if type(module).__name__ != "ModulesToSaveWrapper" or not heads:
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise TypeError(
-            f"the output embedding has become a {kind}"
-            + (", and what an adapter adds to a head's result are dot products, not distances" if heads else "")
-            + ": leave it out of target_modules and trainable_token_indices (modules_to_save trains it whole), or give the"
-            " model a plain layer by model.set_output_embeddings(...)"
-        )
-    return heads
-
-
-def _run(model: Any, forward: Any, wants_loss: bool, args: Any, kwargs: Any) -> Any:
-    """A forward pass whose head is told what it is for."""
-    _whole(model)
-    call, outer = Call(_heads(model), wants_loss), ACTIVE.call
-    ACTIVE.call = call
-    try:
-        output = forward(model, *args, **kwargs)
-    finally:
-        ACTIVE.call = outer
-    if call.head is None or call.input is None or call.given is None:
-        raise TypeError(f"{type(model).__name__} does not call its output embedding: it cannot be patched")
-    if not wants_loss:
-        _unchanged(call.given, output)
-        return output
-    if call.seen is None:
-        raise TypeError(f"{type(model).__name__} does not call self.loss_function where it is given labels")
-    if torch.compiler.is_compiling():  # no graph can return what is not formed
-        return _without(output, call.seen)
-    return _replaced(output, call.seen, LazyLogits.of(call.head, call.input, call.transform))
-
-
-def _loss(
-    model: Any,
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int | None = None,
-    num_items_in_batch: Any = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """The model's ``loss_function``: the same arguments and meaning as ``transformers``' for causal language models."""
-    call = ACTIVE.call
-    if call is None or call.head is None or call.input is None or call.given is None:
-        raise TypeError("the logits that the loss function was given did not come from the model's output embedding")
-    call.seen, call.transform = logits, measure(call.given, logits)
-    target = labels if shift_labels is None else shift_labels
-    target = target.to(call.input.device)
-    items = num_items_in_batch
-    if items is not None:
-        items = _count(items, target, ignore_index)
-    loss: Tensor = call.head(
-        call.input, target, transform=call.transform, num_items=items, ignore_index=ignore_index, shift=shift_labels is None
-    )  # fmt: skip
-    return loss
-
-
-def _count(items: Any, target: Tensor, ignore_index: int) -> Any:
-    """``num_items_in_batch``; where no token counts, a count of 0 is a 1: the loss is 0 and not 0/0."""
-    if not isinstance(items, Tensor):
-        if items:
-            return items
-        items = torch.zeros((), device=target.device)
-    items = items.reshape(()).to(target.device)
-    nothing = (items == 0) & (target == ignore_index).all()
-    return torch.where(nothing, torch.ones_like(items), items)
-
-
-def _logits_of(output: Any) -> Tensor | None:
-    if isinstance(output, tuple):
-        return next((value for value in output if isinstance(value, Tensor)), None)
-    logits: Tensor | None = output.logits
-    return logits
-
-
-def _unchanged(given: Tensor, output: Any) -> None:
-    """Raise where a model's logits are not the log-probabilities that its head gave."""
-    logits = _logits_of(output)
-    if logits is given or logits is None:
-        return
-    if logits.shape != given.shape or not torch.equal(logits, given.to(logits.device, logits.dtype)):
-        raise ValueError(CHANGED.format("something else"))
-
-
-def _replaced(output: Any, old: Tensor, new: Any) -> Any:
-    """A model's output with other logits."""
-    if isinstance(output, tuple):
-        return tuple(new if value is old else value for value in output)
-    if output.get("logits") is old:
-        output.logits = new
-    return output
-
-
-def _without(output: Any, old: Tensor) -> Any:
-    """A model's output without logits."""
-    if isinstance(output, tuple):
-        return tuple(value for value in output if value is not old)
-    return type(output)(**{name: value for name, value in output.items() if value is not old})
