@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo kernel test slow pretend lint doctor verify bench clean
+.PHONY: demo kernel test slow pretend emulate lint doctor verify bench clean
 demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
 	$(BIN)/python -m examples.train_gpt $(ARGS)
 
@@ -22,6 +22,10 @@ slow: $(VENV)/test ## the tests that take long
 
 pretend: $(VENV)/test ## the tests that launch kernels, with every tensor held to where it would be on a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --pretend-gpu -m "triton and not slow" -n auto --maxprocesses 4 -q $(ARGS)
+
+emulate: $(VENV)/test ## every kernel as compiled for sm_80 and sm_90, executed on the CPU; needs the emulator (tests/emulate)
+	$(BIN)/python tests/emulate/emulation.py
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulate -n auto --maxprocesses 4 --dist worksteal -q $(ARGS)
 
 lint: $(VENV)/test ## linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -20,8 +20,8 @@ EXTRAS = {
     "examples": ["matplotlib", "tokenizers", "tqdm"],
     "analysis": ["matplotlib", "safetensors", "scikit-learn", "scipy", "tqdm", "umap-learn"],
     "zarr": ["zarr"],
-    "transformers": ["transformers"],
-    "test": ["hypothesis", "mpmath", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+    "transformers": ["accelerate", "transformers>=5.5"],
+    "test": ["hypothesis", "mpmath", "mypy", "peft", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
 }
 
 setup(
@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["harmonic_triton", "harmonic_triton.*"]),
     package_data={"harmonic_triton": ["py.typed"]},
-    install_requires=["torch>=2.10", "numpy", "triton>=3.6; sys_platform == 'linux'"],
+    install_requires=["torch>=2.10", "numpy", "typing-extensions>=4.1", "triton>=3.6; sys_platform == 'linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["harmonic-triton = harmonic_triton.__main__:main"]},
     classifiers=[

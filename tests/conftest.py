@@ -75,8 +75,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def place(request, monkeypatch):
-    """A marked test's tensors on the GPU; no kernel in a test that is not marked."""
+def tensors_where_kernels_run(request, monkeypatch):
+    """A marked test's tensors on the GPU; no kernel in a test that is not marked.
+
+    Its name is long because a test with a parameter of the same name would do without it.
+    """
     marked = request.node.get_closest_marker("triton") is not None
     if marked and torch.cuda.is_available():
         with OnGPU():

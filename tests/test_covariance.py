@@ -39,7 +39,7 @@ def backend(request):
 def library(request, monkeypatch):
     """The CPU's rank-k update with SciPy and as it is without."""
     if request.param == "panels":
-        monkeypatch.setattr(triangle, "_packed_update", lambda: (None, "for this test"))
+        monkeypatch.setattr(triangle, "packed_update", lambda: (None, "for this test"))
     else:
         pytest.importorskip("scipy")
 

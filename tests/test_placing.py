@@ -27,6 +27,12 @@ def test_what_a_marked_test_creates_is_where_the_kernels_run():
     assert loss(made, torch.ones(4, 5)).isfinite()
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("place", ["anywhere"])  # what the fixture was called once, which took it out of such a test
+def test_a_parameter_called_place_does_not_keep_them_away(place):
+    assert torch.ones(2).device.type == ("cuda" if GPU else "cpu")
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_parameter_marks_as_well(backend, request):
     assert (request.node.get_closest_marker("triton") is not None) == (backend == "triton")
@@ -61,4 +67,4 @@ def test_as_on_a_gpu():
     words = ["--pretend-gpu", "-q", "-p", "no:cacheprovider", "tests/test_placing.py"]
     run = fresh.run(fresh.module("pytest"), *words)
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "4 passed, 2 skipped" in run.stdout
+    assert "5 passed, 2 skipped" in run.stdout

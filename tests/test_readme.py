@@ -19,7 +19,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-PRINTED = (r"\d+\.\d\d nats, \d+% right, entropy \d+\.\d\d\n", r"torch\.Size\(\[200, 200\]\) -?\d+\.\d+\n")
+PRINTED = (
+    r"\d+\.\d\d nats, \d+% right, entropy \d+\.\d\d\n",
+    r"HarmonicLinear 8.0 \(4, 12\)\n",
+    r"torch\.Size\(\[200, 200\]\) -?\d+\.\d+\n",
+)
 
 
 @pytest.mark.parametrize(("snippet", "printed"), list(zip(SNIPPETS, PRINTED, strict=True)))
@@ -32,9 +36,9 @@ def test_snippet_runs(snippet, printed):
 # --- the change to nanoGPT, applied to a model of its shape ----------------------------------------------------------
 
 DIFF = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1]
-TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "harmonic_triton").glob("*.py")))
+TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "harmonic_triton").rglob("*.py")))
 CHARACTERS = sorted(set(TEXT))
-DATA = torch.tensor([CHARACTERS.index(character) for character in TEXT])
+DATA = torch.tensor(list(map({character: i for i, character in enumerate(CHARACTERS)}.get, TEXT)))
 HELD_OUT = len(DATA) // 10
 
 

@@ -335,8 +335,9 @@ def test_umap_takes_the_neighbors():
 
 
 MEMORY = """if True:
-    import json, resource, sys, time, torch
+    import json, sys, time, torch
     from harmonic_triton.losskernel.traces.traces import LossTraces
+    from harmonic_triton.tools.memory import so_far
     samples, draws, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     generator = torch.Generator().manual_seed(0)
     traces = LossTraces(samples, path=path)
@@ -344,12 +345,10 @@ MEMORY = """if True:
     for _ in range(0, draws, 20):
         factors = torch.randn(20, 20, generator=generator) @ mixing
         traces.update(2 + 0.001 * (factors + torch.randn(20, samples, generator=generator)))
-    def peak():  # bytes; VmHWM, since ru_maxrss begins with the parent's
-        return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-    before, start = peak(), time.perf_counter()
+    before, start = so_far(), time.perf_counter()
     found = traces.neighbors(15, torch.arange(samples) // 10)
     assert found.indices.shape == (samples, 15) and found.distances.isfinite().all()
-    print(json.dumps([before, peak(), time.perf_counter() - start]))
+    print(json.dumps([before, so_far(), time.perf_counter() - start]))
 """
 
 
@@ -797,9 +796,9 @@ def everything(losses, backend):
             traces.mean(),
         ]
         found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
-        problem = neighbors.Problem(traces._stored(), *traces._moments(), None)
+        searched = neighbors.Search(*traces.factor(), None)
         if backend == "torch":
-            found.append(neighbors._torch_keys(problem, 9, range(150), None))
+            found.append(neighbors.torch_keys(searched, 9, range(150), None))
     return found
 
 
