@@ -55,7 +55,7 @@ class Step:
 
 # --- what is run ------------------------------------------------------------------------------------------------------
 
-STRATEGIES = ("--baselines", "ours_triton", "ours_triton_chunks", "ours_triton_recompute", "ours_lce_triton")
+STRATEGIES = ("--baselines", "ours_triton", "ours_triton_one_pass", "ours_triton_recompute", "ours_lce_triton")
 
 
 def steps(tiny: bool, folder: Path) -> list[Step]:
@@ -88,7 +88,7 @@ def _measurement(out: Sequence[str]) -> list[Step]:
     small = _verify(["64x64x1000", "33x80x517"], ["bf16", "fp32"])
     sanitizer = _tool("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "python", *small)
     counters = _tool(
-        *("ncu", "--set", "basic", "--kernel-name", "regex:forward_kernel|gradient_kernel", "--launch-count", "4"),
+        *("ncu", "--set", "basic", "--kernel-name", "regex:scores_kernel", "--launch-count", "4"),
         *("python", *profiling, "gpt2"),
     )
     both = ("--workload", "gpt2", "llama-3-8b")
@@ -163,7 +163,7 @@ def _compile(dtype: str, loss: str, tiny: bool) -> float:
     for n, width, classes in HEADS[tiny].values():
         x, w = (torch.randn(k, width, dtype=DTYPES[dtype], device=device) for k in (min(n, 64), classes))
         target = torch.arange(len(x), device=device)
-        for strategy in ("chunks", "recompute"):
+        for strategy in ("one pass", "recompute"):
             leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
             with strategies.force(strategy):
                 function(*leaves, target, backend="triton").backward()

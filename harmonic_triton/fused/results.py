@@ -77,6 +77,9 @@ class Upstream(NamedTuple):
         return used
 
 
+COLUMNS = 8  # of the operand that column sums are made with: two in use, the least that a matrix unit takes
+
+
 class Unfinished(NamedTuple):
     """What the forward pass leaves of the gradients of a mean or sum, in the backend's own form; empty where not needed.
 
@@ -85,6 +88,9 @@ class Unfinished(NamedTuple):
 
     x: Tensor  # (N, D) compute dtype
     w: Tensor  # (V, D) compute dtype
+    rows: Tensor  # (8, N rounded up to a multiple of 4): what belongs to a token (Triton)
+    columns: Tensor  # (V, COLUMNS): column sums (Triton)
+    center: Tensor  # (D,): what was subtracted from both operands (Triton)
 
 
 def token_losses(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Tensor:

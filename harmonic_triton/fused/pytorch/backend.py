@@ -76,14 +76,15 @@ def forward_backward(
             every.store(at, mine)
             if wanted.x or wanted.w:
                 out.add(chunk, at, mine, upstream_of(mine, mine_weights, problem.mix, classes), sums)
-    return every, Unfinished(*out.finish())
+    dx, dw = out.finish()
+    return every, Unfinished(dx, dw, *(dx.new_empty(0) for _ in range(3)))
 
 
 def finish(
     operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
     """(dX, dW) times the upstream gradient."""
-    dx, dw = scaled(unfinished, finishing.g, finishing.last)
+    dx, dw = scaled((unfinished.x, unfinished.w), finishing.g, finishing.last)
     return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
 
 
