@@ -65,13 +65,6 @@ def grouped(values, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.const
 
 
 @triton.jit
-def sums_of(values, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr):
-    """Sums over pairs of neighbors of every 2 SUMS-th column (BLOCK_N, SUMS): what a thread of a product's tile holds."""
-    pairs = tl.sum(grouped(values, BLOCK_N, WIDTH, 2 * SUMS), 1)
-    return tl.sum(tl.reshape(pairs, (BLOCK_N, SUMS, 2)), 2)
-
-
-@triton.jit
 def scores_kernel(
     x_ptr, w_ptr, a_ptr,  # (N, D), (V, D), out (N, width): with TMA descriptors of them
     norms_ptr, target_ptr, offset_ptr, inverse_ptr, least_ptr, n_ptr, smooth_weight_ptr,  # norms in whole tiles
@@ -97,7 +90,7 @@ def scores_kernel(
     RECOMPUTE writes -A as it is, by the token's own factors, 0 at the rival too: A = (p_coef p - v_coef v)/(1 + gap).
     """
     WIDTH: tl.constexpr = BLOCK_V // PARTS
-    SUMS: tl.constexpr = 4  # of every token: a thread of its four adds up what it holds, they add theirs at the end
+    SUMS: tl.constexpr = 8  # of every token: a thread adds up what it holds of them, and threads add theirs at the end
     half_n = 0.5
     if not DOT:
         half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
@@ -198,12 +191,12 @@ def scores_kernel(
                 if not RECOMPUTE:
                     near = tl.minimum(near, tl.min(grouped(nearness, BLOCK_N, WIDTH, NEAR), 1))
                     p = a if DOT else a * nearness
-                    sum_p += sums_of(p, BLOCK_N, WIDTH, SUMS)
+                    sum_p += tl.sum(grouped(p, BLOCK_N, WIDTH, SUMS), 1)
                     if WANT_SCORES:
-                        sum_score += sums_of(p * score, BLOCK_N, WIDTH, SUMS)
+                        sum_score += tl.sum(grouped(p * score, BLOCK_N, WIDTH, SUMS), 1)
                     if SMOOTHING:
                         term = tl.where(nearness == NOT_COUNTED, 0.0, score * v[None, :])
-                        sum_smooth += sums_of(term, BLOCK_N, WIDTH, SUMS)
+                        sum_smooth += tl.sum(grouped(term, BLOCK_N, WIDTH, SUMS), 1)
                 if KEEP or RECOMPUTE:
                     if TMA:
                         rounded = narrow(a, a_ptr.dtype, UPCAST)
@@ -213,9 +206,9 @@ def scores_kernel(
                         at = rows.to(tl.int64)[:, None] * stride_an + (begin + lanes)[None, :]
                         tl.store(a_ptr + at, rounded, mask=inside[:, None] & (begin + lanes < width)[None, :])
                     if RECOMPUTE or not DOT:
-                        sum_a += sums_of(a, BLOCK_N, WIDTH, SUMS)
+                        sum_a += tl.sum(grouped(a, BLOCK_N, WIDTH, SUMS), 1)
                     if not DOT:
-                        sum_gap += sums_of(a * gap, BLOCK_N, WIDTH, SUMS)
+                        sum_gap += tl.sum(grouped(a * gap, BLOCK_N, WIDTH, SUMS), 1)
             at = col_tile.to(tl.int64) * N + rows
             if not RECOMPUTE:
                 nearest, index = tl.min(near, 1, return_indices=True)

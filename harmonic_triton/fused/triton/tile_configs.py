@@ -39,9 +39,9 @@ class TileConfig:
 
 # (architecture, bytes per operand) -> configuration
 CONFIGS = {
-    ("sm80", 2): TileConfig(128, 64, 32, 8, 3),
+    ("sm80", 2): TileConfig(128, 128, 32, 8, 3),
     ("sm90", 2): TileConfig(128, 256, 64, 8, 3),
-    ("sm100", 2): TileConfig(128, 64, 64, 8, 3),
+    ("sm100", 2): TileConfig(128, 128, 64, 8, 3),
     ("gfx942", 2): TileConfig(128, 128, 32, 8, 2),
     ("sm80", 4): TileConfig(64, 64, 32, 8, 2),
     ("sm90", 4): TileConfig(64, 32, 16, 4, 2),
