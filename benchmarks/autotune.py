@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 
 SPACE = {
     "block_n": (64, 128),
-    "block_v": (32, 64, 128),
+    "block_v": (64, 128, 256),
     "block_d": (32, 64),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
 }
-PRODUCTS = {  # what a call by one of the strategies computes tiles of products with
-    "forward_kernel": [{"STORE_SCORES": False}, {"STORE_SCORES": True}],
-    "gradient_kernel": [{"STORED": False}, {"STORED": True}],
-}
+SPILLS = 256  # bytes of a thread: some registers wait outside of the loop over the features, once a tile
+MODES: tuple[dict[str, bool], ...] = (
+    {"KEEP": True},
+    {"REPAIR": True, "KEEP": True},
+    {},
+    {"REPAIR": True},
+    {"RECOMPUTE": True},
+)  # of the scores kernel
 
 
 def candidates() -> Iterator[TileConfig]:
@@ -48,19 +52,24 @@ def candidates() -> Iterator[TileConfig]:
 
 def rejection(config: TileConfig, dtype: str, arch: str) -> str | None:
     """Why ahead-of-time compilation rejects a configuration; None where it does not."""
-    found = static_cost.kernels()
-    for name, variants in PRODUCTS.items():
-        for variant in variants:
-            switches = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, **variant}
-            switches = {key: value for key, value in switches.items() if key in found[name][0].arg_names}
-            try:
-                cost = static_cost.compile_one(name, *found[name], switches, dtype, arch, config)
-            except Exception as error:  # the compiler's own, of many types
-                return f"{name} does not compile: {str(error).splitlines()[0]}"
-            if cost.spills:
-                return f"{name} {cost.variant} spills {cost.spills} bytes a thread"
-            if cost.shared > static_cost.SHARED_LIMIT[arch]:
-                return f"{name} {cost.variant} takes {cost.shared} bytes of shared memory"
+    from harmonic_triton.fused.triton.tile_configs import described
+
+    name, tma = "scores_kernel", described(arch, static_cost.DTYPES[dtype])
+    function, products = static_cost.kernels()[name]
+    for mode in MODES:
+        if mode.get("KEEP") and dtype != "bf16":
+            continue
+        switches = {
+            key: mode.get(key, key == "TMA" and tma) for key in static_cost.SWITCHES if key in function.arg_names
+        }
+        try:
+            cost = static_cost.compile_one(name, function, products, switches, dtype, arch, config)
+        except Exception as error:  # the compiler's own, of many types
+            return f"{name} does not compile: {str(error).splitlines()[0]}"
+        if cost.spills > SPILLS:
+            return f"{name} {cost.variant} spills {cost.spills} bytes a thread"
+        if cost.shared > static_cost.SHARED_LIMIT[arch]:
+            return f"{name} {cost.variant} takes {cost.shared} bytes of shared memory"
     return None
 
 
@@ -80,7 +89,7 @@ def inaccuracy(dtype: torch.dtype) -> float:
         return torch.autograd.grad(loss, leaves)
 
     worst, wanted = 0.0, gradients("torch", torch.float32)
-    for strategy in ("chunks", "recompute"):
+    for strategy in ("one pass", "recompute"):
         with strategies.force(strategy):
             for got, want in zip(gradients("triton", dtype), wanted, strict=True):
                 worst = max(worst, float((got.float() - want).norm() / want.norm()))
@@ -102,7 +111,7 @@ def milliseconds(tokens: int, width: int, classes: int, dtype: torch.dtype) -> f
         ht.linear_harmonic_loss(x, w, target, backend="triton").backward()
 
     total = 0.0
-    for strategy in ("chunks", "recompute"):
+    for strategy in ("one pass", "recompute"):
         with strategies.force(strategy):
             total += triton.testing.do_bench(step, warmup=50, rep=200, grad_to_none=[x, w], return_mode="median")
     return total

@@ -149,7 +149,7 @@ def _register_strategy(strategy: str, describe: str, memory_budget: int | None) 
     """One strategy of the Triton backend, whatever harmonic_triton.fused.strategy would choose."""
 
     @register(
-        f"ours_triton_{strategy}",
+        f"ours_triton_{strategy.replace(' ', '_')}",
         "harmonic",
         describe,
         imports="harmonic_triton.fused.strategy",
@@ -163,7 +163,7 @@ def _register_strategy(strategy: str, describe: str, memory_budget: int | None) 
         return loss
 
 
-_register_strategy("chunks", "the same, always with three products and stored 16-bit log-scores", None)
+_register_strategy("one pass", "the same, always with three products where that serves (bfloat16)", None)
 _register_strategy("recompute", "the same, always with four products and O(N + V) memory", RECOMPUTE_BUDGET)
 
 

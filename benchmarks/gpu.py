@@ -1,11 +1,11 @@
 """Everything to run once on a GPU machine, in one call of under ten minutes: ``python -m benchmarks.gpu``.
 
 In the order of what matters most: the kernels compiled, verification against fp64, the tests that launch kernels, time
-and memory at GPT-2's and Llama-3-8B's heads beside the peers that are installed, the bare products, the two strategies, a
-profile; then, in the time that is left and where the machine has them, hardware counters and the memory checker. Every
-step is a process with a limit of its own: one that fails, crashes or hangs takes nothing else with it. All of it goes under
-one folder of --out: ``summary.json``, written again at every turn, ``log.txt`` with all output as it comes, and the
-benchmarks' lines as they are measured. What is not "ok" there makes the exit status 1.
+and memory at GPT-2's and Llama-3-8B's heads beside the peers that are installed, the bare products, the scores kernel, the
+two strategies, a profile; then, in the time that is left and where the machine has them, hardware counters and the memory
+checker. Every step is a process with a limit of its own: one that fails, crashes or hangs takes nothing else with it. All of
+it goes under one folder of --out: ``summary.json``, written again at every turn, ``log.txt`` with all output as it comes,
+and the benchmarks' lines as they are measured. What is not "ok" there makes the exit status 1.
 
 ``--tiny`` is the rehearsal for a machine without a GPU: the same steps on tiny shapes, the kernels through the Triton
 interpreter, nothing measured. It reports what it finds and expects no figure.
@@ -55,7 +55,7 @@ class Step:
 
 # --- what is run ------------------------------------------------------------------------------------------------------
 
-STRATEGIES = ("--baselines", "ours_triton", "ours_triton_chunks", "ours_triton_recompute", "ours_lce_triton")
+STRATEGIES = ("--baselines", "ours_triton", "ours_triton_one_pass", "ours_triton_recompute", "ours_lce_triton")
 
 
 def steps(tiny: bool, folder: Path) -> list[Step]:
@@ -75,6 +75,7 @@ def _rehearsal(out: Sequence[str]) -> list[Step]:
         Step("tests", _tests("tests/test_triton.py", "-k", "bad_token"), 60, interpreter, _missing("pytest")),
         Step("benchmarks-tiny", (*bench, *named), 95, interpreter),
         Step("products", ("-m", "benchmarks.gpu", "products", "--tiny"), 30),
+        Step("scores", ("-m", "benchmarks.gpu", "scores", "--tiny"), 30, interpreter),
         Step("strategies-tiny", (*bench, "--dtype", "bf16", "--inputs", "trained", *STRATEGIES), 95, interpreter),
         Step("profile-tiny", ("-m", "benchmarks.profiling", "--workload", "tiny", "--n", "64"), 50),
         Step("counters", (), 0, skip=f"ncu reads GPU counters; {NO_GPU}", optional=True),
@@ -88,7 +89,7 @@ def _measurement(out: Sequence[str]) -> list[Step]:
     small = _verify(["64x64x1000", "33x80x517"], ["bf16", "fp32"])
     sanitizer = _tool("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "python", *small)
     counters = _tool(
-        *("ncu", "--set", "basic", "--kernel-name", "regex:forward_kernel|gradient_kernel", "--launch-count", "4"),
+        *("ncu", "--set", "basic", "--kernel-name", "regex:scores_kernel", "--launch-count", "4"),
         *("python", *profiling, "gpt2"),
     )
     both = ("--workload", "gpt2", "llama-3-8b")
@@ -97,10 +98,11 @@ def _measurement(out: Sequence[str]) -> list[Step]:
         Step("doctor", ("-m", "harmonic_triton", "doctor"), 20),
         Step("compile", ("-m", "benchmarks.gpu", "compile"), 100),
         Step("verify", _verify(shapes, ["bf16", "fp16", "fp32"]), 90),
-        Step("tests", _tests("tests"), 120, skip=_missing("pytest") or _missing("hypothesis")),
+        Step("tests", _tests("tests"), 95, skip=_missing("pytest") or _missing("hypothesis")),
         Step("benchmarks-gpt2", (*bench, "10", "--n", "8192", "--workload", "gpt2"), 60),
         Step("benchmarks-llama-3-8b", (*bench, "10", "--n", "8192", "--workload", "llama-3-8b"), 70),
         Step("products", ("-m", "benchmarks.gpu", "products"), 25),
+        Step("scores", ("-m", "benchmarks.gpu", "scores"), 25),
         Step("strategies", (*bench, "5", "--n", "1024", "4096", "16384", *both, *STRATEGIES), 45),
         Step("profile-gpt2", (*profiling, "gpt2"), 20),
         Step("profile-llama-3-8b", (*profiling, "llama-3-8b"), 20),
@@ -133,7 +135,7 @@ def _missing(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
-# --- two steps of its own ---------------------------------------------------------------------------------------------
+# --- three steps of its own ---------------------------------------------------------------------------------------------
 
 
 def compile_kernels(tiny: bool) -> int:
@@ -163,7 +165,7 @@ def _compile(dtype: str, loss: str, tiny: bool) -> float:
     for n, width, classes in HEADS[tiny].values():
         x, w = (torch.randn(k, width, dtype=DTYPES[dtype], device=device) for k in (min(n, 64), classes))
         target = torch.arange(len(x), device=device)
-        for strategy in ("chunks", "recompute"):
+        for strategy in ("one pass", "recompute"):
             leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
             with strategies.force(strategy):
                 function(*leaves, target, backend="triton").backward()
@@ -172,19 +174,86 @@ def _compile(dtype: str, loss: str, tiny: bool) -> float:
     return time.perf_counter() - started
 
 
+CHUNKS = (
+    4096,
+    5632,
+    8192,
+)  # tokens whose products are tried: whole waves of 128 x 256 tiles on 132 multiprocessors, or not
+STAGES = (3, 4)  # of the scores kernel
+
+
 def measure_products(tiny: bool) -> int:
-    """Rates of the library's three products of a head, with fp32 results as the backends take them."""
+    """Rates of the library's three products of a head, with fp32 results as the backends take them.
+
+    Those of one pass at several chunks of tokens, and with the 8 columns of ``unscale`` inside of dW's product.
+    """
     device = "cpu" if tiny else "cuda"
     for (name, (n, d, v)), dtype in itertools.product(HEADS[tiny].items(), ["fp32"] if tiny else ["bf16", "fp32"]):
         kind = DTYPES[dtype]
-        x, w, a = (torch.randn(shape, dtype=kind, device=device) for shape in ((n, d), (v, d), (n, v)))
-        for product, left, right in (("x w^T", x, w.t()), ("A w", a, w), ("A^T x", a.t(), x)):
-            seconds = min(_seconds(left, right) for _ in range(5))
-            print(
-                f"{name} {dtype} {product}: {1e3 * seconds:.3f} ms, {2e-12 * n * d * v / seconds:.1f} TFLOP/s",
-                flush=True,
-            )
-        del x, w, a
+        for tokens in (n,) if tiny or dtype == "fp32" else CHUNKS:
+            shapes = {"x w^T": ((tokens, d), (d, v)), "A w": ((tokens, v), (v, d)), "A^T x": ((v, tokens), (tokens, d))}
+            if dtype == "bf16" or tiny:
+                shapes |= {"A^T [x, c]": ((v, tokens), (tokens, d + 8)), "A^T c": ((v, tokens), (tokens, 8))}
+            for product, (left_shape, right_shape) in shapes.items():
+                turned = product.startswith("A^T")
+                left = torch.randn(left_shape[::-1] if turned else left_shape, dtype=kind, device=device)
+                right = torch.randn(right_shape, dtype=kind, device=device)
+                if product == "x w^T":
+                    right = torch.randn(right_shape[::-1], dtype=kind, device=device).t()
+                left = left.t() if turned else left
+                seconds = min(_seconds(left, right) for _ in range(5))
+                rate = 2e-12 * left.numel() * right.shape[1] / seconds
+                print(
+                    f"{name} {dtype} {tokens} tokens, {product}: {1e3 * seconds:.3f} ms, {rate:.1f} TFLOP/s", flush=True
+                )
+                del left, right
+    return 0
+
+
+def measure_scores(tiny: bool) -> int:
+    """The scores kernel alone: one pass, forward and recompute's, with 3 and 4 stages, and the library's same product."""
+    import triton
+
+    from harmonic_triton.fused.problem import Operands
+    from harmonic_triton.fused.triton import launch, tile_configs
+
+    device = "cpu" if tiny else "cuda"
+    for (name, (n, d, v)), dot in itertools.product(HEADS[tiny].items(), (False, True)):
+        x, w = (torch.randn(k, d, device=device).mul_(0.02).to(torch.bfloat16) for k in (n, v))
+        target, exponent = torch.randint(v, (n,), device=device), None if dot else torch.tensor(d**0.5, device=device)
+        call = launch.Launch(Operands(x, w, target, exponent, None), target >= 0, 0.0).measure()
+        entries = x.new_empty((n, -(-v // 64) * 64))[:, :v]
+        tiles = -(-v // call.config.block_v)
+        near, p_sum = launch.vectors(x, 2, tiles * n)
+        index = x.new_empty((tiles, n), dtype=torch.int32)
+        sums = x.new_empty((2, tiles, n), dtype=torch.float32)
+        rival, (p_coef, v_coef, log_norm) = target.roll(1), launch.vectors(x, 3, n).zero_()
+        modes = {
+            "forward": (None, (None,) * 6, (near, index, p_sum, None, None, None), {}),
+            "one pass": (entries, (None,) * 6, (near, index, p_sum, None, None, sums), {"KEEP": True}),
+            "recompute": (
+                entries,
+                (None, None, rival, p_coef, v_coef, log_norm),
+                (*(None,) * 5, sums),
+                {"RECOMPUTE": True},
+            ),
+        }
+        off = {"KEEP": False, "REPAIR": False, "RECOMPUTE": False, "WANT_SCORES": False}
+        for (mode, (a, inputs, out, on)), stages in itertools.product(modes.items(), STAGES):
+            call.tile["num_stages"] = stages
+
+            def run(a=a, inputs=inputs, out=out, switches=off | on, call=call, v=v):  # type: ignore[no-untyped-def]
+                launch.launch_scores(call, a, 0, v, inputs, out, **switches)
+
+            loss, said = "cross-entropy" if dot else "harmonic", "ran"
+            try:
+                run()
+                if not tiny:
+                    milliseconds = triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median")
+                    said = f"{milliseconds:.3f} ms, {2e-9 * n * d * v / milliseconds:.1f} TFLOP/s of its product"
+            except triton.runtime.errors.OutOfResources as error:
+                said = str(error)
+            print(f"{name} {loss} {mode}, {stages} stages, {tile_configs.parts(call.config)} parts: {said}", flush=True)
     return 0
 
 
@@ -307,7 +376,9 @@ def _machine(device: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parse.add_argument("part", nargs="?", choices=("compile", "products"), help="one step of its own, in this process")
+    parse.add_argument(
+        "part", nargs="?", choices=("compile", "products", "scores"), help="one step of its own, in this process"
+    )
     parse.add_argument("--tiny", action="store_true", help="rehearse on tiny shapes through the Triton interpreter")
     parse.add_argument("--out", type=Path, default=RESULTS, help="where its folder goes (default benchmarks/results)")
     parse.add_argument(
@@ -319,7 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("python -m benchmarks.gpu: torch finds no CUDA GPU here: rehearse with --tiny", file=sys.stderr)
         return 2
     if arguments.part is not None:
-        return {"compile": compile_kernels, "products": measure_products}[arguments.part](arguments.tiny)
+        return {"compile": compile_kernels, "products": measure_products, "scores": measure_scores}[arguments.part](
+            arguments.tiny
+        )
     machine = _machine("cuda" if cuda else "cpu")
     label = "tiny" if arguments.tiny else "everything"
     folder = (arguments.out / name_of("gpu", "cuda" if cuda else "cpu", label, machine["time"])).resolve()

@@ -36,6 +36,8 @@ class Loops:
     step: dict[str, int]  # for one tile and ``block_d`` features
     block_d: int
     entries: int  # of a tile, for each thread
+    block_n: int = 128
+    block_v: int = 256
 
     def per_entry(self, width: int) -> dict[str, float]:
         """Instructions for each of the N V entries at ``width`` features."""
@@ -111,6 +113,7 @@ class Machine:
 
     products: float = 790e12  # operations a second in bf16
     copy: float = 4.3e12  # bytes a second
+    cache: float = 8.2e12  # bytes a second from L2 to the multiprocessors, as the best published bf16 product implies
     special: float = 132 * 16 * 1.75e9  # a second
     issue: float = 132 * 128 * 1.75e9  # instructions of one thread a second
 
@@ -122,7 +125,7 @@ class Pass:
     kernel: str
     variant: str  # the kernel's switches that are on, beside the loss's own
     products: int  # of 2 N V D operations each
-    traffic: int  # bytes to and from memory for each entry, in bf16
+    traffic: int  # bytes to and from memory for each entry, in bf16, while the products run
 
     def named(self, *more: str) -> str:
         """The variant's name with further switches in front."""
@@ -131,43 +134,57 @@ class Pass:
 
 @dataclass(frozen=True)
 class Strategy:
-    """Passes of ours, and the two gradient products that the library does."""
+    """Passes of ours, the two gradient products that the library does, and what makes gradients of them."""
 
     name: str
     passes: tuple[Pass, ...]
     library_products: int = 2
+    column_sums: int = 2  # bytes read for each entry (harmonic loss)
+    finish: int = 8  # bytes for each entry of a gradient: an fp32 product written and read, operand and result
 
 
 STRATEGIES = (
-    Strategy("recompute", (Pass("forward_kernel", "", 1, 0), Pass("gradient_kernel", "", 1, 2))),
-    Strategy("chunks", (Pass("forward_kernel", "store_scores", 1, 2), Pass("gradient_kernel", "stored", 0, 4))),
+    Strategy("recompute", (Pass("scores_kernel", "tma", 1, 0), Pass("scores_kernel", "recompute+tma", 1, 2))),
+    Strategy("one pass", (Pass("scores_kernel", "keep+tma", 1, 2),)),
 )
+BEFORE = {  # the strategies that one pass replaced, by the same model with its terms (cf959e3, 128x64x64 tiles, cp.async)
+    (8192, 768, 50257): {"recompute": (5.4e-3, 6.8e-3), "chunks": (4.5e-3, 4.9e-3)},
+    (8192, 4096, 128256): {"recompute": (72e-3, 76e-3), "chunks": (51e-3, 53e-3)},
+}
 SHAPES = ((8192, 768, 50257), (8192, 4096, 128256))
+LAUNCHES = 0.12e-3  # seconds of norms, geometry, finish, sort and launches, beside one reading of W
 
 
-def pass_seconds(one: Pass, loops: Loops, tokens: int, width: int, classes: int, machine: Machine) -> dict[str, float]:
-    """Seconds that each unit of the machine is busy with one pass."""
-    entries, each = tokens * classes, loops.per_entry(width)
-    return {
-        "matrix": one.products * 2 * entries * width / machine.products,
-        "special": each["special"] * entries / machine.special,
-        "issue": sum(each.values()) * entries / machine.issue,
-        "memory": one.traffic * entries / machine.copy,
-    }
+def pass_seconds(one: Pass, loops: Loops, shape: Sequence[int], machine: Machine) -> tuple[float, float]:
+    """Seconds of one pass: (its product with the loads of that, its epilogue). A tile's operands come from the L2 cache."""
+    tokens, width, classes = shape
+    entries, steps = float(tokens * classes), -(-width // loops.block_d)
+    loads = 2 * width * entries * (1 / loops.block_n + 1 / loops.block_v)
+    inside = steps * sum(loops.step.values()) / loops.entries
+    product = one.products * max(2 * entries * width / machine.products, loads / machine.cache)
+    return max(product, inside * entries / machine.issue), max(
+        loops.tile["special"] / loops.entries * entries / machine.special,
+        sum(loops.tile.values()) / loops.entries * entries / machine.issue,
+        one.traffic * entries / machine.copy,
+    )
 
 
 def predict(
     strategy: Strategy, loss: str, found: Mapping[tuple[str, str], Loops], shape: Sequence[int], machine: Machine
 ) -> tuple[float, float]:
-    """Seconds of forward and backward: (everything overlapped, products and element-wise work in turn).
+    """Seconds of forward and backward: (epilogues hidden behind products, products and epilogues in turn).
 
     ``loss`` is the switch that turns its kernels on: "" or "dot".
     """
     tokens, width, classes = shape
-    library = strategy.library_products * 2 * tokens * width * classes / machine.products
-    overlapped = in_turn = library
+    entries, gradients = float(tokens * classes), float((tokens + classes) * width)
+    always = strategy.library_products * 2 * entries * width / machine.products
+    always += (strategy.finish * gradients + 2 * classes * width) / machine.copy + LAUNCHES
+    if loss != "dot":
+        always += strategy.column_sums * entries / machine.copy
+    overlapped = in_turn = always
     for one in strategy.passes:
-        busy = pass_seconds(one, found[one.kernel, one.named(loss)], tokens, width, classes, machine)
-        overlapped += max(busy.values())
-        in_turn += busy["matrix"] + max(busy["special"], busy["issue"], busy["memory"])
+        product, epilogue = pass_seconds(one, found[one.kernel, one.named(loss)], shape, machine)
+        overlapped += max(product, epilogue)
+        in_turn += product + epilogue
     return overlapped, in_turn

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,24 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gf
 SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  # bytes of a multiprocessor
 SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SWITCHES = ("DOT", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "STORE_SCORES", "STORED")
-OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr"}  # in the dtype of the call; what is named nowhere is fp32
-TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")
-TYPES |= {"index_ptr": "i32", "far_ptr": "i8", "target_ref_ptr": "fp64"}
-GRADIENTS = {"dx_ptr", "dw_ptr"}  # in fp32 where they are formed in the forward pass: the variant WIDE
+SWITCHES = ("DOT", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "KEEP", "REPAIR", "RECOMPUTE", "TMA")
+OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr", "operand_ptr", "column_ptr"}  # in the dtype of the call
+TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")  # what is named nowhere is fp32
+TYPES |= {"index_ptr": "i32", "target_ref_ptr": "fp64", "used_ptr": "i1"}
+COLUMN_OF_TILE = {"anchor_kernel", "finish_kernel"}  # whose column_ptr is a class
 FLOATS = {"eps"}  # scalar arguments that are not i32
-SMOOTHING_ONLY = {"smooth_weight_ptr", "smooth_sum_ptr", "smooth_ptr", "g_smooth_ptr"}  # None without smoothing
-SCORED_ONLY = {"g_score_ptr"}  # None where nothing depends on the target's logit itself
-STORED_ONLY = {"stored_ptr", "tile_best_ptr"}  # None where no log-scores are stored
+ABSENT = {  # arguments that are None where a switch is off
+    "SMOOTHING": {"smooth_weight_ptr", "smooth_sum_ptr", "v_sum_ptr", "g_smooth_ptr"},
+    "SCORED": {"g_score_ptr"},  # nothing depends on the target's logit itself
+    "WANT_SCORES": {"score_sum_ptr"},
+}
 HARMONIC_ONLY = {
     "norms_ptr",
     "smallest_ptr",
     "median_ptr",
     "largest_ptr",
     "n_ptr",
-    "row_sums_ptr",
-    "column_sums_ptr",
+    "columns_ptr",
 }  # None with dot products
 MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma"
 
@@ -82,17 +83,21 @@ class Launch:
 
 def kernels() -> dict[str, tuple[Any, bool]]:
     """Every kernel of the heads by name, and whether it computes products."""
-    from harmonic_triton.fused.triton import backward, forward
+    from harmonic_triton.fused.triton import backward, forward, scores
 
-    named = {**vars(forward), **vars(backward)}
-    return {name: (value, "BLOCK_V" in value.arg_names) for name, value in named.items() if name.endswith("_kernel")}
+    named = {**vars(scores), **vars(forward), **vars(backward)}
+    return {name: (value, name == "scores_kernel") for name, value in named.items() if name.endswith("_kernel")}
 
 
 def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
-    """Every combination of the kernel's own switches, and of the types of gradients."""
-    switches = [name for name in SWITCHES if name in arguments] + ["WIDE"] * bool(GRADIENTS.intersection(arguments))
+    """Every combination of the kernel's own switches that a call can have."""
+    switches = [name for name in SWITCHES if name in arguments]
     for values in itertools.product((False, True), repeat=len(switches)):
-        yield dict(zip(switches, values, strict=True))
+        chosen = dict(zip(switches, values, strict=True))
+        on = {name for name, value in chosen.items() if value}
+        if not ({"KEEP", "SMOOTHING"} <= on or {"KEEP", "SCALED"} <= on  # one pass: bfloat16, no smoothing
+                or ("RECOMPUTE" in on and on & {"KEEP", "REPAIR", "WANT_SCORES"})):  # fmt: skip
+            yield chosen
 
 
 def launch_of(
@@ -102,45 +107,78 @@ def launch_of(
 
     A ``KeyError`` names a constant that is not known here.
     """
-    from harmonic_triton.fused.triton.tile_configs import CONFIGS, FEATURE_BLOCK, ROW_BLOCK, ROW_WARPS, stored_tile
+    from harmonic_triton._common.copies import stages
+    from harmonic_triton.fused.results import COLUMNS
+    from harmonic_triton.fused.triton.tile_configs import (
+        CONFIGS,
+        FEATURE_BLOCK,
+        FUSION,
+        GROUP,
+        ROW_BLOCK,
+        ROW_OPTIONS,
+        near,
+        parts,
+    )
 
     config = config or CONFIGS[arch, DTYPES[dtype]]
-    fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "UPCAST": False}
-    fixed["FAST_LOG"] = not arch.startswith("gfx")
-    fixed |= {"stride_xd": 1, "stride_wd": 1}
-    options = {"num_warps": ROW_WARPS, "num_stages": 2}
+    fast = not arch.startswith("gfx")
+    fixed: dict[str, Any] = {**switches, "BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, "BLOCK_V": config.block_v}
+    fixed |= {"UPCAST": False, "FAST": fast, "stride_xd": 1, "stride_wd": 1, "COLUMNS": COLUMNS, "NEAR": near(config)}
+    options = {**ROW_OPTIONS, "num_stages": 2}
     if products:
-        fixed |= {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        if switches.get("STORED"):
-            fixed["BLOCK_N"], options["num_warps"] = stored_tile(config).values()
+        fixed |= {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "GROUP": GROUP, "PARTS": parts(config)}
+        ahead = config.num_stages if switches["TMA"] else stages(arch, config.num_stages, DTYPES[dtype])
+        options = {"num_warps": config.num_warps, "num_stages": ahead, **FUSION}
+        fixed |= dict.fromkeys(_absent_of_scores(switches))
     elif name == "coefficient_kernel":
         fixed["BLOCK_N"] = 128
-    if not switches.get("SMOOTHING", True):
-        fixed |= dict.fromkeys(SMOOTHING_ONLY)
-    if not switches.get("SCORED", True):
-        fixed |= dict.fromkeys(SCORED_ONLY)
-    if not switches.get("STORE_SCORES", False) and not switches.get("STORED", False):
-        fixed |= dict.fromkeys(STORED_ONLY)
+    elif name == "rounded_sums_kernel":
+        fixed["BLOCK_V"] = 4 * FEATURE_BLOCK
+    for switch, names in ABSENT.items():
+        if not switches.get(switch, True):
+            fixed |= dict.fromkeys(names)
+    if name in ("coefficient_kernel", "finish_kernel") and not switches["KEEP"]:
+        names = (
+            {"anchor_ptr", "near_score_ptr", "a_ptr"}
+            if name == "coefficient_kernel"
+            else {"near_score_ptr", "a_sums_ptr", "plain_ptr", "by_gap_ptr"}
+        )
+        fixed |= dict.fromkeys(names)
     if switches.get("DOT", False):
-        fixed |= dict.fromkeys(HARMONIC_ONLY)
+        fixed |= dict.fromkeys(HARMONIC_ONLY | (set() if name in COLUMN_OF_TILE else {"column_ptr"}))
+    blocks = {"x_ptr": ("BLOCK_N", "BLOCK_D"), "w_ptr": ("BLOCK_V", "BLOCK_D"), "a_ptr": ("BLOCK_N", "WIDTH")}
     compile_time = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
     launch = Launch({}, {}, {}, options)
     for position, argument in enumerate(function.arg_names):
         if argument in compile_time or argument in fixed:
             launch.signature[argument], launch.constants[(position,)] = "constexpr", fixed[argument]
+        elif argument in blocks and switches.get("TMA"):
+            sides = [{**fixed, "WIDTH": config.block_v // parts(config)}[side] for side in blocks[argument]]
+            launch.signature[argument] = f"tensordesc<{dtype}{sides}>"
         elif argument.endswith("_ptr"):
             kind = dtype if argument in OPERANDS else TYPES.get(argument, "fp32")
-            if argument == "stored_ptr" and dtype != "fp32":
-                kind = "fp16"
-            if argument in GRADIENTS and switches["WIDE"]:
-                kind = "fp32"
+            if argument == "column_ptr" and name in COLUMN_OF_TILE:
+                kind = "i32"
             launch.signature[argument], launch.attributes[(position,)] = f"*{kind}", [["tt.divisibility", 16]]
         else:
             launch.signature[argument] = "fp32" if argument in FLOATS else "i32"
-            if argument.startswith("stride") or argument in ("D", "classes_per_split"):
+            if argument.startswith("stride") or argument == "D":
                 launch.attributes[(position,)] = [["tt.divisibility", 16]]
     return launch
+
+
+def _absent_of_scores(switches: dict[str, bool]) -> set[str]:
+    """Arguments of the scores kernel that are None in one of its modes."""
+    absent = {"smooth_sum_ptr"} if switches["RECOMPUTE"] or not switches["SMOOTHING"] else set()
+    if not switches["REPAIR"]:
+        absent |= {"anchor_ptr", "largest_anchor_ptr"}
+    if not switches["RECOMPUTE"]:
+        absent |= {"rival_ptr", "p_coef_ptr", "v_coef_ptr", "log_norm_ptr"}
+    else:
+        absent |= {"near_ptr", "index_ptr", "p_sum_ptr", "score_sum_ptr"}
+    if not switches["KEEP"] and not switches["RECOMPUTE"]:
+        absent |= {"a_ptr", "a_sums_ptr"}
+    return absent
 
 
 def compile_one(
@@ -172,7 +210,8 @@ def compile_one(
         block = {key: launch.constants[(function.arg_names.index(key),)] for key in ("BLOCK_N", "BLOCK_V", "BLOCK_D")}
         entries = block["BLOCK_N"] * block["BLOCK_V"] // (32 * launch.options["num_warps"])
         sass = inner_loops.disassemble(compiled.asm["cubin"])
-        cost.loops = asdict(inner_loops.read(sass, block["BLOCK_D"], entries))
+        loops = inner_loops.read(sass, block["BLOCK_D"], entries)
+        cost.loops = asdict(replace(loops, block_n=block["BLOCK_N"], block_v=block["BLOCK_V"]))
     return cost
 
 
@@ -207,14 +246,19 @@ Job = tuple[str, dict[str, bool], str, str]
 
 
 def jobs(architectures: Iterable[str] = TARGETS) -> list[Job]:
-    """Every kernel x switches x dtype x architecture; fp16 alone has a scaled backward."""
+    """Every kernel x switches x dtype x architecture that a call can have.
+
+    fp16 alone has a scaled backward, bf16 alone one pass; descriptors serve 16 bits on GPUs that have them.
+    """
+    from harmonic_triton.fused.triton.tile_configs import described
+
     found = []
     for name, (function, _) in kernels().items():
         for switches in variants(function.arg_names):
             for dtype, arch in itertools.product(DTYPES, architectures):
-                if switches.get("SCALED", dtype == "fp16") == (dtype == "fp16") and not (
-                    dtype == "fp32" and switches.get("WIDE")
-                ):
+                scaled = switches.get("SCALED", dtype == "fp16") == (dtype == "fp16")
+                kept = not switches.get("KEEP") or dtype == "bf16"
+                if scaled and kept and (not switches.get("TMA") or described(arch, DTYPES[dtype])):
                     found.append((name, switches, dtype, arch))
     return found
 
@@ -264,8 +308,9 @@ def inner_loop_tables(costs: list[Cost]) -> str:
         "Outside the loop over the features, then inside it for each 64 features; the last column is the sum at D = 768.",
         markdown_table(("kernel", "variant", "dtype", *heads, "all at 768"), rows),
         "## Predicted time of forward + backward on an H200, bf16",
-        "From the counts above and the limits in benchmarks/inner_loops.py: with everything overlapped, and with products\n"
-        "and element-wise work in turn. The floor is 3U at the measured product rate.",
+        "From the counts above and the limits in benchmarks/inner_loops.py, L2 traffic and finishing passes included: with\n"
+        "epilogues hidden behind products, and with both in turn. The floor is 3U at the measured product rate. *Before* are\n"
+        "the strategies that one pass replaced, by the same model.",
         markdown_table(PREDICTED, list(_predictions(found))),
     ]
     return "\n\n".join(parts)
@@ -288,6 +333,10 @@ def _predictions(found: dict[tuple[str, str], inner_loops.Loops]) -> Iterator[li
                 share = f"{floor / worst:.2f}-{floor / best:.2f}"
                 name = f"{strategy.name}, {loss}"
                 yield [", ".join(map(str, shape)), name, *times, share, "not measured on a GPU"]
+        for name, (best, worst) in inner_loops.BEFORE[shape].items():
+            times = [f"{1e3 * seconds:.2f}" for seconds in (floor, best, worst)]
+            share = f"{floor / worst:.2f}-{floor / best:.2f}"
+            yield [", ".join(map(str, shape)), f"before: {name}, harmonic", *times, share, "not measured on a GPU"]
 
 
 def main(arguments: list[str] | None = None) -> int:

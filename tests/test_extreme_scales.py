@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWar
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["torch", "chunks", "recompute"])
+@pytest.fixture(params=["torch", "one pass", "recompute"])
 def backend(request):
     """The torch backend, and Triton's with both of its strategies."""
     if request.param == "torch":

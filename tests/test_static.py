@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import fresh
@@ -24,7 +25,9 @@ from harmonic_triton.fused import strategy as strategies
 configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")  # needs triton
 
 ROOT = Path(__file__).parent.parent
-PARKED = 8  # bytes of stack: ptxas parks one register for the whole program, one store and one load outside the loops
+PARKED = (
+    512  # bytes of stack of a tile's program: registers that wait for the sums, outside of the loop over the features
+)
 REGISTERS = {"sm80": 255, "sm90": 255, "sm100": 255, "gfx942": 512}
 
 
@@ -67,35 +70,74 @@ def test_compiles_within_limits(arch):
     assert len(costs) == len(static_cost.jobs([arch]))
     assert {cost.arch for cost in costs} == {arch}
     by_products = {products: [cost for cost in costs if cost.products == products] for products in (False, True)}
-    assert {cost.kernel for cost in by_products[True]} == {"forward_kernel", "gradient_kernel"}
-    assert not [cost for cost in costs if cost.spills > PARKED]
+    assert {cost.kernel for cost in by_products[True]} == {"scores_kernel"}
+    assert not [cost for cost in costs if cost.spills > PARKED * cost.products]
     assert not [cost for cost in costs if not 0 < cost.registers <= REGISTERS[arch]]
     assert not [cost for cost in costs if cost.shared > static_cost.SHARED_LIMIT[arch]]
-    computed = [cost for cost in by_products[True] if "stored" not in cost.variant.split("+")]  # not read from storage
-    assert not [cost for cost in computed if cost.matrix_instructions == 0 and cost.dtype != "fp32"]
+    assert not [cost for cost in by_products[True] if cost.matrix_instructions == 0 and cost.dtype != "fp32"]
     # fp32 products stay in fp32: NVIDIA's matrix units would round the operands to tf32, AMD's have fp32 ones
     if arch.startswith("sm"):
         assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
 
 
-def test_the_products_compile_within_limits():
-    """The kernels that compute products, for 16-bit operands and both strategies, on every architecture."""
-    program = """if True:
-        import dataclasses, json
-        from benchmarks import static_cost
-        for arch in static_cost.TARGETS:
-            plain = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False}
-            for name, switches in (("forward_kernel", {**plain, "STORE_SCORES": True}),
-                                   ("gradient_kernel", {"DOT": False, "SMOOTHING": False, "STORED": False})):
-                print(json.dumps(dataclasses.asdict(static_cost.run_job((name, switches, "bf16", arch)))))"""
+SCORES = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, "KEEP": False, "REPAIR": False, "RECOMPUTE": False}
+
+
+def compiled(program: str) -> list[str]:
+    """What a program prints that compiles kernels, in a process of its own."""
+    program = f"from benchmarks import static_cost\nSCORES = {SCORES}\n" + textwrap.dedent(program)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = fresh.run(program, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
-    costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
-    assert len(costs) == 2 * len(static_cost.TARGETS)
+    return run.stdout.splitlines()
+
+
+def test_one_pass_compiles_within_limits():
+    """For 16-bit operands on every architecture, with descriptors where those are."""
+    lines = compiled("""
+        import dataclasses, json
+        for arch in static_cost.TARGETS:
+            switches = {**SCORES, "KEEP": True, "TMA": arch in ("sm90", "sm100")}
+            print(json.dumps(dataclasses.asdict(static_cost.run_job(("scores_kernel", switches, "bf16", arch)))))
+        """)
+    costs = [static_cost.Cost(**json.loads(line)) for line in lines]
+    assert len(costs) == len(static_cost.TARGETS)
     for cost in costs:
         assert cost.spills <= PARKED and 0 < cost.registers <= REGISTERS[cost.arch], cost
         assert cost.shared <= static_cost.SHARED_LIMIT[cost.arch] and cost.matrix_instructions, cost
+
+
+def test_instructions_of_an_entry():
+    """What a thread executes for each of the N V entries at D = 768 on sm_90: the products take 0.8 ms, 29 of these as long."""
+    lines = compiled("""
+        from benchmarks import inner_loops
+        for dot in (False, True):
+            cost = static_cost.run_job(("scores_kernel", {**SCORES, "DOT": dot, "KEEP": True, "TMA": True}, "bf16", "sm90"))
+            print(sum(inner_loops.Loops(**cost.loops).per_entry(768).values()))
+        """)
+    harmonic, dot = map(float, lines)
+    assert harmonic <= 35
+    assert dot <= 24
+
+
+def test_nothing_is_copied_ahead_without_a_fence():
+    """The matrix units of sm_90 read shared memory by another way: descriptors wait for themselves, other copies need a
+    fence, which Triton leaves out before 3.8; there the loads are synchronous."""
+    lines = compiled("""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        for tma in (False, True):
+            launch = static_cost.launch_of("scores_kernel", *static_cost.kernels()["scores_kernel"],
+                                           {**SCORES, "KEEP": True, "TMA": tma}, "bf16", "sm90")
+            source = ASTSource(static_cost.kernels()["scores_kernel"][0], launch.signature, launch.constants, launch.attributes)
+            code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options).asm["ptx"]
+            print("wgmma" in code, "cp.async.cg" in code or "cp.async.ca" in code, "fence.proxy.async" in code,
+                  "cp.async.bulk.tensor" in code)
+        """)
+    plain, described = ([word == "True" for word in line.split()] for line in lines)
+    assert plain[0] and (plain[2] or not plain[1]) and not plain[3]
+    assert described[0] and not described[1] and described[3]
 
 
 def test_products_compile_for_other_amd_gpus():
@@ -105,8 +147,8 @@ def test_products_compile_for_other_amd_gpus():
         from harmonic_triton.fused.triton.tile_configs import CONFIGS
         for arch in ("gfx90a", "gfx950"):
             static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
-            switches = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, "STORE_SCORES": False}
-            cost = static_cost.run_job(("forward_kernel", switches, "bf16", arch))
+            switches = dict.fromkeys(("DOT", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE", "TMA"), False)
+            cost = static_cost.run_job(("scores_kernel", switches, "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = fresh.run(program, env=environment)
@@ -114,50 +156,24 @@ def test_products_compile_for_other_amd_gpus():
     assert all(map(int, run.stdout.split()))
 
 
-def test_products_of_transposed_operands_do_not_spill():
+def test_transposed_operands_compile_without_stack():
     """They are not copied: rows next to each other, features any number apart. All other operands are aligned first."""
-    program = """if True:
+    lines = compiled("""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from benchmarks import static_cost
-        for name, (function, products) in static_cost.kernels().items():
-            for row, feature in (("stride_wv", "stride_wd"), ("stride_xn", "stride_xd")) if products else ():
-                switches = {switch: False for switch in static_cost.SWITCHES if switch in function.arg_names}
-                launch = static_cost.launch_of(name, function, products, switches, "bf16", "sm90")
-                one, apart = ((function.arg_names.index(argument),) for argument in (row, feature))
-                launch.signature |= {row: "constexpr", feature: "i32"}
-                launch.constants[one] = launch.constants.pop(apart)
-                launch.attributes.pop(one)
-                source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
-                compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
-                print(static_cost.resource_usage(compiled.asm["cubin"])[1], "cp.async" in compiled.asm["ptx"])"""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = fresh.run(program, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.splitlines() == ["0 True"] * 4
-
-
-def test_coefficients_may_replace_the_scores_they_come_from():
-    """In one memory: every program reads its tile once, and before it writes there."""
-    program = """if True:
-        import re, triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from benchmarks import static_cost
-        function, products = static_cost.kernels()["gradient_kernel"]
-        for arch, target in static_cost.TARGETS.items():
-            for dot in (False, True):
-                switches = {"DOT": dot, "SMOOTHING": True, "STORED": True}
-                launch = static_cost.launch_of("gradient_kernel", function, products, switches, "bf16", arch)
-                source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
-                code = triton.compile(source, target=GPUTarget(*target), options=launch.options).asm["ttgir"]
-                tiles = [line for line in code.splitlines() if re.search(r"tensor<[0-9]+x[0-9]+x", line)]
-                print(*re.findall(r"= tt.(load) |(?<!= )tt.(store) ", chr(10).join(tiles)))"""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = fresh.run(program, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.splitlines() == ["('load', '') ('', 'store')"] * 2 * len(static_cost.TARGETS)
+        function, products = static_cost.kernels()["scores_kernel"]
+        for row, feature in (("stride_wv", "stride_wd"), ("stride_xn", "stride_xd")):
+            launch = static_cost.launch_of("scores_kernel", function, products, {**SCORES, "TMA": False}, "bf16", "sm90")
+            one, apart = ((function.arg_names.index(argument),) for argument in (row, feature))
+            launch.signature |= {row: "constexpr", feature: "i32"}
+            launch.constants[one] = launch.constants.pop(apart)
+            launch.attributes.pop(one)
+            source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+            print(static_cost.resource_usage(compiled.asm["cubin"])[1])
+        """)
+    assert [int(line) <= PARKED for line in lines] == [True] * 2
 
 
 # --- tuned configurations ---------------------------------------------------------------------------------------------
@@ -187,10 +203,11 @@ def test_tuned_configuration_is_what_a_call_takes(tiles):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("strategy", ["chunks", "recompute"])
+@pytest.mark.parametrize("strategy", ["one pass", "recompute"])
 def test_tuned_configuration_computes_the_same(tiles, strategy):
-    """Other tiles, other order of sums: fp32's accuracy."""
-    x, w = torch.randn(40, 70, generator=torch.Generator().manual_seed(0)), torch.randn(90, 70)
+    """Other tiles, other order of sums: the operands' accuracy."""
+    generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16 if strategy == "one pass" else torch.float32
+    x, w = (torch.randn(rows, 70, generator=generator).to(dtype) for rows in (40, 90))
     target = torch.arange(40) * 2
 
     def gradients():
@@ -199,10 +216,12 @@ def test_tuned_configuration_computes_the_same(tiles, strategy):
             return torch.autograd.grad(ht.linear_harmonic_loss(*leaves, target, backend="triton"), leaves)
 
     want = gradients()
-    configs.store_tuned(configs.key_of(configs.architecture(x.device), 4, 70), configs.TileConfig(16, 16, 32, 4, 1))
+    configs.store_tuned(
+        configs.key_of(configs.architecture(x.device), dtype.itemsize, 70), configs.TileConfig(16, 16, 32, 4, 1)
+    )
     for got, wanted in zip(gradients(), want, strict=True):
         assert not torch.equal(got, wanted)
-        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+        assert (got - wanted).norm() <= max(1e-6, torch.finfo(dtype).eps / 4) * wanted.norm()
 
 
 @pytest.mark.parametrize("text", [
@@ -218,11 +237,11 @@ def test_a_bad_file_is_named(tiles, text):
 
 
 def test_the_sweep_rejects_what_spills_or_does_not_fit():
-    """The stored configuration passes; a tile of 128 x 256 spills; six stages of 128 x 128 x 64 exceed shared memory."""
+    """The stored configuration passes; half of the warps spill; six stages exceed shared memory."""
     program = """if True:
         from benchmarks import autotune
         from harmonic_triton.fused.triton.tile_configs import CONFIGS, TileConfig
-        for config in (CONFIGS["sm90", 2], TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 128, 8, 6)):
+        for config in (CONFIGS["sm90", 2], TileConfig(128, 256, 64, 4, 3), TileConfig(128, 128, 128, 8, 6)):
             print(autotune.rejection(config, "bf16", "sm90"))"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = fresh.run(program, env=environment)
@@ -244,14 +263,14 @@ def test_tuning_needs_a_gpu(monkeypatch, capsys):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = {dtype: name for name, dtype in DTYPES.items()}
-KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", int: "i32", float: "fp32"}
+KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", int: "i32", float: "fp32"}
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("harmonic", [True, False])
-@pytest.mark.parametrize("strategy", ["recompute", "chunks"])
+@pytest.mark.parametrize("strategy", ["recompute", "one pass"])
 def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, harmonic, monkeypatch):
     """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
 
@@ -267,8 +286,6 @@ def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothi
         name, names = function.__name__, function.arg_names
         given = {**dict(zip(names, args, strict=False)), **options}
         switches = {switch: given[switch] for switch in static_cost.SWITCHES if switch in names}
-        for gradient in static_cost.GRADIENTS.intersection(names):
-            switches["WIDE"] = given[gradient].dtype == torch.float32 != DTYPES[dtype]
         assert (name, switches, dtype, "sm90") in jobs
         compiled = static_cost.launch_of(name, *kernels[name], switches, dtype, "sm90")
         constants = {names[position]: value for (position,), value in compiled.constants.items()}
@@ -277,6 +294,9 @@ def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothi
             kind = f"*{KINDS[value.dtype]}" if isinstance(value, torch.Tensor) else KINDS.get(type(value))
             if argument in ("stride_xd", "stride_wd") or value is None:
                 assert constants.get(argument, "no constant") == value, (name, argument)
+            elif hasattr(value, "block_shape"):  # the interpreter's tiles are of its own sizes
+                assert compiled.signature[argument].startswith(f"tensordesc<{dtype}["), (name, argument)
+                assert len(value.block_shape) == 2
             elif argument not in constants:
                 assert compiled.signature[argument] == kind, (name, argument)
         seen.add(name)

@@ -17,9 +17,8 @@ from harmonic_triton.fused import strategy as strategies
 from harmonic_triton.fused.problem import Operands, Problem
 
 _triton = pytest.importorskip("harmonic_triton.fused.triton.backend")
+_launch = pytest.importorskip("harmonic_triton.fused.triton.launch")
 tile_configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")
-triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
-exp2_minus_1 = pytest.importorskip("harmonic_triton.fused.triton.tile").exp2_minus_1
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,7 +140,7 @@ class Recorded:
     *((shape, "plain") for shape in ((6, 1, 9), (5, 17, 40), (6, 65, 70), (4, 40, 1), (3, 1, 1), (0, 7, 9), (1, 31, 2))),
     *((shape, how) for shape in ((5, 17, 40), (6, 64, 70)) for how in ("gap", "offset", "transposed")),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("strategy", ["recompute", "chunks"])
+@pytest.mark.parametrize("strategy", ["recompute", "one pass"])
 def test_rows_that_are_not_aligned(strategy, shape, how, dtype):
     """The loss of operands padded by hand, to the bit; gradients in the shapes and within the rounding of the operands.
 
@@ -199,7 +198,7 @@ def launched(monkeypatch, run):
         return Kernel()
 
     with monkeypatch.context() as patch:
-        for module in (_triton.forward_kernels, _triton.backward_kernels):
+        for module in (_launch.scores_kernels, _triton.forward_kernels, _triton.backward_kernels):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, recorded(getattr(module, name)))
         run()
@@ -209,18 +208,18 @@ def launched(monkeypatch, run):
 # Odd numbers of tokens, features and classes, over several chunks of tokens or slices of classes.
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("harmonic", [True, False])
-@pytest.mark.parametrize("strategy", ["recompute", "chunks"])
+@pytest.mark.parametrize("strategy", ["recompute", "one pass"])
 def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
     """Every pointer on 16 bytes, features and strides in multiples of 16: what static_cost compiles, and nothing else."""
     x, w, target = inputs(101, 37, 203)
     x, w = (torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view_as(tensor).to(dtype) for tensor in (x, w))
     leaves = x.requires_grad_(), w.requires_grad_()
     room = torch.linspace(2.0, 4.0, 5, device=DEVICE, requires_grad=True)
-    budget = {"recompute": 101 * 4 * 80, "chunks": 203 * 4 * 70}[strategy]
+    budget = {"recompute": 101 * 4 * 80, "one pass": 203 * 3 * 70}[strategy]
 
     def run():
-        options = {"backend": "triton", "label_smoothing": 0.1, "memory_budget": budget,
-                   "reduction": "sum" if strategy == "chunks" else "none"}  # fmt: skip
+        options = {"backend": "triton", "label_smoothing": 0.1 * (strategy == "recompute"), "memory_budget": budget,
+                   "reduction": "sum" if strategy == "one pass" else "none"}  # fmt: skip
         with strategies.force(strategy):
             if harmonic:
                 loss = ht.linear_harmonic_loss(*leaves, target, n=room[3], **options)
@@ -236,72 +235,37 @@ def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
             assert value.data_ptr() % 16 == 0, (kernel, name)
         elif name.startswith("stride"):
             assert value % 16 == 0 or (name in ("stride_xd", "stride_wd") and value == 1), (kernel, name, value)
-        elif name in ("D", "classes_per_split") and kernel not in (
+        elif name == "D" and kernel not in (
             "finish_x_kernel",
             "finish_w_kernel",
+            "operand_kernel",
         ):  # as gradients are
             assert value % 16 == 0, (kernel, name, value)
 
 
-@pytest.mark.parametrize("block_v", [1, 8, 16, 64, 128, 1024, 4096])
-def test_the_pass_over_stored_scores_has_a_launchable_number_of_warps(block_v):
-    """Whatever a tuned file holds: 1 to 16, a power of two; the stored configurations keep theirs."""
-    config = tile_configs.TileConfig(64, block_v, 32, 4, 1)
-    warps = tile_configs.stored_tile(config)["num_warps"]
-    assert 1 <= warps <= 16
-    assert warps & (warps - 1) == 0
-    assert block_v not in (16, 64, 128) or warps == block_v // 16
-
-
-def test_narrow_tuned_tiles_compute_the_same(monkeypatch):
-    """A tile of 8 classes, whose stored scores once asked for a launch of no warp."""
-    x, w, target = inputs()
-    wanted = call(x, w, target)[0].sum()
-    narrow = tile_configs.TileConfig(32, 8, 64, 4, 1)
-    monkeypatch.setattr(_triton, "tile_config", lambda *_: narrow)
-    gradient = Recorded(_triton.backward_kernels.gradient_kernel)
-    monkeypatch.setattr(_triton.backward_kernels, "gradient_kernel", gradient)
-    leaf = x.clone().requires_grad_()
-    with strategies.force("chunks"):
-        loss = ht.linear_harmonic_loss(leaf, w, target, reduction="sum", backend="triton")
-    assert [constants["num_warps"] for constants in gradient.constants] == [1]
-    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-6, atol=0.0)
-
-
-def test_a_large_budget_does_not_exceed_the_grid(monkeypatch):
-    """The second axis of a CUDA grid ends at 65535: slices of classes are cut there as well."""
-    assert _triton.GRID_LIMIT <= 65535
-    want = call(*inputs())
-    gradient = Recorded(_triton.backward_kernels.gradient_kernel)
-    monkeypatch.setattr(_triton.backward_kernels, "gradient_kernel", gradient)
-    monkeypatch.setattr(_triton, "GRID_LIMIT", 2)
-    torch.testing.assert_close(call(*inputs(), memory_budget=2**30), want)
-    assert len(gradient.grids) > 1
-    assert max(tiles for _, tiles in gradient.grids) == 2
+@pytest.mark.parametrize("block_v", [8, 16, 32, 128, 256])
+@pytest.mark.parametrize("strategy", ["one pass", "recompute"])
+def test_tiles_of_any_width_compute_the_same(strategy, block_v, monkeypatch):
+    """In one part, two or four; the nearest of 8 to 32 groups of classes."""
+    x, w, target = inputs(classes=300)
+    x, w, target = x.bfloat16(), w.bfloat16(), target % 300
+    want = oracle(x, w, target, torch.ones(6) / 6, n=8.0)
+    config = tile_configs.TileConfig(32, block_v, 64, 4, 1)
+    monkeypatch.setattr(_launch, "tile_config", lambda *_: config)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    with strategies.force(strategy):
+        loss = ht.linear_harmonic_loss(x, w, target, n=8.0, backend="triton")
+    torch.testing.assert_close(loss.detach().double(), want.loss.mean(), rtol=1e-6, atol=0.0)
+    want.check(want.loss, *torch.autograd.grad(loss, (x, w)))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks at launches of the interpreter, the kernels are compiled here")
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_the_interpreter_decides_on_upcasts(interpreted, monkeypatch):
     """Not the device: the interpreter serves CUDA tensors as well, and rounds bf16 no better there."""
-    forward = Recorded(_triton.forward_kernels.forward_kernel)
-    monkeypatch.setattr(_triton.forward_kernels, "forward_kernel", forward)
-    monkeypatch.setattr(_triton, "interpreted", lambda: interpreted)
+    scores = Recorded(_launch.scores_kernels.scores_kernel)
+    monkeypatch.setattr(_launch.scores_kernels, "scores_kernel", scores)
+    monkeypatch.setattr(_launch, "interpreted", lambda: interpreted)
     x, w, target = inputs()
     _triton.forward(Operands(x, w, target, torch.tensor(6.0), None), Problem(0.0, 0.0, -100, False, "triton", 0))
-    assert [constants["UPCAST"] for constants in forward.constants] == [interpreted]
-
-
-@triton.jit
-def exp2_minus_1_kernel(value_ptr, out_ptr, BRIEF: tl.constexpr, SIZE: tl.constexpr):
-    at = tl.arange(0, SIZE)
-    tl.store(out_ptr + at, exp2_minus_1(tl.load(value_ptr + at), BRIEF))
-
-
-@pytest.mark.parametrize(("brief", "error"), [(False, 5e-7), (True, 5e-6)])
-def test_exp2_minus_1_near_0(brief, error):
-    value = torch.cat([-torch.logspace(-6, 0.5, 512), torch.logspace(-6, 0.5, 512)]).to(DEVICE)
-    out = torch.empty_like(value)
-    exp2_minus_1_kernel[(1,)](value, out, BRIEF=brief, SIZE=len(value))
-    truth = torch.expm1(value.double() * math.log(2.0))
-    assert ((out - truth) / truth).abs().max() < error
+    assert [constants["UPCAST"] for constants in scores.constants] == [interpreted] * 2

@@ -4,8 +4,10 @@ U = 2 N V D operations is one product of the head.
 
 - *recompute*: the forward pass keeps O(N + V); backward forms the products again, one slice of classes at a time: 4 U.
   Always for ``reduction="none"`` (upstream gradients are not known yet), and without gradients, where nothing is stored.
-- *chunks*: gradients in the forward pass, one chunk of tokens at a time, from stored 16-bit log-scores (fp32 ones for
-  fp32 operands): 3 U, but more traffic. The torch backend does nothing else; its chunks are small enough for any budget.
+- *one pass*: gradient products in the forward pass, one chunk of tokens at a time, from coefficients that are right up to
+  a factor of the token: 3 U. With Triton for bfloat16 without smoothing, since such coefficients need fp32's range and
+  the rival is taken out of sums that it is in. The torch backend does nothing else; its chunks are small enough for any
+  budget.
 
 For Triton, ``predicted_seconds`` compares the two by what an H200 allows. A prediction, not measured on a GPU.
 """
@@ -17,24 +19,32 @@ from contextlib import contextmanager
 
 import torch
 
-from harmonic_triton.fused.problem import Operands, Problem
+from harmonic_triton.fused.problem import Operands, Problem, Wanted
+from harmonic_triton.fused.results import COLUMNS
 
 PRODUCTS = {2: 790e12, 4: 67e12}  # operations a second by bytes of an operand: 16 bits (measured), fp32 (data sheet)
 COPY = 4.3e12  # bytes a second
-LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of log-scores on a small GPU
-MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 log-scores at once
-SIDE = 2  # tile maxima and partial sums take at most half a byte (1/SIDE) for each log-score: tiles of 32 x 32
-MOST_CLASSES = 32 * 65535  # the second axis of a grid ends at 65535 tiles
+CACHE = 8.2e12  # bytes a second from the L2 cache to the multiprocessors, as the best published product implies
+ISSUE = 132 * 128 * 1.75e9  # instructions of one thread a second
+TILE = (128, 256)  # tokens and classes of a tile
+EPILOGUES = (
+    19.0,
+    26.0,
+    23.0,
+)  # instructions of an entry outside of the product: forward, coefficients, both in one pass
+LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of coefficients on a small GPU
+MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 coefficients at once
+SIDE = 2  # partial sums take at most half a byte (1/SIDE) for each coefficient
 
 _forced: str | None = None
 
 
 @contextmanager
 def force(strategy: str) -> Iterator[None]:
-    """Take "chunks" or "recompute" in the Triton backend whatever the prediction: for tests and benchmarks."""
+    """Take "one pass" (where it serves) or "recompute" in the Triton backend whatever the prediction: for tests and benchmarks."""
     global _forced
-    if strategy not in ("chunks", "recompute"):
-        raise ValueError(f"strategy is {strategy!r}; it must be 'chunks' or 'recompute'")
+    if strategy not in ("one pass", "recompute"):
+        raise ValueError(f"strategy is {strategy!r}; it must be 'one pass' or 'recompute'")
     before, _forced = _forced, strategy
     try:
         yield
@@ -43,23 +53,39 @@ def force(strategy: str) -> Iterator[None]:
 
 
 def gradients_in_forward(problem: Problem, operands: Operands) -> bool:
-    """Whether a mean or sum over the tokens takes *chunks*."""
+    """Whether a mean or sum over the tokens takes *one pass*."""
     if problem.backend == "torch":
         return True
-    if _forced is not None:
-        return _forced == "chunks"
-    x, w = operands.x, operands.w
-    (tokens, width), classes, size = x.shape, w.shape[0], x.element_size()
-    most = chunk_tokens(tokens, classes, size, problem.budget, x.device)
-    if most == 0 or classes > MOST_CLASSES:
+    if not one_pass_serves(operands):
         return False
-    recompute, chunks = predicted_seconds(tokens, classes, width, size, -(-tokens // most))
-    return chunks < recompute
+    if _forced is not None:
+        return _forced == "one pass"
+    (tokens, width), classes = operands.x.shape, operands.w.shape[0]
+    most = chunk_tokens(tokens, classes, problem.budget, operands.x.device)
+    if most == 0:
+        return False
+    recompute, one_pass = predicted_seconds(tokens, classes, width, -(-tokens // most))
+    return one_pass < recompute
 
 
-def chunk_tokens(tokens: int, classes: int, size: int, budget: int, device: torch.device) -> int:
-    """How many tokens' log-scores of ``size`` bytes fit the budget, at most all."""
-    return min(tokens, (budget or _default_budget(device)) * SIDE // (classes * (size * SIDE + 1)))
+def one_pass_serves(operands: Operands) -> bool:
+    """Whether the Triton backend can take *one pass* at all."""
+    return operands.x.dtype == torch.bfloat16 and not operands.smoothing
+
+
+def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
+    """Of ``Unfinished``, field by field, as ``problem.backend`` returns it."""
+    (tokens, width), classes = operands.x.shape, operands.w.shape[0]
+    products = ((tokens, width) if wanted.x else (0,)), ((classes, width) if wanted.w else (0,))
+    if problem.backend != "triton":
+        return *products, (0,), (0,), (0,)
+    columns = (classes, COLUMNS) if wanted.w and operands.n is not None else (0,)
+    return *products, (8, -(-tokens // 4) * 4), columns, (width,)
+
+
+def chunk_tokens(tokens: int, classes: int, budget: int, device: torch.device) -> int:
+    """How many tokens' coefficients of 16 bits fit the budget, at most all."""
+    return min(tokens, (budget or _default_budget(device)) * SIDE // (classes * (2 * SIDE + 1)))
 
 
 def _default_budget(device: torch.device) -> int:
@@ -72,16 +98,16 @@ _default_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # As torch.compiler.assume_constant_result sets it; that imports all of dynamo, two seconds of everybody's import.
 
 
-def predicted_seconds(tokens: int, classes: int, width: int, size: int, chunks: int) -> tuple[float, float]:
-    """Forward and backward by *recompute* and by *chunks*: products, and the passes that no product hides.
+def predicted_seconds(tokens: int, classes: int, width: int, chunks: int) -> tuple[float, float]:
+    """Forward and backward at 16 bits by *recompute* and by *one pass*: products, and the passes that no product hides.
 
-    The gain is U; the price is z read and A written in a pass of its own, dW read and written by every further chunk, and
-    both gradients scaled and rounded after the forward pass. At 16 bits in one chunk D < 380 recomputes at any N;
-    D = 768, V = 50257 does below N = 3000, D = 4096, V = 128256 below N = 1700.
+    Our own product is bound by its tiles' traffic from the L2 cache where that takes longer than its operations. The gain
+    is such a product; the price is dW read and written by every further chunk.
     """
-    unit = 2.0 * tokens * classes * width / PRODUCTS[size]
-    gradients, dw = float((classes + tokens) * width), float(classes * width)
-    recompute = 4 * unit + (4 + size) * gradients / COPY  # fp32 products read, finished, rounded
-    finished = (4 + 4) + (4 + 4) + (4 + size)  # in place; times the upstream gradient; rounded
-    passes = 2.0 * size * tokens * classes + 8 * (chunks - 1) * dw + finished * gradients
-    return recompute, 3 * unit + passes / COPY
+    product = 2.0 * tokens * classes * width / PRODUCTS[2]
+    own = max(product, 2.0 * tokens * classes * width * (1 / TILE[0] + 1 / TILE[1]) / CACHE)
+    entries, gradients = float(tokens * classes), float((tokens + classes) * width)
+    every = 2 * product + (2 * entries + 8 * gradients) / COPY  # column sums; fp32 products written and read, rounded
+    recompute = 2 * own + (EPILOGUES[0] + EPILOGUES[1]) * entries / ISSUE
+    one_pass = own + EPILOGUES[2] * entries / ISSUE + 8 * (chunks - 1) * float(classes * width) / COPY
+    return every + recompute, every + one_pass

@@ -1,26 +1,16 @@
-"""Backward kernels: token coefficients, a slice of the class coefficients A, and the finish of dX and dW.
+"""Backward kernels: what belongs to a token, the right operand of dW's product, and the finish of dX and dW.
 
-A of a slice of classes is the only N x V-like array, and only that slice of it is ever held. The two products with it
-are the library's; target and rival are outside of them, in fp32.
+The products with A, or with the A~ that the forward pass kept, are the library's; target and rival are outside of them, in fp32.
 """
 
 import triton
 import triton.language as tl
 
 from harmonic_triton._common.rounding import narrow
-from harmonic_triton.fused.triton.tile import (
-    LOG2E,
-    NEAREST_SHARE,
-    NEAREST_SQ,
-    NOISE_SHARE,
-    base_of,
-    exp2_minus_1,
-    gap_tile,
-    log_scores,
-    scores_from_stored,
-    target_sq_of,
-    tile_terms,
-)
+from harmonic_triton.fused.triton.tile import LOG2E, NEAREST_SHARE, NEAREST_SQ, NOISE_SHARE, base_of, target_sq_of
+
+MOST = tl.constexpr(1e38)  # of an operand: a token whose factor is that large has nothing but zeros to multiply
+NEVER_ABOVE = tl.constexpr(24.0)  # log2 of p_j at the most: what fp32 sums lose beside the nearest class's noise
 
 
 @triton.jit
@@ -34,15 +24,19 @@ def within_fp32(value):
 def coefficient_kernel(
     target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, norms_ptr, n_ptr, smooth_weight_ptr, smooth_sum_ptr,
     g_ptr, g_smooth_ptr, g_score_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
+    anchor_ptr, near_score_ptr, a_ptr,  # with KEEP (N,), (N,), in and out (N, V)
     p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr, log_norm_ptr,  # out (N,)
-    far_ptr,  # out (N,) int8
-    N, eps, DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCORED: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
+    far_ptr,  # out (N,) 0 or 1
+    N, eps, stride_an,
+    DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCORED: tl.constexpr, SCALED: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + gap_j) for the classes in the products.
 
     log2 p_j is the log-score relative to the reference less ``log_norm``.
     ``a_target`` and ``a_rival`` multiply x - w_c and x - w_r; ``r_part`` is the rival's share of the r-form row sum.
-    With SCALED (fp16) a power of two keeps A in range; ``unscale`` undoes it.
+    With SCALED (fp16) a power of two keeps A in range; ``unscale`` undoes it. With KEEP it turns the A~ that are there
+    into A, and the rival's becomes 0.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
@@ -107,100 +101,91 @@ def coefficient_kernel(
         least = tl.log2(tl.maximum(factor * (tl.abs(g_p) + tl.abs(g_v)), 1e-300)) - 110.0  # p_coef must be finite
         power = tl.maximum(tl.maximum(power, tl.floor(least)), -100.0)
         unscale = tl.where(bound > 0.0, tl.exp2(tl.minimum(power, 120.0)), 1.0)
+    if KEEP:
+        anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0).to(tl.float64)
+        near_score = tl.load(near_score_ptr + rows, mask=inside, other=0.0).to(tl.float64)
+        least_norm = tl.maximum(log_norm, near_score - NEVER_ABOVE, propagate_nan=tl.PropagateNan.ALL)
+        power = tl.minimum(anchor - least_norm, 1000.0, propagate_nan=tl.PropagateNan.ALL)
+        unscale = tl.where(g_p == 0.0, 0.0, factor * g_p * tl.exp2(power))
+        at = rows * stride_an + rival
+        tl.store(a_ptr + at, tl.zeros((BLOCK_N,), a_ptr.dtype.element_ty), mask=valid & (no_rival == 0))
     tl.store(p_coef_ptr + rows, within_fp32(factor * g_p / unscale), mask=inside)
     tl.store(v_coef_ptr + rows, within_fp32(factor * g_v / unscale), mask=inside)
     tl.store(a_target_ptr + rows, (on_target * g_others).to(tl.float32), mask=inside)
     tl.store(a_rival_ptr + rows, a_rival.to(tl.float32), mask=inside)
     tl.store(r_part_ptr + rows, r_part.to(tl.float32), mask=inside)
-    tl.store(unscale_ptr + rows, unscale.to(tl.float32), mask=inside)
+    tl.store(unscale_ptr + rows, within_fp32(unscale), mask=inside)
     tl.store(log_norm_ptr + rows, log_norm.to(tl.float32), mask=inside)
-    tl.store(far_ptr + rows, far.to(tl.int8), mask=inside)
+    tl.store(far_ptr + rows, far.to(tl.float32), mask=inside)
 
 
 @triton.jit
-def gradient_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, shift_ptr, scale_ptr, x_sq_ptr, n_ptr, smooth_weight_ptr,
-    rival_ptr, p_coef_ptr, v_coef_ptr, unscale_ptr, log_norm_ptr,  # in (N,)
-    stored_ptr, tile_best_ptr,  # with STORED in (N, WIDTH), (tiles, N)
-    a_ptr, row_sums_ptr, column_sums_ptr,  # out (N, WIDTH), (2, tiles, N), (row tiles, WIDTH)
-    N, V, D, first, width, stride_an,  # the slice is classes first ... first + width
-    stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, SMOOTHING: tl.constexpr, STORED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr, FAST_LOG: tl.constexpr,
+def operand_kernel(
+    x_ptr, center_ptr, unscale_ptr, used_ptr, product_scale_ptr, column_scale_ptr,  # (N, D), (D,), (N,), (N,) int8, (), ()
+    operand_ptr, column_ptr,  # out (N, D), (N, COLUMNS)
+    N, D, stride_xn, stride_xd,
+    DOT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of -A in the operands' dtype, 0 at target and rival; its row and column sums in fp32 before rounding.
+    """What A^T is multiplied with: ``unscale`` (x - center) for dW, and ``unscale`` for the column sums.
 
-    DOT: A = -G and no sums: dX has no term in x, dW none in w. STORED: from the log-scores that the forward pass stored,
-    and in their place; without it the products are computed again.
+    That one is in two columns, rounded and what rounding lost. A NaN in a token that is not used stays out of the product.
     """
-    row_tile = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    local = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    cols = first + local
-    inside = rows < N
-    target = tl.load(target_ptr + rows, mask=inside, other=-1)
-    valid = target >= 0
-    shift = tl.load(shift_ptr + rows, mask=valid, other=0.0)
-    inverse, floor, half_n = shift, shift, 0.5
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    used = tl.load(used_ptr + rows, mask=rows < N, other=0) != 0
+    unscale = tl.load(unscale_ptr + rows, mask=used, other=0.0)
+    inside = used[:, None] & (features < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd, mask=inside, other=0.0)
+    x = x.to(tl.float32)
     if not DOT:
-        inverse, floor = tile_terms(
-            tl.load(scale_ptr + rows, mask=valid, other=1.0), tl.load(x_sq_ptr + rows, mask=valid, other=0.0)
-        )
-        half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
-    here = inside[:, None] & (local < width)[None, :]
-    if STORED:
-        stored = tl.load(stored_ptr + rows[:, None] * stride_an + local[None, :], mask=here, other=0.0).to(tl.float32)
-        best = tl.load(tile_best_ptr + tile.to(tl.int64) * N + rows, mask=valid, other=0.0)
-        score, shrink = scores_from_stored(stored, best, half_n, DOT)
-    else:
-        gap = gap_tile(
-            x_ptr, w_ptr, norms_ptr, rows, valid, cols, V, shift, inverse, floor,
-            D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
-        )  # fmt: skip
-        score = log_scores(gap, half_n, DOT, FAST_LOG)
-    log_norm = tl.load(log_norm_ptr + rows, mask=valid, other=0.0)
-    rival = tl.load(rival_ptr + rows, mask=valid, other=-1)
-    p_coef = tl.load(p_coef_ptr + rows, mask=valid, other=0.0)
-    log_p = tl.minimum(score - log_norm[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    slope = p_coef[:, None] * tl.exp2(log_p)
-    if SMOOTHING:
-        v = tl.load(smooth_weight_ptr + cols, mask=cols < V, other=0.0)
-        slope -= tl.load(v_coef_ptr + rows, mask=valid, other=0.0)[:, None] * v[None, :]
-    counted = valid[:, None] & (local < width)[None, :]
-    counted = counted & (cols[None, :] != target.to(tl.int32)[:, None])
-    counted = counted & (cols[None, :] != rival.to(tl.int32)[:, None])
-    if STORED and not DOT:
-        slope = tl.where(counted, slope, 0.0)
-        a = slope * tl.exp2(shrink)
-    else:
-        a = tl.where(counted, slope if DOT else slope / (1.0 + gap), 0.0)
-    tl.store(a_ptr + rows[:, None] * stride_an + local[None, :], narrow(a, a_ptr.dtype.element_ty, UPCAST), mask=here)
+        center = tl.load(center_ptr + features, mask=features < D, other=0.0)
+        x -= tl.where(inside, center[None, :], 0.0)
+    out = tl.where(inside, (unscale * tl.load(product_scale_ptr))[:, None] * x, 0.0)
+    out = tl.minimum(tl.maximum(out, -MOST, propagate_nan=tl.PropagateNan.ALL), MOST, propagate_nan=tl.PropagateNan.ALL)
+    out = narrow(out, operand_ptr.dtype.element_ty, UPCAST)
+    tl.store(
+        operand_ptr + rows[:, None] * D + features[None, :], out, mask=(rows < N)[:, None] & (features < D)[None, :]
+    )
     if not DOT:
-        if a_ptr.dtype.element_ty == tl.float16:  # nothing else is scaled
-            unscale = tl.load(unscale_ptr + rows, mask=inside, other=1.0)[:, None]
-            a *= unscale
-            slope *= unscale
-        tiles = tl.num_programs(1)
-        tl.store(row_sums_ptr + tile.to(tl.int64) * N + rows, tl.sum(a, 1), mask=inside)
-        tl.store(column_sums_ptr + row_tile * width + local, tl.sum(a, 0), mask=local < width)
-        if STORED:  # a gap = slope (1 - 1/(1 + gap))
-            weighted = -slope * exp2_minus_1(shrink, stored_ptr.dtype.element_ty != tl.float32)
-        else:
-            weighted = tl.where(counted, a * gap, 0.0)
-        tl.store(row_sums_ptr + (tiles + tile).to(tl.int64) * N + rows, tl.sum(weighted, 1), mask=inside)
+        if tl.program_id(1) == 0:
+            scaled = unscale * tl.load(column_scale_ptr)
+            rounded = narrow(scaled, column_ptr.dtype.element_ty, UPCAST)
+            lost = narrow(scaled - rounded.to(tl.float32), column_ptr.dtype.element_ty, UPCAST)
+            columns = tl.arange(0, COLUMNS)[None, :]
+            both = tl.where(columns == 0, rounded[:, None], tl.where(columns == 1, lost[:, None], 0.0))
+            tl.store(column_ptr + rows[:, None] * COLUMNS + columns, both.to(column_ptr.dtype.element_ty),
+                     mask=(rows < N)[:, None])  # fmt: skip
+
+
+@triton.jit
+def rounded_sums_kernel(
+    a_ptr, center_size_ptr, sums_ptr, N, width, stride_an, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Add the sums of A~ as it was rounded, (N,), for a center that is not zero: what roundings leave of it counts."""
+    stop = tl.where(tl.load(center_size_ptr) > 0.0, width, 0)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, stop, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        inside = (rows < N)[:, None] & (cols < width)[None, :]
+        a = tl.load(a_ptr + rows[:, None] * stride_an + cols[None, :], mask=inside, other=0.0)
+        total += tl.sum(a.to(tl.float32), 1)
+    if stop > 0:
+        total += tl.load(sums_ptr + rows, mask=rows < N, other=0.0)
+        tl.store(sums_ptr + rows, total, mask=rows < N)
 
 
 @triton.jit
 def finish_x_kernel(
-    x_ptr, w_ptr, target_ptr, rival_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, far_ptr, unscale_ptr,
-    row_sums_ptr, product_ptr, dx_ptr,  # (2, N), (N, D) fp32, out (N, D)
+    x_ptr, w_ptr, target_ptr, rival_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, far_ptr, unscale_ptr,  # (N,)
+    plain_ptr, by_gap_ptr, rounded_ptr,  # (N,) sums of A: all of it, times the gap, as it was rounded
+    center_ptr, g_ptr, product_ptr, dx_ptr,  # (D,), (), (N, D) fp32, out (N, D)
     N, D, stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form.
+    """dX = on_x x + (-A) W + the target's and the rival's terms; far from both, sum_j A_j is in its r-form. All times g.
 
+    Where the class vectors have a common mean, what rounding took from the sum of A multiplies it, and is put back.
     DOT: no term in x.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -213,34 +198,43 @@ def finish_x_kernel(
     w_r = tl.load(w_ptr + rival[:, None] * stride_wv + features[None, :] * stride_wd, mask=inside, other=0.0)
     a_c = tl.load(a_target_ptr + rows, mask=valid, other=0.0)
     a_r = tl.load(a_rival_ptr + rows, mask=valid, other=0.0)
+    unscale = tl.load(unscale_ptr + rows, mask=valid, other=1.0)
+    plain = tl.load(plain_ptr + rows, mask=valid, other=0.0)
+    lost = plain - tl.load(rounded_ptr + rows, mask=valid, other=0.0)
+    center = tl.load(center_ptr + features, mask=features < D, other=0.0)
     product = tl.load(product_ptr + rows[:, None] * D + features[None, :], mask=inside, other=0.0)
-    dx = product * tl.load(unscale_ptr + rows, mask=valid, other=1.0)[:, None]
+    product += tl.where(center == 0.0, 0.0, center)[None, :] * lost[:, None]
+    dx = product * unscale[:, None]
     near_x = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     if not DOT:
         x = tl.load(x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd, mask=inside, other=0.0)
         x = x.to(tl.float32)
-        far = tl.load(far_ptr + rows, mask=valid, other=0) != 0
-        plain = tl.load(row_sums_ptr + rows, mask=valid, other=0.0)
-        r_form = tl.load(row_sums_ptr + N + rows, mask=valid, other=0.0)
-        on_x = tl.where(far, tl.load(r_part_ptr + rows, mask=valid, other=0.0) + r_form, -plain)
+        far = tl.load(far_ptr + rows, mask=valid, other=0.0) != 0.0
+        by_gap = tl.load(by_gap_ptr + rows, mask=valid, other=0.0) * unscale
+        on_x = tl.where(far, tl.load(r_part_ptr + rows, mask=valid, other=0.0) + by_gap, -plain * unscale)
         near_x = tl.where(far[:, None], near_x, x)
         dx += on_x[:, None] * x
     dx += a_c[:, None] * (near_x - w_c.to(tl.float32))
     dx += tl.where(a_r == 0.0, 0.0, a_r)[:, None] * (near_x - w_r.to(tl.float32))
+    dx *= tl.load(g_ptr)
     all_ = (rows < N)[:, None] & (features < D)[None, :]
+    dx = tl.where(inside, dx, 0.0)
     tl.store(dx_ptr + rows[:, None] * D + features[None, :], narrow(dx, dx_ptr.dtype.element_ty, UPCAST), mask=all_)
 
 
 @triton.jit
 def finish_w_kernel(
-    x_ptr, w_ptr, product_ptr, column_sums_ptr,  # (N, D), (V, D), (width, D) fp32, (width,)
+    x_ptr, w_ptr, product_ptr, columns_ptr,  # (N, D), (V, D), (width, D) fp32, (width, COLUMNS)
     starts_ptr, tokens_ptr, coefficients_ptr,  # (V + 1,), (2N,), (2N,): tokens of each class, in a fixed order
+    center_ptr, g_ptr,  # (D,), ()
     dw_ptr,  # out (V, D)
-    product_scale_ptr,  # () what the product was multiplied by
+    product_scale_ptr, column_scale_ptr,  # () what the product and the column sums were multiplied by
     D, first, stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    DOT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dW_j = (-A)^T X - (column sum) w_j - sum of a (x - w_j) over the tokens whose target or rival is j. DOT: no w_j."""
+    """dW_j = (-A)^T (X - center) - (column sum) (w_j - center) - sum of a (x - w_j) over the tokens whose target or rival
+    is j, all times g. DOT: no w_j and no center.
+    """
     local = tl.program_id(0).to(tl.int64)
     j = first + local
     features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -249,7 +243,9 @@ def finish_w_kernel(
     w = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if not DOT:
         w = tl.load(w_ptr + j * stride_wv + features * stride_wd, mask=inside, other=0.0).to(tl.float32)
-        dw -= tl.load(column_sums_ptr + local) * w
+        column = tl.load(columns_ptr + local * COLUMNS) + tl.load(columns_ptr + local * COLUMNS + 1)
+        center = tl.load(center_ptr + features, mask=inside, other=0.0)
+        dw -= column / tl.load(column_scale_ptr) * (w - center)
     begin = tl.load(starts_ptr + j)
     end = tl.load(starts_ptr + j + 1)
     direct = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -260,4 +256,5 @@ def finish_w_kernel(
         used = (a != 0.0)[:, None] & inside[None, :]
         x = tl.load(x_ptr + token[:, None] * stride_xn + features[None, :] * stride_xd, mask=used, other=0.0)
         direct += tl.sum(tl.where(used, a[:, None] * (x.to(tl.float32) - w[None, :]), 0.0), 0)
-    tl.store(dw_ptr + j * D + features, narrow(dw - direct, dw_ptr.dtype.element_ty, UPCAST), mask=inside)
+    dw = (dw - direct) * tl.load(g_ptr)
+    tl.store(dw_ptr + j * D + features, narrow(dw, dw_ptr.dtype.element_ty, UPCAST), mask=inside)

@@ -1,25 +1,28 @@
-"""Forward kernels: norms and target geometry, the online pass over the classes, and the per-token finish."""
+"""Forward kernels: norms and target geometry, anchors of the tokens whose scores need one, and the per-token finish."""
 
 import triton
 import triton.language as tl
 
+from harmonic_triton.fused.triton.scores import NOT_COUNTED
 from harmonic_triton.fused.triton.tile import (
     LN2,
     LOG2E,
     NEAREST_SHARE,
     NEAREST_SQ,
+    NOISE_SHARE,
     base_of,
     difference_sq,
     dot_product,
-    gap_tile,
-    log_scores,
+    exp2_of,
+    log2_of,
     reference_of,
-    scores_to_store,
+    squared_difference,
     target_sq_of,
-    tile_terms,
 )
 
 LARGEST_SQ = tl.constexpr(2.0**125)  # squared norms up to here keep u_j - u_c inside fp32
+MOST_POWER, LEAST_POWER = tl.constexpr(40.0), tl.constexpr(-32.0)  # log2 of the largest A~ that needs no anchor
+TILES = tl.constexpr(32)  # partial sums of a token that are read at once
 
 
 @triton.jit
@@ -41,24 +44,28 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 def geometry_kernel(
     x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
     smallest_ptr, median_ptr, largest_ptr,  # () of ||w_j||^2
-    target_ref_ptr, shift_ptr, scale_ptr, x_sq_ptr,  # out (N,) fp64, fp32
+    target_ref_ptr, scale_ptr, x_sq_ptr,  # out (N,) fp64, fp32
+    offset_ptr, inverse_ptr, least_ptr,  # out (N,) what the scores are made with
     N, D, eps, stride_xn, stride_xd, stride_wv, stride_wd,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """s_c = ||x - w_c||^2 without eps, the reference's offset and distance, ||x||^2. DOT: x.w_c twice, and no more.
+    """s_c = ||x - w_c||^2 without eps, the reference's distance, ||x||^2; 1 + gap_j is at least ``least`` and
 
-    Tokens that do not count have 0, and 1 for a reference distance.
+        gap_j = (||w_j||^2 - 2 x.w_j) inverse + offset,  or with DOT the nearness -x.w_j log2(e) + offset.
+
+    A token that does not count has no class that is near.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    valid = target >= 0
     if DOT:
         apart = dot_product(
-            x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+            x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
-        shift = apart
+        tl.store(offset_ptr + rows, (apart * LOG2E).to(tl.float32), mask=rows < N)
     else:
         apart, target_offset, _, x_sq = difference_sq(
-            x_ptr, w_ptr, rows, target, target >= 0, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+            x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
         smallest = tl.load(smallest_ptr).to(tl.float64)
         median = tl.load(median_ptr).to(tl.float64)
@@ -66,84 +73,57 @@ def geometry_kernel(
         scale, shift = reference_of(
             apart, target_offset.to(tl.float64), x_sq.to(tl.float64), smallest, median, largest, eps
         )
-        tl.store(scale_ptr + rows, tl.where(target >= 0, scale, 1.0).to(tl.float32), mask=rows < N)
+        scale = tl.where(
+            largest == largest, scale, float("nan")
+        )  # a class vector that is not finite shows in every token
+        scale = tl.where(valid, scale, 1.0).to(tl.float32)
+        inverse = 1.0 / scale
+        least = tl.maximum(x_sq, scale) * NOISE_SHARE * inverse  # below it the expansion is noise
+        tl.store(scale_ptr + rows, scale, mask=rows < N)
         tl.store(x_sq_ptr + rows, x_sq, mask=rows < N)
-        shift = tl.where(target >= 0, shift, 0.0)
+        tl.store(inverse_ptr + rows, tl.where(valid, inverse, 0.0), mask=rows < N)
+        tl.store(offset_ptr + rows, tl.where(valid, -shift.to(tl.float32) * inverse, 0.0), mask=rows < N)
+        tl.store(least_ptr + rows, tl.where(valid, least, NOT_COUNTED), mask=rows < N)
     tl.store(target_ref_ptr + rows, apart, mask=rows < N)
-    tl.store(shift_ptr + rows, shift.to(tl.float32), mask=rows < N)
 
 
 @triton.jit
-def forward_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, shift_ptr, scale_ptr, x_sq_ptr, n_ptr, smooth_weight_ptr,
-    best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # out (SPLITS, N)
-    stored_ptr, tile_best_ptr,  # with STORE_SCORES out (N, V), (tiles, N)
-    N, V, D, classes_per_split, stride_kn,
-    stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, WANT_SCORES: tl.constexpr, SMOOTHING: tl.constexpr, STORE_SCORES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr, FAST_LOG: tl.constexpr,
+def anchor_kernel(
+    near_ptr, index_ptr, target_ptr, target_ref_ptr, scale_ptr, n_ptr,  # in (tiles, N), (N,)
+    nearest_ptr, column_ptr, anchor_ptr,  # out (N,)
+    N, COL_TILES, eps,
+    DOT: tl.constexpr, FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Online log-sum-exp of the non-target log-scores over one share of the classes, and its nearest class.
+    """The nearest class's tile and nearness, and an anchor where its A~ is too large to sum, or too small and yet counts.
 
-    Log-scores are relative to the token's reference. STORE_SCORES stores them, each tile relative to its own best of every row.
+    Small ones count where the reference is not the target: that one is much farther then.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    nearest = tl.full((BLOCK_N,), NOT_COUNTED, tl.float32)
+    column = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, COL_TILES, TILES):
+        tiles = start + tl.arange(0, TILES)
+        inside = (tiles < COL_TILES)[:, None] & (rows < N)[None, :]
+        at = tiles.to(tl.int64)[:, None] * N + rows[None, :]
+        near = tl.load(near_ptr + at, mask=inside, other=NOT_COUNTED)
+        columns = tiles[:, None] * BLOCK_V + tl.load(index_ptr + at, mask=inside, other=0)
+        best = tl.min(near, 0)
+        first = tl.min(tl.where(near == best[None, :], columns, 2147483647), 0)
+        column = tl.where(best < nearest, first, column)
+        nearest = tl.minimum(nearest, best)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
-    valid = target >= 0
-    shift = tl.load(shift_ptr + rows, mask=valid, other=0.0)
-    inverse, floor, half_n = shift, shift, 0.5
-    if not DOT:
-        inverse, floor = tile_terms(
-            tl.load(scale_ptr + rows, mask=valid, other=1.0), tl.load(x_sq_ptr + rows, mask=valid, other=0.0)
-        )
+    if DOT:
+        power = -nearest
+        unlikely = power < float("-inf")
+    else:
         half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
-    target_class = target.to(tl.int32)
-
-    best = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    index = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    smooth = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first = split * classes_per_split
-    last = tl.minimum(first + classes_per_split, V)
-    for start in range(first, last, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        gap = gap_tile(
-            x_ptr, w_ptr, norms_ptr, rows, valid, cols, V, shift, inverse, floor,
-            D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST,
-        )  # fmt: skip
-        counted = (cols < last)[None, :] & (cols[None, :] != target_class[:, None])
-        score = tl.where(counted, log_scores(gap, half_n, DOT, FAST_LOG), float("-inf"))
-        tile_best = tl.max(score, 1)
-        if STORE_SCORES:
-            stored = scores_to_store(score, tile_best, half_n, DOT).to(stored_ptr.dtype.element_ty)
-            tl.store(stored_ptr + rows[:, None] * stride_kn + cols[None, :], stored,
-                     mask=(rows < N)[:, None] & (cols < last)[None, :])  # fmt: skip
-            tl.store(tile_best_ptr + start // BLOCK_V * N + rows, tile_best, mask=rows < N)
-        nearest = tl.min(tl.where(score == tile_best[:, None], cols[None, :], V), 1)
-        index = tl.where(tile_best > best, nearest, index)
-        new = tl.maximum(best, tile_best)
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        rescale = tl.exp2(best - anchor)
-        power = tl.exp2(score - anchor[:, None])
-        total = total * rescale + tl.sum(power, 1)
-        finite = tl.where(counted, score, 0.0)
-        if WANT_SCORES:
-            mean = mean * rescale + tl.sum(power * finite, 1)
-        if SMOOTHING:
-            v = tl.load(smooth_weight_ptr + cols, mask=cols < V, other=0.0)
-            smooth += tl.sum(v[None, :] * finite, 1)
-        best = new
-    out = split.to(tl.int64) * N + rows
-    tl.store(best_ptr + out, best, mask=rows < N)
-    tl.store(index_ptr + out, index, mask=rows < N)
-    tl.store(total_ptr + out, total, mask=rows < N)
-    if WANT_SCORES:
-        tl.store(mean_ptr + out, mean, mask=rows < N)
-    if SMOOTHING:
-        tl.store(smooth_ptr + out, smooth, mask=rows < N)
+        power = log2_of(nearest, FAST) * -(half_n + 1.0)
+        s_c = target_sq_of(tl.load(target_ref_ptr + rows, mask=rows < N, other=1.0), eps)
+        unlikely = (power < LEAST_POWER) & (s_c > 2.0 * tl.load(scale_ptr + rows, mask=rows < N, other=1.0))
+    flagged = ((power > MOST_POWER) | unlikely) & (target >= 0) & (nearest < NOT_COUNTED)
+    tl.store(nearest_ptr + rows, nearest, mask=rows < N)
+    tl.store(column_ptr + rows, column, mask=rows < N)
+    tl.store(anchor_ptr + rows, tl.where(flagged, power, 0.0), mask=rows < N)
 
 
 @triton.jit
@@ -156,79 +136,114 @@ def log1p_small(y):
 
 
 @triton.jit
+def partial_sums(ptr, rows, N, COL_TILES, BLOCK_N: tl.constexpr):
+    """Sums (BLOCK_N,) in fp64 over the tiles of (tiles, N) fp32, in a fixed order."""
+    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    for start in range(0, COL_TILES, TILES):
+        tiles = start + tl.arange(0, TILES)
+        inside = (tiles < COL_TILES)[:, None] & (rows < N)[None, :]
+        at = tiles.to(tl.int64)[:, None] * N + rows[None, :]
+        total += tl.sum(tl.load(ptr + at, mask=inside, other=0.0).to(tl.float64), 0)
+    return total
+
+
+@triton.jit
+def nearest_of(
+    x_ptr, w_ptr, rows, column, target, V, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """(class, squared distance or logit) of the best of the classes ``column`` + NEAR k of a tile, in fp64.
+
+    The column itself where there is none.
+    """
+    tile = column // BLOCK_V * BLOCK_V
+    best = tl.full((BLOCK_N,), float("-inf") if DOT else float("inf"), tl.float64)
+    rival = tl.minimum(column, V - 1).to(tl.int64)
+    for k in range(BLOCK_V // NEAR):
+        candidate = (tile + (column - tile) % NEAR + NEAR * k).to(tl.int64)
+        counted = (candidate < V) & (candidate != target) & (target >= 0)
+        if DOT:
+            here = dot_product(
+                x_ptr, w_ptr, rows, candidate, counted, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+            )
+            better = counted & (here > best)
+        else:
+            here = squared_difference(
+                x_ptr, w_ptr, rows, candidate, counted, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+            )
+            better = counted & (here < best)
+        rival = tl.where(better, candidate, rival)
+        best = tl.where(better, here, best)
+    return rival, best
+
+
+@triton.jit
 def finish_kernel(
-    x_ptr, w_ptr, target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, n_ptr, smooth_weight_ptr, smooth_sum_ptr,
-    best_ptr, index_ptr, total_ptr, mean_ptr, smooth_ptr,  # in (SPLITS, N)
+    x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, n_ptr, smooth_weight_ptr, smooth_sum_ptr,
+    nearest_ptr, column_ptr, anchor_ptr,  # in (N,)
+    p_sum_ptr, score_sum_ptr, v_sum_ptr, a_sums_ptr,  # in (tiles, N), the last with KEEP (2, tiles, N)
     nll_ptr, score_mean_ptr, entropy_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
     rival_score_ptr, rival_ptr,  # out (N,)
-    N, D, eps, SPLITS, stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, WANT_SCORES: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    near_score_ptr, plain_ptr, by_gap_ptr,  # out with KEEP (N,): sums of A~ and of A~ gap without the rival's
+    N, V, D, eps, COL_TILES, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, WANT_SCORES: tl.constexpr, SMOOTHING: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits, measure the rival directly, and turn the sums into per-token results, in fp64."""
+    """Add the tiles up, measure the rival directly in place of its score, and turn the sums into results, in fp64."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     valid = target >= 0
-    best = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    rival = tl.zeros((BLOCK_N,), dtype=tl.int64)
-    at = rows
-    for _ in range(SPLITS):
-        here = tl.load(best_ptr + at, mask=valid, other=float("-inf"))
-        rival = tl.where(here > best, tl.load(index_ptr + at, mask=valid, other=0), rival)
-        best = tl.maximum(best, here)
-        at += N
-    no_rival = best == float("-inf")  # no class beside the target
-    anchor = tl.where(no_rival, 0.0, best)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    smooth = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    at = rows
-    for _ in range(SPLITS):
-        here = tl.load(best_ptr + at, mask=valid, other=float("-inf"))
-        weight = tl.exp2((here - anchor).to(tl.float64))
-        total += tl.load(total_ptr + at, mask=valid, other=0.0).to(tl.float64) * weight
-        if WANT_SCORES:
-            mean += tl.load(mean_ptr + at, mask=valid, other=0.0).to(tl.float64) * weight
-        if SMOOTHING:
-            smooth += tl.load(smooth_ptr + at, mask=valid, other=0.0).to(tl.float64)
-        at += N
+    nearest = tl.load(nearest_ptr + rows, mask=rows < N, other=NOT_COUNTED)
+    column = tl.load(column_ptr + rows, mask=rows < N, other=0)
+    anchor = tl.load(anchor_ptr + rows, mask=rows < N, other=0.0)
+    no_rival = nearest >= NOT_COUNTED  # no class beside the target
+    half_n = 0.5
+    if not DOT:
+        half_n = 0.5 * tl.load(n_ptr).to(tl.float32)
+    # what the rival added to the sums, as it was added
+    score = -nearest if DOT else log2_of(nearest, FAST)
+    power = score if DOT else score * -(half_n + 1.0)
+    rival_a = tl.where(no_rival, 0.0, exp2_of(power - anchor, FAST))
+    rival_p = rival_a if DOT else rival_a * nearest
+    total = partial_sums(p_sum_ptr, rows, N, COL_TILES, BLOCK_N)
+    rest = tl.where(no_rival, 0.0, tl.maximum(total - rival_p.to(tl.float64), 0.0))
+    unit = 1.0 if DOT else -half_n.to(tl.float64)  # of the scores in the sums
+    near_score = score.to(tl.float64) * unit  # relative to the reference
 
     target_ref = tl.load(target_ref_ptr + rows, mask=valid, other=0.0)
     lacking = tl.zeros((BLOCK_N,), dtype=tl.float64)  # to be relative to the target's
+    rival, measured = nearest_of(
+        x_ptr, w_ptr, rows, column, target, V, D, stride_xn, stride_xd, stride_wv, stride_wd,
+        DOT, BLOCK_N, BLOCK_D, BLOCK_V, NEAR,
+    )  # fmt: skip
     if DOT:
-        rival_dot = dot_product(
-            x_ptr, w_ptr, rows, rival, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
-        )
-        rival_score = (rival_dot - target_ref) * LOG2E
+        rival_score = (measured - target_ref) * LOG2E
         on_target = valid & False
         identical = on_target
         sound = tl.abs(target_ref) < float("inf")
     else:
-        rival_sq, _, rival_norm, _ = difference_sq(
-            x_ptr, w_ptr, rows, rival, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
-        )
-        half_n = 0.5 * tl.load(n_ptr).to(tl.float64)
         x_sq = tl.load(x_sq_ptr + rows, mask=valid, other=0.0).to(tl.float64)
         s_c = target_sq_of(target_ref, eps)
         scale = tl.load(scale_ptr + rows, mask=valid, other=1.0)
-        lacking = tl.where(scale == s_c.to(tl.float32), 0.0, base_of(s_c, scale.to(tl.float64), half_n))
+        lacking = tl.where(scale == s_c.to(tl.float32), 0.0, base_of(s_c, scale.to(tl.float64), half_n.to(tl.float64)))
+        rival_norm = tl.load(norms_ptr + rival, mask=valid, other=0.0)
         least = (x_sq + rival_norm) * NEAREST_SHARE + NEAREST_SQ
-        s_r = tl.maximum(rival_sq + eps, least)
-        rival_score = -half_n * tl.log2(s_r / s_c)
+        s_r = tl.maximum(measured + eps, least)
+        rival_score = unit * tl.log2(s_r / s_c)
         on_target = target_ref + eps == 0.0
         identical = (s_r <= least) & (no_rival == 0)
-        sound = (x_sq < LARGEST_SQ) & (s_c < 3e38)
+        sound = (x_sq < LARGEST_SQ) & (s_c < 3e38) & (scale == scale)
     rival_score = tl.where(no_rival, float("-inf"), rival_score)
 
-    # The rival's own term in the sums is exactly 1 (relative to itself): what is left belongs to the others.
     base = anchor.to(tl.float64) + lacking
-    rest = tl.where(no_rival, 0.0, tl.maximum(total - 1.0, 0.0))
-    top = tl.where(no_rival, 0.0, tl.where(rest > 0.0, tl.maximum(base, rival_score), rival_score))
-    sum_ = tl.exp2(rival_score - top) + rest * tl.exp2(tl.minimum(base - top, 0.0))
+    others = tl.where(rest > 0.0, tl.log2(tl.where(rest > 0.0, rest, 1.0)) + base, float("-inf"))  # without the rival
+    top = tl.where(no_rival, 0.0, tl.maximum(others, rival_score))
+    sum_ = tl.exp2(rival_score - top) + tl.exp2(others - top)
     # nll = log(1 + y) with y = 2^top * sum; from above where y is large
     y = tl.exp2(-tl.abs(top)) * tl.where(top > 0, 1.0 / sum_, sum_)
     nll = log1p_small(y) + tl.where(top > 0, top * LN2 + tl.log(sum_), 0.0)
     nll = tl.where(on_target, tl.where(identical, LN2, 0.0), nll)
-    # A NaN or an infinity in x; s_c beyond fp32; a NaN in w, which best and rest have dropped and total has not.
+    # A NaN or an infinity in x; s_c beyond fp32; a NaN in w, which other sums may have dropped and total has not.
     nll = tl.where(sound & (total == total), nll, float("nan"))
     nll = tl.where(valid, nll, 0.0)
     inside = rows < N
@@ -238,18 +253,31 @@ def finish_kernel(
     tl.store(rival_score_ptr + rows, tl.where(valid, shown, 0.0).to(tl.float32), mask=inside)
     finite_score = tl.where(no_rival, 0.0, rival_score)
     if WANT_SCORES:
-        others = mean - anchor.to(tl.float64) + lacking * rest
-        others = tl.where(no_rival, 0.0, others) * tl.exp2(tl.minimum(base - nll * LOG2E, 1e3))
-        moment = (others + finite_score * tl.exp2(rival_score - nll * LOG2E)) * LN2
+        others_score = partial_sums(score_sum_ptr, rows, N, COL_TILES, BLOCK_N)
+        others_score = unit * (others_score - (rival_p * score).to(tl.float64)) + lacking * rest
+        others_score = tl.where(no_rival, 0.0, others_score) * tl.exp2(tl.minimum(base - nll * LOG2E, 1e3))
+        moment = (others_score + finite_score * tl.exp2(rival_score - nll * LOG2E)) * LN2
         moment = tl.where(valid & (on_target == 0), moment, 0.0)
         tl.store(score_mean_ptr + rows, moment.to(tl.float32), mask=inside)
         tl.store(entropy_ptr + rows, (nll - moment).to(tl.float32), mask=inside)
     if SMOOTHING:
+        v_sum = unit * partial_sums(v_sum_ptr, rows, N, COL_TILES, BLOCK_N)
         v_r = tl.load(smooth_weight_ptr + rival, mask=valid, other=0.0).to(tl.float64)
         smooth_sum = tl.load(smooth_sum_ptr).to(tl.float64)
         others_v = smooth_sum - tl.load(smooth_weight_ptr + target, mask=valid, other=0.0).to(tl.float64)
-        score = (smooth + lacking * others_v + v_r * tl.where(no_rival, 0.0, rival_score - base)) * LN2
-        tl.store(out_smooth_ptr + rows, tl.where(valid, smooth_sum * nll - score, 0.0).to(tl.float32), mask=inside)
-        tl.store(share_score_ptr + rows, tl.where(valid, score, 0.0).to(tl.float32), mask=inside)
+        v_score = v_sum + lacking * others_v + v_r * tl.where(no_rival, 0.0, rival_score - (near_score + lacking))
+        v_score *= LN2
+        tl.store(out_smooth_ptr + rows, tl.where(valid, smooth_sum * nll - v_score, 0.0).to(tl.float32), mask=inside)
+        tl.store(share_score_ptr + rows, tl.where(valid, v_score, 0.0).to(tl.float32), mask=inside)
         tl.store(share_sum_ptr + rows, tl.where(valid, smooth_sum, 0.0).to(tl.float32), mask=inside)
         tl.store(share_rest_ptr + rows, tl.where(valid, others_v, 0.0).to(tl.float32), mask=inside)
+    if KEEP:
+        tl.store(near_score_ptr + rows, near_score.to(tl.float32), mask=inside)
+        plain = total
+        if not DOT:
+            plain = partial_sums(a_sums_ptr, rows, N, COL_TILES, BLOCK_N)
+            by_gap = partial_sums(a_sums_ptr + tl.full((), 1, tl.int64) * COL_TILES * N, rows, N, COL_TILES, BLOCK_N)
+            by_gap -= (rival_a * (nearest - 1.0)).to(tl.float64)
+            tl.store(by_gap_ptr + rows, tl.where(no_rival, 0.0, by_gap).to(tl.float32), mask=inside)
+        plain = tl.where(no_rival, 0.0, plain - rival_a.to(tl.float64))
+        tl.store(plain_ptr + rows, plain.to(tl.float32), mask=inside)

@@ -18,14 +18,17 @@ import torch
 from harmonic_triton._common import files
 from harmonic_triton._common.device import architecture
 
-ROW_BLOCK, FEATURE_BLOCK, ROW_WARPS = 8, 128, 8  # of the per-token and per-class kernels, which do no products
-STORED_ROWS, STORED_ENTRIES = 32, 512  # rows of a tile and entries of a warp, in the pass over stored log-scores
-MOST_WARPS = 16  # of a program, on every GPU: 1024 threads, and AMD's warps have 64
+ROW_BLOCK, FEATURE_BLOCK = 8, 128  # of the per-token and per-class kernels, which do no products
+FUSION = {"enable_fp_fusion": False}
+# A product fused into a sum whose terms lanes of a warp exchange is rounded in two ways, and the lanes store to one address. And
+# what one kernel has added another one takes away, to the bit. Where a fused multiply-add is wanted, tl.fma says so.
+ROW_OPTIONS = {"num_warps": 8, **FUSION}
+GROUP = 16  # token tiles that take one class tile after the other
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Launch parameters of the kernels that compute a tile of gaps."""
+    """Launch parameters of the kernel that computes a tile of scores."""
 
     block_n: int
     block_v: int
@@ -36,9 +39,9 @@ class TileConfig:
 
 # (architecture, bytes per operand) -> configuration
 CONFIGS = {
-    ("sm80", 2): TileConfig(128, 64, 32, 8, 3),
-    ("sm90", 2): TileConfig(128, 64, 64, 8, 3),
-    ("sm100", 2): TileConfig(128, 64, 64, 8, 3),
+    ("sm80", 2): TileConfig(128, 128, 32, 8, 3),
+    ("sm90", 2): TileConfig(128, 256, 64, 8, 3),
+    ("sm100", 2): TileConfig(128, 128, 64, 8, 3),
     ("gfx942", 2): TileConfig(128, 128, 32, 8, 2),
     ("sm80", 4): TileConfig(64, 64, 32, 8, 2),
     ("sm90", 4): TileConfig(64, 32, 16, 4, 2),
@@ -99,7 +102,19 @@ def store_tuned(key: str, config: TileConfig) -> Path:
     return path
 
 
-def stored_tile(config: TileConfig) -> dict[str, int]:
-    """How the element-wise pass differs: it must keep the products' BLOCK_V, whose tiles the log-scores are relative to."""
-    warps = STORED_ROWS * config.block_v // STORED_ENTRIES
-    return {"BLOCK_N": STORED_ROWS, "num_warps": min(max(warps, 1), MOST_WARPS)}
+def parts(config: TileConfig) -> int:
+    """In how many parts a tile's classes are taken from the product to the sums: the others wait in registers."""
+    return min(4, max(1, config.block_v // 32))
+
+
+def near(config: TileConfig) -> int:
+    """How many classes of a tile have a nearest of their own: the rival is looked for among as many as share one."""
+    return min(32, config.block_v // parts(config))
+
+
+def described(arch: str, size: int) -> bool:
+    """Whether tiles of row-major operands are copied by descriptors (TMA): for operands of 16 bits, on GPUs that have them.
+
+    The interpreter stands for those GPUs.
+    """
+    return arch in ("sm90", "sm100", "interpreter") and size == 2

@@ -1,0 +1,135 @@
+"""The operands of a call, and what every kernel that it launches is told about them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from harmonic_triton._common.copies import stages
+from harmonic_triton._common.device import architecture
+from harmonic_triton._common.dispatch import interpreted
+from harmonic_triton.fused.floors import NormRange
+from harmonic_triton.fused.problem import Operands
+from harmonic_triton.fused.triton import forward as forward_kernels
+from harmonic_triton.fused.triton import scores as scores_kernels
+from harmonic_triton.fused.triton.tile_configs import (
+    FEATURE_BLOCK,
+    FUSION,
+    GROUP,
+    ROW_BLOCK,
+    ROW_OPTIONS,
+    described,
+    near,
+    parts,
+    tile_config,
+)
+
+ALIGNED = 16  # entries: rows that start on multiples are copied asynchronously and keep the kernels in registers
+
+
+class Launch:
+    """The operands of one call and what every kernel is told about them."""
+
+    def __init__(self, operands: Operands, valid: Tensor, eps: float) -> None:
+        (self.tokens, self.width), self.classes = operands.x.shape, len(operands.w)
+        self.x, self.w = x, w = _aligned(operands.x), _aligned(operands.w)
+        self.target = torch.where(valid, operands.target, -1)  # of tokens that count
+        self.n, self.smooth_weight, self.eps = operands.n, operands.smooth_weight, eps
+        self.dot = operands.n is None
+        self.features = x.shape[1]  # with the padding, which adds nothing
+        self.strides = (*x.stride(), *w.stride())
+        self.upcast = interpreted()
+        self.rows = {"BLOCK_N": ROW_BLOCK, "BLOCK_D": FEATURE_BLOCK, **ROW_OPTIONS}
+        self.row_grid = (triton.cdiv(self.tokens, ROW_BLOCK),)
+
+    def measure(self) -> Launch:
+        """Norms and the geometry of targets, which the scores are made with."""
+        x, w, new = self.x, self.w, self.x.new_empty
+        arch, size = architecture(x.device), x.element_size()
+        self.config = config = tile_config(x.device, x.dtype, self.width)
+        self.tma = described(arch, size) and x.stride(1) == w.stride(1) == 1
+        self.fast = x.is_cuda and not interpreted() and not torch.version.hip
+        self.tile = {
+            "DOT": self.dot, "TMA": self.tma, "UPCAST": self.upcast, "FAST": self.fast,
+            "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
+            "GROUP": GROUP, "PARTS": parts(config), "NEAR": near(config),
+            "num_warps": config.num_warps, "num_stages": config.num_stages if self.tma else stages(arch, config.num_stages, size),
+            **FUSION,
+        }  # fmt: skip
+        self.sums = {"DOT": self.dot, "FAST": self.fast, "BLOCK_V": config.block_v}  # of the kernels that add tiles up
+        self.smooth_sum = None if self.smooth_weight is None else self.smooth_weight.sum()
+        self.norms = None
+        norm_range: tuple[Tensor | None, ...] = (None, None, None)
+        if not self.dot:
+            self.norms = w.new_zeros(triton.cdiv(self.classes, config.block_v) * config.block_v, dtype=torch.float32)
+            forward_kernels.norms_kernel[(triton.cdiv(self.classes, ROW_BLOCK),)](
+                w, self.norms, self.classes, self.features, *w.stride(), **self.rows
+            )
+            norm_range = NormRange.of(self.norms[: self.classes])
+        self.target_ref = new(self.tokens, dtype=torch.float64)  # s_c, or x.w_c
+        self.vectors = vectors(x, 5, self.tokens)
+        forward_kernels.geometry_kernel[self.row_grid](
+            x, w, self.target, *norm_range, self.target_ref, *self.vectors,
+            self.tokens, self.features, self.eps, *self.strides, DOT=self.dot, **self.rows,
+        )  # fmt: skip
+        return self
+
+    def select(self, at: slice) -> Launch:
+        """The same call for some of the tokens."""
+        part = copy.copy(self)
+        part.x, part.target = self.x[at], self.target[at]
+        part.target_ref, part.vectors = self.target_ref[at], self.vectors[:, at]
+        part.tokens = len(part.x)
+        part.row_grid = (triton.cdiv(part.tokens, ROW_BLOCK),)
+        return part
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """(M, D) itself, or a copy padded with zero features where its rows are not ALIGNED.
+
+    A transposed operand stays as it is, however far apart its features are: its rows are next to each other.
+    """
+    rows, width = operand.shape
+    by_rows = operand.stride(1) == 1 and operand.stride(0) % ALIGNED == 0
+    if (by_rows or operand.stride(0) == 1) and width % ALIGNED == 0 and operand.data_ptr() % 16 == 0:
+        return operand
+    padded = operand.new_zeros(rows, triton.cdiv(width, ALIGNED) * ALIGNED)
+    padded[:, :width] = operand
+    return padded
+
+
+def vectors(like: Tensor, count: int, length: int) -> Tensor:
+    """Room for fp32 vectors (count, length), each of which starts on a boundary of 16 bytes."""
+    return like.new_empty((count, triton.cdiv(length, 4) * 4), dtype=torch.float32)[:, :length]
+
+
+def launch_scores(call: Launch, a: Tensor | None, first: int, width: int, inputs: tuple[Any, ...], out: tuple[Any, ...],
+            **switches: bool) -> None:  # fmt: skip
+    """Launch the scores kernel over the classes first ... first + width."""
+    config = call.config
+    tiles = triton.cdiv(call.tokens, config.block_n) * triton.cdiv(width, config.block_v)
+    x, w, entries = call.x, call.w, a
+    programs = tiles
+    if call.tma:
+        x, w = _descriptor(x, config.block_n, config.block_d), _descriptor(w, config.block_v, config.block_d)
+        entries = None if a is None else _descriptor(a, config.block_n, config.block_v // call.tile["PARTS"])
+        programs = min(tiles, _processors(call.x))
+    _, _, offset, inverse, least = call.vectors
+    scores_kernels.scores_kernel[(programs,)](
+        x, w, entries, call.norms, call.target, offset, inverse, least, call.n, call.smooth_weight, *inputs, *out,
+        call.tokens, call.classes, call.features, first, width, *call.strides, 0 if a is None else a.stride(0),
+        **switches, SMOOTHING=call.smooth_weight is not None, **call.tile,
+    )  # fmt: skip
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
