@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
 from harmonic_triton.fused import ops as _ops
-from harmonic_triton.fused.problem import Operands, Problem, Wanted
-from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream
+from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted, unpack
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream
 
 REDUCTIONS = ("none", "sum", "mean")
 BACKENDS = ("torch", "triton")
@@ -95,6 +95,10 @@ def operator_arguments(
         return *operands, *problem
     if name == "forward_backward":
         return *operands, *TokenWeights(token, smooth, None), *problem, *wanted
+    if name == "finish":
+        loss, _, *rest = OPS.forward_backward(*operands, *TokenWeights(token, smooth, None), *problem, *wanted)
+        unfinished, results = unpack(tuple(rest), Unfinished, TokenResults)
+        return *operands, *unfinished, *Finishing(results.rival, 1.7 * torch.ones_like(loss), False), *problem, *wanted
     results = OPS.forward(*operands, *problem)
     return *operands, *results, *Upstream(token, smooth, None), *problem, *wanted
 
@@ -105,7 +109,7 @@ def operator_arguments(
     (torch.float16, False, True, "xwn"), (torch.float32, False, False, "x"), (torch.float32, False, False, "w"),
     (torch.float32, False, True, "n"), (torch.float32, False, False, ""),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward", "finish"])
 def test_opcheck(name, dtype, smoothing, moments, needs):
     """Schema, fake (shapes, dtypes, strides) and tracing with symbolic shapes."""
     arguments = operator_arguments(name, dtype, "torch", smoothing, moments, needs)
@@ -115,7 +119,7 @@ def test_opcheck(name, dtype, smoothing, moments, needs):
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward", "finish"])
 def test_opcheck_of_triton(name, smoothing, dtype):
     """The Triton backend answers with what the same fakes promise."""
     pytest.importorskip("triton")
@@ -125,7 +129,7 @@ def test_opcheck_of_triton(name, smoothing, dtype):
 
 def test_rows_are_what_the_schemas_name():
     """The operators return the fields of ``TokenResults``, in that order."""
-    for name, skip in (("forward", 0), ("forward_backward", 4)):
+    for name, skip in (("forward", 0), ("forward_backward", 2 + len(Unfinished._fields))):
         returned = [result.name for result in getattr(OPS, name).default._schema.returns]
         assert tuple(returned[skip:]) == TokenResults._fields
 
@@ -557,10 +561,10 @@ def strange(tensor: Tensor, how: str) -> Tensor:
 def test_strange_strides_of_the_operators(backend, how):
     """What the operators return for strided operands is what they return for dense ones, to the bit."""
     dtype = torch.float32
-    for name in ("forward", "backward", "forward_backward"):
+    for name in ("forward", "backward", "forward_backward", "finish"):
         arguments = operator_arguments(name, dtype, backend, True, True, "xwn")
         vectors = [k for k, value in enumerate(arguments) if isinstance(value, Tensor) and value.dim() == 1]
-        assert len(vectors) == {"forward": 2, "backward": 14, "forward_backward": 4}[name]
+        assert len(vectors) == {"forward": 2, "backward": 14, "forward_backward": 4, "finish": 3}[name]
         strided = [strange(value, how) if k in vectors else value for k, value in enumerate(arguments)]
         dense = [value.clone(memory_format=torch.contiguous_format) if k in vectors else value
                  for k, value in enumerate(strided)]  # fmt: skip
@@ -654,7 +658,7 @@ def test_a_bad_target_reads_nothing_outside(backend, monkeypatch):
                 continue
             if name == "forward_backward":
                 assert out[0].isnan()
-                out, wanted = out[4:], wanted[4:]
+                out, wanted = (values[-len(TokenResults._fields) :] for values in (out, wanted))
             nll, others = out[0], torch.arange(len(target)) != 1
             assert nll[1].isnan()
             assert torch.equal(nll[others], wanted[0][others])

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 import harmonic_triton as ht
 from harmonic_triton.fused import ops
 from harmonic_triton.fused import strategy as strategies
-from harmonic_triton.fused.problem import Operands, Problem, Wanted
-from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream, token_losses
+from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
+from harmonic_triton.fused.results import TokenWeights, Upstream, token_losses
 
 _triton = pytest.importorskip("harmonic_triton.fused.triton.backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,11 +41,11 @@ def run(x, w, target, g, *, n, eps=0.0, uniform_mix=0.0, class_weight=None, labe
     token = kept * each * (1 - label_smoothing)
     exponent = None if n is None else torch.tensor(float(n), device=DEVICE)
     problem = Problem(eps, uniform_mix, -100, False, "triton", budget)
-    loss, _, _, _, *fields = ops.ForwardBackwardFunction.apply(
-        *Operands(x, w, target, exponent, v), *TokenWeights(g * token, None if b is None else g * b, None),
-        *problem, *Wanted(True, True, False),
+    loss, results = ops.forward_backward(
+        Operands(x, w, target, exponent, v), TokenWeights(g * token, None if b is None else g * b, None),
+        problem, Wanted(True, True, False),
     )  # fmt: skip
-    losses = token_losses(TokenResults._make(fields), TokenWeights(token, b, None), uniform_mix, len(w))
+    losses = token_losses(results, TokenWeights(token, b, None), uniform_mix, len(w))
     torch.testing.assert_close(loss, (g * losses).sum(), rtol=1e-5, atol=1e-5 * float((g * losses).abs().sum()))
     loss.backward()
     return losses.detach(), x.grad, w.grad
@@ -184,10 +184,10 @@ def nll_and_gradients(x, w, target, g):
     n = torch.tensor(7.0, device=DEVICE)
     operands = Operands(x.to(DEVICE), w.to(DEVICE), target.to(DEVICE), n, None)
     problem = Problem(0.0, 0.0, -100, False, "triton", 0)
-    _, dx, dw, _, *fields = torch.ops.harmonic_triton.forward_backward(
-        *operands, *TokenWeights(up, None, None), *problem, *Wanted(True, True, False)
-    )
-    return TokenResults._make(fields).nll, dx, dw
+    wanted = Wanted(True, True, False)
+    results, unfinished = _triton.forward_backward(operands, TokenWeights(up, None, None), problem, wanted)
+    finishing = Finishing(results.rival, torch.ones((), device=DEVICE), True)
+    return results.nll, *_triton.finish(operands, unfinished, finishing, problem, wanted)
 
 
 # --- deterministic, without waiting -----------------------------------------------------------------------------------
@@ -236,7 +236,9 @@ def operators(dtype, harmonic, label_smoothing):
     wanted = Wanted(True, True, harmonic)
 
     def step():
-        results, *gradients = _triton.forward_backward(operands, TokenWeights(g, b, None), problem, wanted)
+        results, unfinished = _triton.forward_backward(operands, TokenWeights(g, b, None), problem, wanted)
+        finishing = Finishing(results.rival, torch.full_like(g[0], 1.7), False)
+        gradients = _triton.finish(operands, unfinished, finishing, problem, wanted)
         again = _triton.backward(operands, _triton.forward(operands, problem), Upstream(g, b, None), problem, wanted)
         return *results, *gradients, *again
 

@@ -123,8 +123,7 @@ def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     operands, problem, wanted = call.operands, call.problem, call.wanted
     reduced = call.options.reduction != "none"
     if reduced and any(wanted) and strategy.gradients_in_forward(problem, operands):
-        loss, _, _, _, *fields = ops.ForwardBackwardFunction.apply(*operands, *call.weights, *problem, *wanted)
-        results = TokenResults._make(fields)
+        loss, results = ops.forward_backward(operands, call.weights, problem, wanted)
     else:
         run: Callable[..., Any] = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
         results = TokenResults._make(run(*operands, *problem))

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from harmonic_triton._common.precision import compute_dtype
 from harmonic_triton._common.transforms import forward_mode
-from harmonic_triton.fused.problem import Backend, Operands, Problem, Wanted, schema, unpack
+from harmonic_triton.fused import strategy
+from harmonic_triton.fused.problem import Backend, Finishing, Operands, Problem, Wanted, schema, unpack
 from harmonic_triton.fused.results import (
     DIFFERENTIABLE,
     TokenResults,
     TokenWeights,
+    Unfinished,
     Upstream,
     exponent_gradient,
     token_losses,
@@ -132,10 +134,13 @@ def _checked(operands: Operands, ignore_index: int) -> tuple[Operands, Tensor]:
 _FORWARD = (Operands, Problem)
 _BACKWARD = (Operands, TokenResults, Upstream, Problem, Wanted)
 _FORWARD_BACKWARD = (Operands, TokenWeights, Problem, Wanted)
+_FINISH = (Operands, Unfinished, Finishing, Problem, Wanted)
+_UNFINISHED = ", ".join(f"Tensor unfinished_{name}" for name in Unfinished._fields)
 _RETURNS = {
     "forward": (_FORWARD, _RESULTS),
     "backward": (_BACKWARD, "Tensor dx, Tensor dw"),
-    "forward_backward": (_FORWARD_BACKWARD, f"Tensor loss, Tensor dx, Tensor dw, Tensor dn, {_RESULTS}"),
+    "forward_backward": (_FORWARD_BACKWARD, f"Tensor loss, Tensor dn, {_UNFINISHED}, {_RESULTS}"),
+    "finish": (_FINISH, "Tensor dx, Tensor dw"),
 }
 
 
@@ -161,7 +166,7 @@ def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
     operands, weights, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
     check_values(operands.target, len(operands.w), problem.ignore_index, operands.n)
     operands, bad = _checked(operands, problem.ignore_index)
-    results, dx, dw = backend_module(problem.backend).forward_backward(operands, weights, problem, wanted)
+    results, unfinished = backend_module(problem.backend).forward_backward(operands, weights, problem, wanted)
     results.nll.masked_fill_(bad, math.nan)
     dtype, classes = results.nll.dtype, len(operands.w)
     exact = TokenResults._make(field.double() if field.is_floating_point() else field for field in results)
@@ -170,7 +175,14 @@ def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
     dn = results.nll.new_zeros(())
     if wanted.n and operands.n is not None:
         dn = exponent_gradient(exact, operands.n, upstream_of(exact, exact_weights, problem.mix, classes)).to(dtype)
-    return loss.sum().to(dtype), dx, dw, dn, *results
+    return loss.sum().to(dtype), dn, *unfinished, *results
+
+
+@_plainly
+def _finish(*flat: Any) -> tuple[Tensor, Tensor]:
+    operands, unfinished, finishing, problem, wanted = unpack(flat, *_FINISH)
+    operands, _ = _checked(operands, problem.ignore_index)
+    return backend_module(problem.backend).finish(operands, unfinished, finishing, problem, wanted)
 
 
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -179,8 +191,8 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     return tuple(TokenResults.zeros(operands.x.shape[0], like, problem.want_scores, operands.smoothing))
 
 
-def _backward_fake(*flat: Any) -> tuple[Tensor, Tensor]:
-    operands, *_, wanted = unpack(flat, *_BACKWARD)
+def _gradients_fake(*flat: Any) -> tuple[Tensor, Tensor]:
+    (operands,), wanted = unpack(flat, Operands), Wanted._make(flat[-len(Wanted._fields) :])
     x, w = operands.x, operands.w
     return x.new_empty(x.shape if wanted.x else (0,)), w.new_empty(w.shape if wanted.w else (0,))
 
@@ -188,8 +200,8 @@ def _backward_fake(*flat: Any) -> tuple[Tensor, Tensor]:
 def _forward_backward_fake(*flat: Any) -> tuple[Tensor, ...]:
     operands, _, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
     results = _forward_fake(*operands, *problem)
-    new, x, w = results[0].new_empty, operands.x, operands.w
-    return new(()), new(x.shape if wanted.x else (0,)), new(w.shape if wanted.w else (0,)), new(()), *results
+    new = results[0].new_empty
+    return new(()), new(()), *map(new, strategy.unfinished_shapes(problem, operands, wanted)), *results
 
 
 def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,8 +220,9 @@ def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, _run, _fake in (
     ("forward", _forward, _forward_fake),
-    ("backward", _backward, _backward_fake),
+    ("backward", _backward, _gradients_fake),
     ("forward_backward", _forward_backward, _forward_backward_fake),
+    ("finish", _finish, _gradients_fake),
 ):
     _parts, _returned = _RETURNS[_name]
     _LIBRARY.define(f"{_name}({schema(*_parts)}) -> ({_returned})")
@@ -284,6 +297,18 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
+def _first_order_only(
+    dx: Tensor, dw: Tensor, dn: Tensor, operands: Operands, *upstream: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradients; an error where they are differentiated again."""
+    if not torch.is_grad_enabled():  # no graph of this backward pass is made
+        return dx, dw, dn
+    gradients: tuple[Tensor, Tensor, Tensor] = _FirstOrderOnly.apply(
+        dx, dw, dn, operands.x, operands.w, operands.n, *upstream
+    )
+    return gradients
+
+
 def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
     """What ``backward`` of a Function returns whose ``count`` arguments begin with the operands."""
     given = Operands(dx if need.x else None, dw if need.w else None, None, dn if need.n else None, None)  # type: ignore[arg-type]
@@ -328,12 +353,19 @@ class ForwardFunction(torch.autograd.Function):
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
-        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, operands.n, *upstream)
+        dx, dw, dn = _first_order_only(dx, dw, dn, operands, *upstream)
         return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, need)
 
 
+def _last_backward() -> bool:
+    """Whether the graph is not kept and nothing traces or transforms this backward pass: nobody comes after it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class ForwardBackwardFunction(torch.autograd.Function):
-    """A weighted sum of token losses whose gradients are formed in the forward pass: three products, not four."""
+    """A weighted sum of token losses whose gradients are formed in the forward pass, as far as that can be done there."""
 
     generate_vmap_rule = True
 
@@ -345,19 +377,30 @@ class ForwardBackwardFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros the size of dW for the outputs without gradient
-        operands, *_ = unpack(inputs, Operands)
+        operands, _, ctx.problem, ctx.wanted = unpack(inputs, *_FORWARD_BACKWARD)
+        _, dn, *rest = output
+        unfinished, results = unpack(tuple(rest), Unfinished, TokenResults)
         ctx.arguments = len(inputs)
-        ctx.save_for_backward(operands.x, operands.w, operands.n, *output[1:4])
+        ctx.save_for_backward(*operands, *unfinished, results.rival, dn)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
         if g is None:
             return (None,) * ctx.arguments
-        x, w, n, *saved = ctx.saved_tensors
+        *saved, rival, dn = ctx.saved_tensors
+        operands, unfinished = unpack(tuple(saved), Operands, Unfinished)
         need = _needed(ctx)
-        if any(wanted and d.shape != like.shape for wanted, d, like in zip(need, saved, (x, w), strict=False)):
+        if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
             raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
-        dx, dw, dn = (d * g for d in saved)
-        dx, dw = dx.to(x.dtype), dw.to(w.dtype)
-        dx, dw, dn = _FirstOrderOnly.apply(dx, dw, dn, x, w, n, g, None, None)
+        finishing = Finishing(rival, g, _last_backward())
+        dx, dw = torch.ops.harmonic_triton.finish(*operands, *unfinished, *finishing, *ctx.problem, *need)
+        dx, dw, dn = _first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None)
         return _slots(ctx.arguments, dx, dw, dn, need)
+
+
+def forward_backward(
+    operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, TokenResults]:
+    """The weighted sum of the losses, with gradients, and the results that it is made of, without."""
+    loss, *rest = ForwardBackwardFunction.apply(*operands, *weights, *problem, *wanted)
+    return loss, TokenResults._make(rest[-len(TokenResults._fields) :])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream
 
 
 class Operands(NamedTuple):
@@ -44,6 +44,14 @@ class Wanted(NamedTuple):
     n: bool
 
 
+class Finishing(NamedTuple):
+    """What gradients formed in the forward pass still need."""
+
+    rival: Tensor  # (N,) of ``TokenResults``
+    g: Tensor  # () upstream gradient of the result
+    last: bool  # whether nobody needs ``Unfinished`` again: it may be written over and handed out
+
+
 class Backend(Protocol):
     """A module that computes both losses. It returns per-token results and dX and dW, empty where not asked for.
 
@@ -61,9 +69,14 @@ class Backend(Protocol):
 
     def forward_backward(
         self, operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
-    ) -> tuple[TokenResults, Tensor, Tensor]:
-        """Results, dX and dW of the weighted sum of the losses in one pass, dX and dW in the compute dtype: a gradient
-        scaler's factor comes before the rounding to 16 bits."""
+    ) -> tuple[TokenResults, Unfinished]:
+        """Results, and dX and dW of the weighted sum of the losses as far as they can be without its upstream gradient."""
+
+    def finish(
+        self, operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
+    ) -> tuple[Tensor, Tensor]:
+        """dX and dW in the operands' dtype, times the upstream gradient: a gradient scaler's factor comes before the
+        rounding to 16 bits."""
 
 
 _SCHEMA_TYPES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,16 @@ class Upstream(NamedTuple):
         return used
 
 
+class Unfinished(NamedTuple):
+    """What the forward pass leaves of the gradients of a mean or sum, in the backend's own form; empty where not needed.
+
+    Linear in the upstream gradient of the result, which ``Backend.finish`` multiplies in.
+    """
+
+    x: Tensor  # (N, D) compute dtype
+    w: Tensor  # (V, D) compute dtype
+
+
 def token_losses(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Tensor:
     """(N,) weighted losses; differentiable."""
     losses = weights.nll * _of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes))
@@ -125,3 +135,13 @@ def mixed_slope(nll: Tensor, mix: float, classes: int) -> Tensor | float:
     """d mixed_nll / d nll."""
     p = torch.exp(-nll)
     return p / (p + mix / classes) if mix else 1.0
+
+
+def scaled(values: Iterable[Tensor], g: Tensor, last: bool) -> list[Tensor]:
+    """Each times the scalar ``g``: in place where nobody needs the values again."""
+    if not last:
+        return [value * g for value in values]
+    if g.device.type != "cpu" or g.item() != 1:
+        for value in values:
+            value.mul_(g)
+    return list(values)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
-from harmonic_triton.fused.problem import Operands, Problem
+from harmonic_triton.fused.problem import Operands, Problem, Wanted
 
 PRODUCTS = {2: 790e12, 4: 67e12}  # operations a second by bytes of an operand: 16 bits (measured), fp32 (data sheet)
 COPY = 4.3e12  # bytes a second
@@ -55,6 +55,12 @@ def gradients_in_forward(problem: Problem, operands: Operands) -> bool:
         return False
     recompute, chunks = predicted_seconds(tokens, classes, width, size, -(-tokens // most))
     return chunks < recompute
+
+
+def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
+    """Of ``Unfinished``, field by field, as ``problem.backend`` returns it."""
+    x, w = operands.x.shape, operands.w.shape
+    return (tuple(x) if wanted.x else (0,)), (tuple(w) if wanted.w else (0,))
 
 
 def chunk_tokens(tokens: int, classes: int, size: int, budget: int, device: torch.device) -> int:

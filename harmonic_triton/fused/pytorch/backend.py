@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from harmonic_triton._common.precision import full_fp32
-from harmonic_triton.fused.problem import Operands, Problem, Wanted
+from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
 from harmonic_triton.fused.pytorch.chunk import Chunk, Head
 from harmonic_triton.fused.pytorch.gradients import Gradients
-from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream, upstream_of
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream, scaled, upstream_of
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for the chunk; about 1300 tokens at GPT-2's vocabulary
 LINE = 16  # entries in a cache line; a chunk's rows are an odd number of lines apart: 2 to 4 % of the products' time
@@ -54,8 +54,8 @@ def backward(
 
 def forward_backward(
     operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
-) -> tuple[TokenResults, Tensor, Tensor]:
-    """(results, dX, dW) of the weighted sum of the losses: one pass, three products instead of four."""
+) -> tuple[TokenResults, Unfinished]:
+    """Results, and dX and dW of the weighted sum of the losses: one pass, three products instead of four."""
     head = Head.of(operands, problem)
     classes = len(head.weight)
     out = Gradients(head, len(operands.x), wanted)
@@ -76,7 +76,15 @@ def forward_backward(
             every.store(at, mine)
             if wanted.x or wanted.w:
                 out.add(chunk, at, mine, upstream_of(mine, mine_weights, problem.mix, classes), sums)
-    return every, *out.finish()
+    return every, Unfinished(*out.finish())
+
+
+def finish(
+    operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    """(dX, dW) times the upstream gradient."""
+    dx, dw = scaled(unfinished, finishing.g, finishing.last)
+    return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
 
 
 def _room(head: Head, problem: Problem, tokens: int) -> TokenResults:

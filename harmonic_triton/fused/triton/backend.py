@@ -22,8 +22,8 @@ from torch import Tensor
 from harmonic_triton._common.dispatch import interpreted
 from harmonic_triton._common.precision import full_fp32
 from harmonic_triton.fused.floors import NormRange
-from harmonic_triton.fused.problem import Operands, Problem, Wanted
-from harmonic_triton.fused.results import TokenResults, TokenWeights, Upstream, upstream_of
+from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
+from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream, scaled, upstream_of
 from harmonic_triton.fused.strategy import chunk_tokens
 from harmonic_triton.fused.triton import backward as backward_kernels
 from harmonic_triton.fused.triton import forward as forward_kernels
@@ -294,21 +294,21 @@ def backward(
 
 def forward_backward(
     operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
-) -> tuple[TokenResults, Tensor, Tensor]:
-    """(results, dX, dW) of the weighted sum of the losses: one pass, three products instead of four."""
+) -> tuple[TokenResults, Unfinished]:
+    """Results, and dX and dW of the weighted sum of the losses: one pass, three products instead of four."""
     x, w = operands.x, operands.w
     tokens, classes = len(x), len(w)
     out = _room(operands, problem)
     dx = x.new_empty(x.shape if wanted.x else 0, dtype=torch.float32)
     dw = w.new_zeros(w.shape if wanted.w else 0, dtype=torch.float32)
     if not tokens:
-        return out, dx, dw
+        return out, Unfinished(dx, dw)
     used = operands.target != problem.ignore_index
     with _on_device(x):
         whole = Launch(operands, used, problem.eps)
         if not (wanted.x or wanted.w):
             _forward(whole, out, problem.want_scores)
-            return out, dx, dw
+            return out, Unfinished(dx, dw)
         factors, columns = TokenFactors(tokens, x), None
         block_n, block_v = whole.config.block_n, whole.config.block_v
         size = _chunk(tokens, chunk_tokens(tokens, classes, x.element_size(), problem.budget, x.device), block_n)
@@ -338,7 +338,15 @@ def forward_backward(
         if wanted.w:
             by_class = factors.by_class(operands.target, out.rival, used, classes)
             _finish_w(whole, by_class, dw, columns, dw.new_ones(1), 0, dw)
-    return out, dx, dw
+    return out, Unfinished(dx, dw)
+
+
+def finish(
+    operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    """(dX, dW) times the upstream gradient."""
+    dx, dw = scaled(unfinished, finishing.g, finishing.last)
+    return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
 
 
 def _chunk(tokens: int, most: int, block: int) -> int:
