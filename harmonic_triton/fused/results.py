@@ -77,6 +77,9 @@ class Upstream(NamedTuple):
         return used
 
 
+TOKEN_FACTORS = 6  # of the torch backend
+
+
 class Unfinished(NamedTuple):
     """What the forward pass leaves of the gradients of a mean or sum, in the backend's own form; empty where not needed.
 
@@ -85,11 +88,14 @@ class Unfinished(NamedTuple):
 
     x: Tensor  # (N, D) compute dtype
     w: Tensor  # (V, D) compute dtype
+    scores: Tensor  # (N, V and more) coefficients of both products; the torch backend, few tokens
+    tokens: Tensor  # (N, TOKEN_FACTORS) what multiplies a token's part of the gradients; likewise
+    center: Tensor  # (D,) of the class vectors; likewise
 
 
 def token_losses(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Tensor:
     """(N,) weighted losses; differentiable."""
-    losses = weights.nll * _of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes))
+    losses = weights.nll * (_of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes)) if mix else results.nll)
     if weights.smooth is not None:
         losses = losses + weights.smooth * results.smooth
     if weights.log_sum is not None:

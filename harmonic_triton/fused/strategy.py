@@ -14,15 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
+from harmonic_triton._common.precision import compute_dtype
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
+from harmonic_triton.fused.results import TOKEN_FACTORS
 
 PRODUCTS = {2: 790e12, 4: 67e12}  # operations a second by bytes of an operand: 16 bits (measured), fp32 (data sheet)
 COPY = 4.3e12  # bytes a second
 LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of log-scores on a small GPU
 MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 log-scores at once
+TORCH_BUDGET = 64 * 2**20  # bytes of the torch backend's scores: 333 tokens at GPT-2's vocabulary
+LINE = 16  # entries in a cache line
 SIDE = 2  # tile maxima and partial sums take at most half a byte (1/SIDE) for each log-score: tiles of 32 x 32
 MOST_CLASSES = 32 * 65535  # the second axis of a grid ends at 65535 tiles
 
@@ -57,10 +62,36 @@ def gradients_in_forward(problem: Problem, operands: Operands) -> bool:
     return chunks < recompute
 
 
-def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
-    """Of ``Unfinished``, field by field, as ``problem.backend`` returns it."""
-    x, w = operands.x.shape, operands.w.shape
-    return (tuple(x) if wanted.x else (0,)), (tuple(w) if wanted.w else (0,))
+class Shapes(NamedTuple):
+    """Of ``Unfinished``, field by field."""
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    scores: tuple[int, ...]
+    tokens: tuple[int, ...]
+    center: tuple[int, ...]
+
+
+def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> Shapes:
+    """What ``problem.backend`` leaves unfinished in the forward pass."""
+    (tokens, width), classes = operands.x.shape, operands.w.shape[0]
+    size = compute_dtype(operands.x.dtype).itemsize
+    none = (0,)
+    few = problem.backend == "torch" and tokens <= torch_chunk(tokens, classes, size, problem.budget)
+    if few and (wanted.x or wanted.w):
+        return Shapes(none, none, (tokens, pitch(classes)), (tokens, TOKEN_FACTORS), (width,))
+    return Shapes((tokens, width) if wanted.x else none, (classes, width) if wanted.w else none, none, none, none)
+
+
+def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:
+    """How many tokens' scores of ``size`` bytes the torch backend holds at once, at most all."""
+    return max(1, min(tokens, (budget or TORCH_BUDGET) // (classes * size)))
+
+
+def pitch(classes: int) -> int:
+    """Entries from one row of scores to the next: an odd number of lines, which is 2 to 4 % of the products' time."""
+    lines = -(-classes // LINE)
+    return (lines + 1 - lines % 2) * LINE
 
 
 def chunk_tokens(tokens: int, classes: int, size: int, budget: int, device: torch.device) -> int:

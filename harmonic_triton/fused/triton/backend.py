@@ -302,13 +302,13 @@ def forward_backward(
     dx = x.new_empty(x.shape if wanted.x else 0, dtype=torch.float32)
     dw = w.new_zeros(w.shape if wanted.w else 0, dtype=torch.float32)
     if not tokens:
-        return out, Unfinished(dx, dw)
+        return out, Unfinished(dx, dw, *(dx.new_empty(0) for _ in range(3)))
     used = operands.target != problem.ignore_index
     with _on_device(x):
         whole = Launch(operands, used, problem.eps)
         if not (wanted.x or wanted.w):
             _forward(whole, out, problem.want_scores)
-            return out, Unfinished(dx, dw)
+            return out, Unfinished(dx, dw, *(dx.new_empty(0) for _ in range(3)))
         factors, columns = TokenFactors(tokens, x), None
         block_n, block_v = whole.config.block_n, whole.config.block_v
         size = _chunk(tokens, chunk_tokens(tokens, classes, x.element_size(), problem.budget, x.device), block_n)
@@ -338,14 +338,14 @@ def forward_backward(
         if wanted.w:
             by_class = factors.by_class(operands.target, out.rival, used, classes)
             _finish_w(whole, by_class, dw, columns, dw.new_ones(1), 0, dw)
-    return out, Unfinished(dx, dw)
+    return out, Unfinished(dx, dw, *(dx.new_empty(0) for _ in range(3)))
 
 
 def finish(
     operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
     """(dX, dW) times the upstream gradient."""
-    dx, dw = scaled(unfinished, finishing.g, finishing.last)
+    dx, dw = scaled(unfinished[:2], finishing.g, finishing.last)
     return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
 
 
