@@ -91,6 +91,9 @@ def forward_backward(
             else:
                 out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, Terms.of(table))
         dx, dw = out.finish()
+    if keeps:  # what nobody reads is not whatever was in memory
+        scores[:, len(head.w) :] = 0
+        scores[int(used.sum()) :] = 0
     center = scores.new_zeros(shapes.center) if head.center is None or not keeps else head.center
     return results.all, Unfinished(dx, dw, scores, tokens, center)
 

@@ -19,10 +19,9 @@ class Gradients:
 
     def __init__(self, head: Head, tokens: int, wanted: Wanted) -> None:
         self.head, self.wanted = head, wanted
-        none = head.w.new_empty(0, dtype=head.dtype)
         classes, width = head.w.shape
-        self.tokens, self.dx = tokens, none
-        self.dw = pages.empty(head.w, classes, width, dtype=head.dtype) if wanted.w else none
+        self.tokens, self.dx = tokens, head.w.new_empty(0, dtype=head.dtype)
+        self.dw = pages.empty(head.w, *((classes, width) if wanted.w else (0,)), dtype=head.dtype)
         self.first = True
 
     def add(self, at: Tensor | slice, x: Tensor, target: Tensor, rival: Tensor, a: Tensor, terms: Terms) -> None:
