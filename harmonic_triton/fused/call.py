@@ -69,9 +69,13 @@ def _check(input: Tensor, linear_weight: Tensor, target: Tensor, options: Option
 
 def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool) -> Prepared:
     """Flatten, shift, choose the backend, and weigh the tokens."""
-    numbers = ("eps", "uniform_mix", "z_loss", "label_smoothing")
-    if any(type(getattr(options, name)) is not float for name in numbers):  # NumPy's and integers
-        options = replace(options, **{name: float(getattr(options, name)) for name in numbers})
+    if any(type(value) is not float for value in (options.eps, options.uniform_mix, options.z_loss)) or (
+        type(options.label_smoothing) is not float
+    ):  # NumPy's numbers as Python's
+        options = replace(
+            options, eps=float(options.eps), uniform_mix=float(options.uniform_mix), z_loss=float(options.z_loss),
+            label_smoothing=float(options.label_smoothing),
+        )  # fmt: skip
     mixed = bool(options.uniform_mix and options.label_smoothing)
     backend = resolve(options.backend, input.device, input.dtype, mixed_smoothing=mixed)
     dtype, shift = compute_dtype(input.dtype), validate.offset(options.shift)

@@ -414,7 +414,8 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, in eager mode without its look at the signature, a sixth of a small call's time."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply(*arguments)
 
 
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
