@@ -19,6 +19,7 @@ class Model:
 
 MODELS = {
     "tiny": Model(64, 500),  # seconds, also through the Triton interpreter
+    "small": Model(128, 2048),  # little work for every call
     "quick": Model(256, 8192),  # what --quick runs
     "growth": Model(256, 16384),  # what --growth varies N and V around
     "gpt2": Model(768, 50257),

@@ -59,8 +59,13 @@ class Truth:
 def oracle(
     x: Tensor, w: Tensor, target: Tensor, g: Tensor, *, n: float | None, eps: float = 0.0, uniform_mix: float = 0.0,
     class_weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, stored: bool = False,
+    center: Tensor | None = None,
 ) -> Truth:  # fmt: skip
-    """Truth and bounds for per-token losses (reduction="none") under the upstream gradient g (N,)."""
+    """Truth and bounds for per-token losses (reduction="none") under the upstream gradient g (N,).
+
+    With ``center`` (D,) the bounds are those of a backend that takes it from x and every class vector before it multiplies
+    them: kappa is of norms about it.
+    """
     options = {"eps": eps, "uniform_mix": uniform_mix, "class_weight": class_weight,
                "label_smoothing": label_smoothing, "ignore_index": ignore_index}  # fmt: skip
     kept_unit = 2.0**-11 if stored and x.element_size() == 2 else 0.0
@@ -70,23 +75,26 @@ def oracle(
         loss = reference.linear_cross_entropy(xs, ws, target, reduction="none", **options)
         (loss * g.double()).sum().backward()
         dx, dw = (torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws))
-        bounds = _cross_entropy_bounds(x, w, target, loss.detach(), dx, dw, g, options, kept_unit)
+        bounds = _cross_entropy_bounds(x, w, target, loss.detach(), dx, dw, g, options, kept_unit, center)
         return Truth(loss.detach(), dx, dw, torch.zeros(()), *bounds)
     exponent = torch.tensor(float(n), dtype=torch.float64, requires_grad=True)
     loss = reference.linear_harmonic_loss(xs, ws, target, n=exponent, reduction="none", **options)
     (loss * g.double()).sum().backward()
     zeros = [torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws, exponent)]
     truth = Truth(
-        loss.detach(), *zeros, *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options, kept_unit)
+        loss.detach(),
+        *zeros,
+        *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options, kept_unit, center),
     )
     return truth
 
 
-def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit):
+def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit, center):
     info = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
     unit, narrow = info.eps, torch.finfo(x.dtype).eps
     kept = target != options["ignore_index"]
-    xs, ws = x.detach().double()[kept], w.detach().double()
+    moved = 0.0 if center is None else center.double()
+    xs, ws = x.detach().double()[kept] - moved, w.detach().double() - moved
     own = target[kept].unsqueeze(1)
     z, s_c = reference.log_scores(xs, ws, target[kept], n, options["eps"])
     z = z.detach().requires_grad_()
@@ -150,13 +158,14 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit):
     return whole(loss_bound + tiny), whole(dx_bound + least), dw_bound + least
 
 
-def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, kept_unit):
+def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, kept_unit, center):
     unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     narrow = torch.finfo(x.dtype).eps
     rounded = narrow if x.element_size() == 2 else unit
     tiny = 100 * torch.finfo(torch.float32).tiny  # probabilities below fp32's normal range are flushed
     kept = target != options["ignore_index"]
     xs, ws, own = x.detach().double()[kept], w.detach().double(), target[kept].unsqueeze(1)
+    ws = ws if center is None else ws - center.double()
     z, _ = reference.relative_logits(xs, ws, target[kept])
     nll = reference.negative_log_likelihood(z, target[kept]).unsqueeze(1)
     p = (z - nll).exp()

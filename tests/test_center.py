@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from oracle import oracle
 
+import harmonic_triton as ht
 from harmonic_triton.fused.center import ROWS, center_of
 
 
@@ -60,3 +62,34 @@ def test_any_number_of_classes_and_any_strides(classes):
 
 def test_it_needs_no_gradient():
     assert not center_of(class_vectors(10.0).requires_grad_()).requires_grad
+
+
+# Class vectors far from the origin beside their distances, x among them (beside its target, or beside the mean): the
+# expansion's error would be mean^2/distance^2 roundings of every log-score. Few tokens, and several chunks of them.
+@pytest.mark.parametrize("budget", [None, 4 * 301 * 5])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+@pytest.mark.parametrize(("mean", "dtype"), [(10.0, torch.bfloat16), (100.0, torch.float32), (1000.0, torch.float32)])
+def test_a_common_mean_costs_no_digits(mean, dtype, function, reduction, budget):
+    w = class_vectors(mean, 301, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(301, (17,), generator=generator)
+    noise = torch.randn(17, 24, generator=generator)
+    harmonic = function is ht.linear_harmonic_loss
+    x = w[target].float() + 0.5 * noise if harmonic else 0.3 * noise
+    if harmonic:
+        x[::2] = class_vectors(mean, 301).mean(0) + noise[::2]
+    x, target = x.to(dtype), target.index_fill(0, torch.tensor([6]), -100)
+    g = torch.linspace(-1.0, 2.0, 17, dtype=torch.float64) if reduction == "none" else torch.full((17,), 1.7).double()
+    n = 28.0 if harmonic else None
+    truth = oracle(x, w, target, g, n=n, center=center_of(w))
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+    options = {"n": n} if harmonic else {}
+    loss = function(*leaves, target, reduction=reduction, backend="torch", memory_budget=budget, **options)
+    loss.backward(g.to(loss.dtype) if reduction == "none" else loss.new_tensor(1.7))
+    if reduction == "none":
+        truth.check(loss.detach(), *(leaf.grad for leaf in leaves))
+    else:
+        assert abs(loss.double() - truth.loss.sum()) <= truth.loss_bound.sum()
+        truth.check_rows("dX", leaves[0].grad, truth.dx, truth.dx_bound)
+        truth.check_rows("dW", leaves[1].grad, truth.dw, truth.dw_bound)

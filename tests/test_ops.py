@@ -8,6 +8,7 @@ the gradients themselves. Upstream gradients vary from token to token, or are 0.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import fresh
@@ -114,9 +115,10 @@ def test_opcheck(name, dtype, smoothing, moments, needs):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("name", ["forward", "backward", "forward_backward", "finish"])
+@pytest.mark.parametrize(("name", "smoothing", "dtype"), [
+    *itertools.product(("forward", "backward"), (False, True), (torch.float32, torch.bfloat16, torch.float16)),
+    *itertools.product(("forward_backward", "finish"), (False,), (torch.bfloat16,)),
+])  # fmt: skip
 def test_opcheck_of_triton(name, smoothing, dtype):
     """The Triton backend answers with what the same fakes promise."""
     pytest.importorskip("triton")
@@ -557,11 +559,15 @@ def strange(tensor: Tensor, how: str) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strange_strides_of_the_operators(backend, how):
     """What the operators return for strided operands is what they return for dense ones, to the bit."""
-    dtype = torch.float32
-    for name in ("forward", "backward", "forward_backward", "finish"):
-        arguments = operator_arguments(name, dtype, backend, True, True, "xwn")
+    counts = {"forward": 2, "backward": 14, "forward_backward": 4, "finish": 7}
+    if backend == "triton":  # one pass takes bfloat16 without smoothing
+        counts |= {"forward_backward": 2, "finish": 4}
+    for name, count in counts.items():
+        one_pass = backend == "triton" and name in ("forward_backward", "finish")
+        dtype = torch.bfloat16 if one_pass else torch.float32
+        arguments = operator_arguments(name, dtype, backend, not one_pass, True, "xwn")
         vectors = [k for k, value in enumerate(arguments) if isinstance(value, Tensor) and value.dim() == 1]
-        assert len(vectors) == {"forward": 2, "backward": 14, "forward_backward": 4, "finish": 3}[name]
+        assert len(vectors) == count
         strided = [strange(value, how) if k in vectors else value for k, value in enumerate(arguments)]
         dense = [value.clone(memory_format=torch.contiguous_format) if k in vectors else value
                  for k, value in enumerate(strided)]  # fmt: skip
@@ -626,7 +632,7 @@ def test_vmap_of_grad_over_the_second_dimension(reduction, backend):
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_a_bad_target_shows_in_its_loss(backend, function, monkeypatch):
     """On a device whose assert does nothing, as ROCm's: NaN for that token and for the sum, and nothing else changes."""
-    monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
+    monkeypatch.setattr(_ops, "_check_targets", lambda *arguments: None)
     x, w, target, _ = inputs(dtype=torch.float32)
     wanted = function(x, w, target, reduction="none", backend=backend)
     for bad in (10**12, -(10**12), 9, -1):
@@ -641,7 +647,7 @@ def test_a_bad_target_shows_in_its_loss(backend, function, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_target_reads_nothing_outside(backend, monkeypatch):
     """The operators themselves, the gradients too."""
-    monkeypatch.setattr(_ops, "check_values", lambda *arguments: None)
+    monkeypatch.setattr(_ops, "_check_targets", lambda *arguments: None)
     for bad in (10**12, -(10**12), 9, -1):
         for name in ("forward", "forward_backward", "backward"):
             arguments = operator_arguments(name, torch.float32, backend, True, True, "xw")

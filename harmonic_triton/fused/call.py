@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,10 +57,13 @@ def _check(input: Tensor, linear_weight: Tensor, target: Tensor, options: Option
 
 def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool) -> Prepared:
     """Flatten, shift, choose the backend, and weigh the tokens."""
-    options = replace(  # NumPy's numbers as Python's
-        options, eps=float(options.eps), uniform_mix=float(options.uniform_mix), z_loss=float(options.z_loss),
-        label_smoothing=float(options.label_smoothing),
-    )  # fmt: skip
+    if any(type(value) is not float for value in (options.eps, options.uniform_mix, options.z_loss)) or (
+        type(options.label_smoothing) is not float
+    ):  # NumPy's numbers as Python's
+        options = replace(
+            options, eps=float(options.eps), uniform_mix=float(options.uniform_mix), z_loss=float(options.z_loss),
+            label_smoothing=float(options.label_smoothing),
+        )  # fmt: skip
     mixed = bool(options.uniform_mix and options.label_smoothing)
     backend = resolve(options.backend, input.device, input.dtype, mixed_smoothing=mixed)
     dtype, shift = compute_dtype(input.dtype), validate.offset(options.shift)
@@ -113,8 +115,7 @@ def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     if reduced and any(wanted) and strategy.gradients_in_forward(problem, operands):
         loss, results = ops.forward_backward(operands, call.weights, problem, wanted)
     else:
-        run: Callable[..., Any] = ops.ForwardFunction.apply if any(wanted) else torch.ops.harmonic_triton.forward
-        results = TokenResults._make(run(*operands, *problem))
+        results = ops.forward(operands, problem, differentiable=any(wanted))
         loss = token_losses(results, call.weights, problem.mix, len(operands.w))
         loss = loss.sum() if reduced else loss
     return loss, _statistics(results, operands, problem.ignore_index) if call.options.return_stats else ()

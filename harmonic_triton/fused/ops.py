@@ -49,18 +49,20 @@ def known(target: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor | None) -> None:
     """The checks that need values: at once on the CPU, by a device-side assert on a GPU."""
-    ok = known(target, classes, ignore_index)
-    if target.device.type == "cpu":
-        if not bool(ok.all()):
-            worst = target[~ok][0].item()
-            raise ValueError(
-                f"target holds {worst}, outside 0 ... {classes - 1} (linear_weight has {classes} rows);"
-                f" mark tokens to skip with ignore_index={ignore_index}"
-            )
-    else:
-        torch._assert_async(ok.all(), "harmonic_triton: target out of range")
+    _check_targets(target, known(target, classes, ignore_index), classes, ignore_index)
     if n is not None:
         check_exponent(n)
+
+
+def _check_targets(target: Tensor, ok: Tensor, classes: int, ignore_index: int) -> None:
+    if target.device.type != "cpu":
+        torch._assert_async(ok.all(), "harmonic_triton: target out of range")
+    elif not bool(ok.all()):
+        worst = target[~ok][0].item()
+        raise ValueError(
+            f"target holds {worst}, outside 0 ... {classes - 1} (linear_weight has {classes} rows);"
+            f" mark tokens to skip with ignore_index={ignore_index}"
+        )
 
 
 def check_exponent(n: Tensor) -> None:
@@ -109,14 +111,18 @@ def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def body(x: Tensor, *args: Any) -> Any:
+        args = tuple(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args)
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            return run(x, *args)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return run(x, *(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args))
+            return run(x, *args)
 
     return body
 
 
 def _dense(vector: Tensor) -> Tensor:
-    vector = vector.contiguous()
+    if not vector.is_contiguous():
+        return vector.contiguous()
     return vector.clone() if vector.data_ptr() % 16 else vector
 
 
@@ -126,9 +132,20 @@ def inside(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Ten
     return target.masked_fill(bad, 0), bad
 
 
-def _checked(operands: Operands, ignore_index: int) -> tuple[Operands, Tensor]:
-    target, bad = inside(operands.target, len(operands.w), ignore_index)
-    return operands._replace(target=target), bad
+def _checked(operands: Operands, ignore_index: int) -> tuple[Operands, Tensor | None]:
+    """Operands whose targets and exponent were checked, and the bad targets where there may be some: not on a CPU."""
+    target, classes = operands.target, operands.w.shape[0]
+    ok = known(target, classes, ignore_index)
+    _check_targets(target, ok, classes, ignore_index)
+    if operands.n is not None:
+        check_exponent(operands.n)
+    return _indexable(operands, ok)
+
+
+def _indexable(operands: Operands, ok: Tensor) -> tuple[Operands, Tensor | None]:
+    if ok.device.type == "cpu" and bool(ok.all()):
+        return operands, None
+    return operands._replace(target=operands.target.masked_fill(~ok, 0)), ~ok
 
 
 _FORWARD = (Operands, Problem)
@@ -147,29 +164,29 @@ _RETURNS = {
 @_plainly
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     operands, problem = unpack(flat, *_FORWARD)
-    check_values(operands.target, len(operands.w), problem.ignore_index, operands.n)
     operands, bad = _checked(operands, problem.ignore_index)
     results = backend_module(problem.backend).forward(operands, problem)
-    results.nll.masked_fill_(bad, math.nan)
+    if bad is not None:
+        results.nll.masked_fill_(bad, math.nan)
     return tuple(results)
 
 
 @_plainly
 def _backward(*flat: Any) -> tuple[Tensor, Tensor]:
     operands, results, upstream, problem, wanted = unpack(flat, *_BACKWARD)
-    operands, _ = _checked(operands, problem.ignore_index)
+    operands, _ = _indexable(operands, known(operands.target, len(operands.w), problem.ignore_index))
     return backend_module(problem.backend).backward(operands, results, upstream, problem, wanted)
 
 
 @_plainly
 def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
     operands, weights, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
-    check_values(operands.target, len(operands.w), problem.ignore_index, operands.n)
     operands, bad = _checked(operands, problem.ignore_index)
     results, unfinished = backend_module(problem.backend).forward_backward(operands, weights, problem, wanted)
-    results.nll.masked_fill_(bad, math.nan)
+    if bad is not None:
+        results.nll.masked_fill_(bad, math.nan)
     dtype, classes = results.nll.dtype, len(operands.w)
-    exact = TokenResults._make(field.double() if field.is_floating_point() else field for field in results)
+    exact = results._replace(**{name: getattr(results, name).double() for name in DIFFERENTIABLE})
     exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
     loss = token_losses(exact, exact_weights, problem.mix, classes)
     dn = results.nll.new_zeros(())
@@ -181,7 +198,7 @@ def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
 @_plainly
 def _finish(*flat: Any) -> tuple[Tensor, Tensor]:
     operands, unfinished, finishing, problem, wanted = unpack(flat, *_FINISH)
-    operands, _ = _checked(operands, problem.ignore_index)
+    operands, _ = _indexable(operands, known(operands.target, len(operands.w), problem.ignore_index))
     return backend_module(problem.backend).finish(operands, unfinished, finishing, problem, wanted)
 
 
@@ -230,11 +247,6 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
     _operator = getattr(torch.ops.harmonic_triton, _name).default
     torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_operator), lib=_LIBRARY)
-
-
-def forward(operands: Operands, problem: Problem) -> TokenResults:
-    """Per-token results without gradients."""
-    return TokenResults._make(torch.ops.harmonic_triton.forward(*operands, *problem))
 
 
 NO_TANGENT = (
@@ -398,9 +410,25 @@ class ForwardBackwardFunction(torch.autograd.Function):
         return _slots(ctx.arguments, dx, dw, dn, need)
 
 
+def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, in eager mode without its look at the signature, a sixth of a small call's time."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply(*arguments)
+
+
+def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
+    """Per-token results, with gradients or without."""
+    flat = (*operands, *problem)
+    return TokenResults._make(
+        _applied(ForwardFunction, *flat) if differentiable else torch.ops.harmonic_triton.forward(*flat)
+    )
+
+
 def forward_backward(
     operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, TokenResults]:
     """The weighted sum of the losses, with gradients, and the results that it is made of, without."""
-    loss, *rest = ForwardBackwardFunction.apply(*operands, *weights, *problem, *wanted)
+    loss, *rest = _applied(ForwardBackwardFunction, *operands, *weights, *problem, *wanted)
     return loss, TokenResults._make(rest[-len(TokenResults._fields) :])

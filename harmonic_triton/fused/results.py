@@ -78,6 +78,7 @@ class Upstream(NamedTuple):
 
 
 COLUMNS = 8  # of the operand that column sums are made with: two in use, the least that a matrix unit takes
+TOKEN_FACTORS = 6  # of the torch backend
 
 
 class Unfinished(NamedTuple):
@@ -88,14 +89,15 @@ class Unfinished(NamedTuple):
 
     x: Tensor  # (N, D) compute dtype
     w: Tensor  # (V, D) compute dtype
-    rows: Tensor  # (8, N rounded up to a multiple of 4): what belongs to a token (Triton)
-    columns: Tensor  # (V, COLUMNS): column sums (Triton)
-    center: Tensor  # (D,): what was subtracted from both operands (Triton)
+    tokens: Tensor  # what belongs to a token: (N, TOKEN_FACTORS) (torch, few tokens), (8, N rounded up to a multiple of 4) (Triton)
+    scores: Tensor  # (N, V and more) coefficients of both products (torch, few tokens)
+    columns: Tensor  # (V, COLUMNS) column sums (Triton)
+    center: Tensor  # (D,) of the class vectors, or what was subtracted from both operands
 
 
 def token_losses(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Tensor:
     """(N,) weighted losses; differentiable."""
-    losses = weights.nll * _of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes))
+    losses = weights.nll * (_of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes)) if mix else results.nll)
     if weights.smooth is not None:
         losses = losses + weights.smooth * results.smooth
     if weights.log_sum is not None:

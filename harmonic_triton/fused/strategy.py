@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
+from harmonic_triton._common.precision import compute_dtype
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
-from harmonic_triton.fused.results import COLUMNS
+from harmonic_triton.fused.results import COLUMNS, TOKEN_FACTORS
 
 PRODUCTS = {2: 790e12, 4: 67e12}  # operations a second by bytes of an operand: 16 bits (measured), fp32 (data sheet)
 COPY = 4.3e12  # bytes a second
@@ -34,6 +36,8 @@ EPILOGUES = (
 )  # instructions of an entry outside of the product: forward, coefficients, both in one pass
 LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of coefficients on a small GPU
 MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 coefficients at once
+TORCH_BUDGET = 64 * 2**20  # bytes of the torch backend's scores: 333 tokens at GPT-2's vocabulary
+LINE = 16  # entries in a cache line
 SIDE = 2  # partial sums take at most half a byte (1/SIDE) for each coefficient
 
 _forced: str | None = None
@@ -73,14 +77,40 @@ def one_pass_serves(operands: Operands) -> bool:
     return operands.x.dtype == torch.bfloat16 and not operands.smoothing
 
 
-def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
-    """Of ``Unfinished``, field by field, as ``problem.backend`` returns it."""
+class Shapes(NamedTuple):
+    """Of ``Unfinished``, field by field."""
+
+    x: tuple[int, ...] = (0,)
+    w: tuple[int, ...] = (0,)
+    tokens: tuple[int, ...] = (0,)
+    scores: tuple[int, ...] = (0,)
+    columns: tuple[int, ...] = (0,)
+    center: tuple[int, ...] = (0,)
+
+
+def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> Shapes:
+    """What ``problem.backend`` leaves unfinished in the forward pass."""
     (tokens, width), classes = operands.x.shape, operands.w.shape[0]
-    products = ((tokens, width) if wanted.x else (0,)), ((classes, width) if wanted.w else (0,))
-    if problem.backend != "triton":
-        return *products, (0,), (0,), (0,)
-    columns = (classes, COLUMNS) if wanted.w and operands.n is not None else (0,)
-    return *products, (8, -(-tokens // 4) * 4), columns, (width,)
+    products = Shapes((tokens, width) if wanted.x else (0,), (classes, width) if wanted.w else (0,))
+    if problem.backend == "triton":
+        columns = (classes, COLUMNS) if wanted.w and operands.n is not None else (0,)
+        return products._replace(tokens=(8, -(-tokens // 4) * 4), columns=columns, center=(width,))
+    size = compute_dtype(operands.x.dtype).itemsize
+    few = tokens <= torch_chunk(tokens, classes, size, problem.budget)
+    if few and (wanted.x or wanted.w):
+        return Shapes(tokens=(tokens, TOKEN_FACTORS), scores=(tokens, pitch(classes)), center=(width,))
+    return products
+
+
+def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:
+    """How many tokens' scores of ``size`` bytes the torch backend holds at once, at most all."""
+    return max(1, min(tokens, (budget or TORCH_BUDGET) // (classes * size)))
+
+
+def pitch(classes: int) -> int:
+    """Entries from one row of scores to the next: an odd number of lines, which is 2 to 4 % of the products' time."""
+    lines = -(-classes // LINE)
+    return (lines + 1 - lines % 2) * LINE
 
 
 def chunk_tokens(tokens: int, classes: int, budget: int, device: torch.device) -> int:

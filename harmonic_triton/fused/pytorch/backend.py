@@ -1,33 +1,36 @@
-"""The PyTorch backend: chunks of tokens inside a memory budget, leave-one-out numerics, never N x V whole."""
+"""The PyTorch backend: chunks of tokens inside a memory budget, leave-one-out numerics, never N x V whole unless it is small."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from harmonic_triton._common.precision import full_fp32
+from harmonic_triton.fused import strategy
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
-from harmonic_triton.fused.pytorch.chunk import Chunk, Head
+from harmonic_triton.fused.pytorch import pages, per_token
+from harmonic_triton.fused.pytorch.chunk import EVERY, Chunk, Terms, part
+from harmonic_triton.fused.pytorch.dot import DotChunk
 from harmonic_triton.fused.pytorch.gradients import Gradients
+from harmonic_triton.fused.pytorch.harmonic import HarmonicChunk
+from harmonic_triton.fused.pytorch.head import Head
+from harmonic_triton.fused.pytorch.per_token import values_of
 from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream, scaled, upstream_of
 
-DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for the chunk; about 1300 tokens at GPT-2's vocabulary
-LINE = 16  # entries in a cache line; a chunk's rows are an odd number of lines apart: 2 to 4 % of the products' time
-TILE_ELEMENTS = 2**20  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
+TILE_ELEMENTS = 2**18  # on a CPU the element-wise passes work on this many entries at a time: they stay in cache
 
 
 def forward(operands: Operands, problem: Problem) -> TokenResults:
     """Per-token results; O(N + V) memory beside the chunk."""
-    head = Head.of(operands, problem)
-    out = _room(head, problem, len(operands.x))
-    with full_fp32():
-        for at, chunk in _chunks(head, operands, operands.target != problem.ignore_index, problem.budget):
-            mine = _room(head, problem, len(at))
-            for _ in chunk.forward(problem.want_scores, mine):
-                pass
-            out.store(at, mine)
-    return out
+    results = _Results(operands, problem)
+    with _settings():
+        for at, chunk in _chunks(Head.of(operands, problem), operands, _counted(operands, problem), problem.budget):
+            results.store(at, chunk.forward(problem.want_scores))
+    return results.all
 
 
 def backward(
@@ -36,78 +39,143 @@ def backward(
     """(dX, dW), distances computed again."""
     head = Head.of(operands, problem)
     out = Gradients(head, len(operands.x), wanted)
-    used = upstream.used() & (operands.target != problem.ignore_index)
-    with full_fp32():
+    with _settings():
+        used = upstream.used() & _counted(operands, problem)
         for at, chunk in _chunks(head, operands, used, problem.budget):
-            mine, up = results.select(at), upstream.select(at)
-            sums = head.weight.new_zeros(len(at), 2)
-            chunk.rival = mine.rival.unsqueeze(1)
+            mine, up = (results, upstream) if at is EVERY else (results.select(at), upstream.select(at))
+            chunk.rival, chunk.nll, chunk.rival_score = mine.rival, values_of(mine.nll), values_of(mine.rival_score)
+            chunk.to_prob = per_token.zeros_like(chunk.nll) + 1.0
+            sums = []
             for tile in chunk.tiles():
-                p = chunk.probabilities(tile, mine.nll[tile])
+                p = chunk.probabilities(tile)
                 if up.smooth is not None:
                     p = chunk.smoothed(tile, p, mine.select(tile), up.select(tile))
-                _keep(sums, tile, chunk.coefficients(tile, p))
-            out.add(chunk, at, mine, up, sums)
-    dx, dw = out.finish()
+                sums.append(chunk.to_coefficients(p, tile))
+            terms = Terms.of(chunk.gradient_terms(mine, up, sums))
+            out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, terms)
+        dx, dw = out.finish()
     return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
 
 
 def forward_backward(
     operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
 ) -> tuple[TokenResults, Unfinished]:
-    """Results, and dX and dW of the weighted sum of the losses: one pass, three products instead of four."""
+    """Results, and of dX and dW of the weighted sum of the losses the coefficients of both products where those are few,
+    else both, without the upstream gradient."""
     head = Head.of(operands, problem)
-    classes = len(head.weight)
-    out = Gradients(head, len(operands.x), wanted)
-    every = _room(head, problem, len(operands.x))
-    with full_fp32():
-        for at, chunk in _chunks(head, operands, operands.target != problem.ignore_index, problem.budget):
-            mine, mine_weights = _room(head, problem, len(at)), weights.select(at)
-            sums = head.weight.new_zeros(len(at), 2)
-            for tile, p in chunk.forward(problem.want_scores, mine):
-                if not (wanted.x or wanted.w):
-                    continue
-                if weights.smooth is not None:
-                    here = mine.select(tile)
-                    p = chunk.smoothed(
-                        tile, p, here, upstream_of(here, mine_weights.select(tile), problem.mix, classes)
-                    )
-                _keep(sums, tile, chunk.coefficients(tile, p))
-            every.store(at, mine)
-            if wanted.x or wanted.w:
-                out.add(chunk, at, mine, upstream_of(mine, mine_weights, problem.mix, classes), sums)
-    dx, dw = out.finish()
-    return every, Unfinished(dx, dw, *(dx.new_empty(0) for _ in range(3)))
+    results, gradients = _Results(operands, problem), wanted.x or wanted.w
+    shapes = strategy.unfinished_shapes(problem, operands, wanted)
+    keeps = len(shapes.scores) > 1
+    out = Gradients(head, len(operands.x), Wanted(False, False, False) if keeps else wanted)
+    scores = pages.empty(head.w, *shapes.scores, dtype=head.dtype)
+    tokens = head.w.new_zeros(shapes.tokens, dtype=head.dtype)
+    with _settings():
+        used = _counted(operands, problem)
+        for at, chunk in _chunks(head, operands, used, problem.budget, scores if keeps else None):
+            mine_weights, sums = weights if at is EVERY else weights.select(at), []
+
+            def to_coefficients(tile: slice, p: Tensor, here: TokenResults | None) -> None:
+                if here is not None and weights.smooth is not None:  # called while it is this chunk's turn
+                    upstream = upstream_of(here, mine_weights.select(tile), problem.mix, len(head.w))  # noqa: B023
+                    p = chunk.smoothed(tile, p, here, upstream)  # noqa: B023
+                sums.append(chunk.to_coefficients(p, tile))  # noqa: B023
+
+            mine = chunk.forward(problem.want_scores, to_coefficients if gradients else None)
+            results.store(at, mine)
+            if not gradients:
+                continue
+            upstream = upstream_of(mine, mine_weights, problem.mix, len(head.w))
+            table = chunk.gradient_terms(mine, upstream, sums)
+            if keeps:
+                tokens[: len(chunk.x)] = table
+            else:
+                out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, Terms.of(table))
+        dx, dw = out.finish()
+    if keeps:  # what nobody reads is not whatever was in memory
+        scores[:, len(head.w) :] = 0
+        scores[int(used.sum()) :] = 0
+    center = scores.new_zeros(shapes.center) if head.center is None or not keeps else head.center
+    return results.all, Unfinished(dx, dw, tokens, scores, dx.new_empty(0), center)
 
 
 def finish(
     operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
-    """(dX, dW) times the upstream gradient."""
-    dx, dw = scaled((unfinished.x, unfinished.w), finishing.g, finishing.last)
+    """(dX, dW): the products of the coefficients that were kept, or what is there times the upstream gradient."""
+    if unfinished.scores.dim() == 1:
+        dx, dw = scaled(unfinished[:2], finishing.g, finishing.last)
+    else:
+        head = Head.finished(operands, problem, unfinished.center)
+        out = Gradients(head, len(operands.x), wanted)
+        at, count = _tokens(_counted(operands, problem))
+        if count:
+            x, target, rival = (part(values, at) for values in (operands.x, operands.target, finishing.rival))
+            a, factors = unfinished.scores[:count, : len(head.w)], unfinished.tokens[:count]
+            terms = Terms.of(factors, finishing.g.to(head.dtype))
+            with _settings():
+                out.add(at, x.to(head.dtype), target, rival, a, terms)
+        dx, dw = out.finish()
     return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
 
 
-def _room(head: Head, problem: Problem, tokens: int) -> TokenResults:
-    return TokenResults.zeros(tokens, head.weight, problem.want_scores, head.smoothing)
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Products in full precision; what is divided by 0 is replaced later on."""
+    with full_fp32(), np.errstate(all="ignore"):
+        yield
 
 
-def _keep(out: Tensor, at: slice, sums: Tensor | None) -> None:
-    if sums is not None:
-        out[at] = sums
+class _Results:
+    """Per-token results over chunks; tokens that no chunk has hold zeros."""
+
+    def __init__(self, operands: Operands, problem: Problem) -> None:
+        self.operands, self.problem = operands, problem
+        self.filled: TokenResults | None = None
+
+    def store(self, at: Tensor | slice, part: TokenResults) -> None:
+        if at is EVERY:
+            self.filled = part
+        else:
+            self.filled = self.all
+            self.filled.store(at, part)
+
+    @property
+    def all(self) -> TokenResults:
+        if self.filled is not None:
+            return self.filled
+        x = self.operands.x
+        like = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return TokenResults.zeros(len(x), like, self.problem.want_scores, self.operands.smoothing)
 
 
-def _chunks(head: Head, operands: Operands, used: Tensor, budget: int) -> Iterator[tuple[Tensor, Chunk]]:
-    """The tokens in use in equal chunks that fit the budget, each with its indices."""
-    valid, classes = used.nonzero().squeeze(1), len(head.weight)
-    most = max(1, min(len(valid), (budget or DEFAULT_BUDGET) // (classes * head.weight.element_size())))
-    count = -(-len(valid) // most)
-    size = -(-len(valid) // max(count, 1))
+def _counted(operands: Operands, problem: Problem) -> Tensor:
+    return operands.target != problem.ignore_index
+
+
+def _tokens(used: Tensor) -> tuple[Tensor | slice, int]:
+    """The tokens in use and how many there are."""
+    at = used.nonzero().squeeze(1)
+    return (EVERY, len(at)) if len(at) == len(used) else (at, len(at))
+
+
+def _chunks(
+    head: Head, operands: Operands, used: Tensor, budget: int, room: Tensor | None = None
+) -> Iterator[tuple[Tensor | slice, Chunk]]:
+    """The tokens in use in equal chunks that fit the budget, or all at once in the room for their scores."""
+    at, tokens = _tokens(used)
+    if not tokens:
+        return
+    classes = len(head.w)
+    most = tokens if room is not None else strategy.torch_chunk(tokens, classes, head.dtype.itemsize, budget)
+    count = -(-tokens // most)
+    size = -(-tokens // count)
     tile = min(size, max(1, TILE_ELEMENTS // classes)) if used.device.type == "cpu" else size
-    if count:
-        pitch = (-(-classes // LINE) | 1) * LINE
-        gap, work = head.weight.new_empty(size, pitch)[:, :classes], head.weight.new_empty(2, tile, classes)
-    for start in range(0, len(valid), max(size, 1)):
-        at = valid[start : start + size]
-        x, target = operands.x[at].to(head.weight.dtype), operands.target[at]
-        yield at, head.chunk(x, target, gap[: len(at)], work)
+    gap = pages.empty(head.w, size, strategy.pitch(classes), dtype=head.dtype) if room is None else room
+    kind = HarmonicChunk if head.harmonic else DotChunk
+    gap, work = gap[:, :classes], head.w.new_empty(2, tile, classes, dtype=head.dtype)
+    for start in range(0, tokens, size):
+        here = (
+            at if size == tokens else slice(start, start + size) if isinstance(at, slice) else at[start : start + size]
+        )
+        x, target = part(operands.x, here).to(head.dtype), part(operands.target, here)
+        yield here, kind(head, x, target, gap[: len(x)], work)

@@ -6,58 +6,84 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.problem import Wanted
-from harmonic_triton.fused.pytorch.chunk import Chunk, Head
-from harmonic_triton.fused.results import TokenResults, Upstream
+from harmonic_triton.fused.pytorch import pages
+from harmonic_triton.fused.pytorch.chunk import Terms
+from harmonic_triton.fused.pytorch.head import Head
+
+BLOCK_ELEMENTS = 2**19  # of class vectors: they and their gradients stay in cache for both products
+MANY_TOKENS = 128  # whose products gain more from whole operands
 
 
 class Gradients:
-    """dX and dW over chunks, each only where it is asked for."""
+    """dX and dW over chunks, in the compute dtype, each only where it is asked for."""
 
     def __init__(self, head: Head, tokens: int, wanted: Wanted) -> None:
-        new, (classes, width) = head.weight.new_zeros, head.weight.shape
         self.head, self.wanted = head, wanted
-        self.dx = new(tokens, width) if wanted.x else new(0)
-        self.dw, self.column_sum = (new(0), new(classes)) if wanted.w else (new(0), new(0))
+        classes, width = head.w.shape
+        self.tokens, self.dx = tokens, head.w.new_empty(0, dtype=head.dtype)
+        self.dw = pages.empty(head.w, *((classes, width) if wanted.w else (0,)), dtype=head.dtype)
+        self.first = True
 
-    def add(self, chunk: Chunk, at: Tensor, results: TokenResults, upstream: Upstream, sums: Tensor) -> None:
-        """Add a chunk whose ``gap`` holds its coefficients."""
-        head, x, rival = self.head, chunk.x, results.rival.unsqueeze(1)
-        nll, g = results.nll.double().unsqueeze(1), upstream.nll.double().unsqueeze(1)
-        others, rival_p = -torch.expm1(-nll), (results.rival_score.double().unsqueeze(1) - nll).exp()
-        if upstream.smooth is None:
-            g_others, g_rival, scale = g * others, g * rival_p, g * chunk.to_prob
-        else:
-            g_smooth, mass = upstream.smooth.double().unsqueeze(1), results.share_sum.double().unsqueeze(1)
-            v = head.smooth_weight.double()
-            g_others = (g + g_smooth * mass) * others - g_smooth * results.share_rest.double().unsqueeze(1)
-            g_rival = (g + g_smooth * mass) * rival_p - g_smooth * head.smooth_share(rival_p, v[rival])
-            scale = chunk.to_prob
-        if upstream.target_ref is not None:  # of dot products: x.w_c itself
-            g_others = g_others - upstream.target_ref.double().unsqueeze(1)
-        terms = chunk.terms(rival, g_others, g_rival, scale, sums)
-        if self.wanted.x:
-            dx = torch.mm(chunk.gap, head.weight).mul_(terms.scale)
-            if terms.on_x is not None:
-                dx.addcmul_(terms.on_x, x)
-            for term in terms.direct:
-                dx.addcmul_(term.a, term.along_x)
+    def add(self, at: Tensor | slice, x: Tensor, target: Tensor, rival: Tensor, a: Tensor, terms: Terms) -> None:
+        """Add a chunk of tokens with the coefficients ``a`` (C, V); target and rival (C,) have none among them."""
+        head, harmonic = self.head, self.head.harmonic
+        centered = head.centered(x) if harmonic else x
+        dx = torch.zeros_like(x) if self.wanted.x else None
+        operand, minus_scale = centered * terms.scale, -terms.scale.squeeze(1)
+        elements = BLOCK_ELEMENTS if len(x) < MANY_TOKENS or not head.plain else 16 * BLOCK_ELEMENTS
+        for classes in head.blocks(elements):
+            block, a_block = head.block(classes), a[:, classes]
+            if dx is not None:
+                dx.addmm_(a_block, block)
+            if self.wanted.w:
+                dw, columns = self.dw[classes], a_block.t()
+                if harmonic:
+                    column_sum = torch.mv(columns, minus_scale).unsqueeze(1)
+                    if self.first:
+                        torch.mul(block, column_sum, out=dw)
+                    else:
+                        dw.addcmul_(column_sum, block)
+                    dw.addmm_(columns, operand)
+                elif self.first:
+                    torch.mm(columns, operand, out=dw)
+                else:
+                    dw.addmm_(columns, operand)
+        self.first = False
+        if dx is not None:
+            dx.mul_(terms.scale)
+            if harmonic:
+                dx.addcmul_(terms.on_x, centered)
+            elif head.center is not None:
+                dx.addcmul_(terms.on_center, head.center)
+        for factor, index in ((terms.target, target), (terms.rival, rival)):
+            rows = head.rows(index)
+            apart = x - rows if harmonic else x
+            if dx is not None:
+                along = head.centered(rows).neg_() if head.center is not None else rows.neg()
+                dx.addcmul_(factor, torch.where(terms.far != 0, along, apart) if harmonic else along)
+            if self.wanted.w:
+                _scatter_add(self.dw, index, apart * -factor)
+        if dx is not None:
+            self.store(at, dx)
+
+    def store(self, at: Tensor | slice, dx: Tensor) -> None:
+        """Put the gradient of a chunk of tokens in its place; those that no chunk has are 0."""
+        if len(dx) == self.tokens:
+            self.dx = dx
+            return
+        if not len(self.dx):
+            self.dx = dx.new_zeros(self.tokens, dx.shape[1])
+        if isinstance(at, slice):
             self.dx[at] = dx
-        if self.wanted.w:
-            if len(self.dw):
-                self.dw.addmm_(chunk.gap.t(), x * terms.scale)
-            else:  # the first chunk
-                self.dw = torch.mm(chunk.gap.t(), x * terms.scale)
-            if terms.on_x is not None:
-                self.column_sum.addmv_(chunk.gap.t(), terms.scale.squeeze(1))
-            for term in terms.direct:
-                _scatter_add(self.dw, term.classes.squeeze(1), term.along_w * -term.a)
+        else:
+            self.dx.index_copy_(0, at, dx)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """(dX, dW) in the compute dtype; empty where not asked for."""
-        if self.wanted.w and not len(self.dw):  # no token counts
-            self.dw = torch.zeros_like(self.head.weight)
-        elif self.wanted.w and self.head.n is not None:
-            self.dw.addcmul_(self.column_sum.unsqueeze(1), self.head.weight, value=-1)
+        """(dX, dW)."""
+        if self.first:  # no token counts
+            self.dw.zero_()
+            if self.wanted.x:
+                self.dx = self.dw.new_zeros(self.tokens, self.head.w.shape[1])
         return self.dx, self.dw
 
 

@@ -298,7 +298,7 @@ def forward_backward(
         for start in range(0, tokens, size):
             at = slice(start, min(start + size, tokens))
             call, results = whole.select(at), out.select(at)
-            factors = TokenFactors(call, unfinished.rows[:, at])
+            factors = TokenFactors(call, unfinished.tokens[:, at])
             kept = Kept(entries[: call.tokens], factors.plain, factors.by_gap)
             _forward(call, results, problem.want_scores, kept)
             upstream = upstream_of(results, weights.select(at), problem.mix, classes)
@@ -323,7 +323,7 @@ def finish(
     used = operands.target != problem.ignore_index
     with _on_device(x):
         call = Launch(operands, used, problem.eps)
-        factors, one = TokenFactors(call, unfinished.rows[:, : call.tokens]), x.new_ones((), dtype=torch.float32)
+        factors, one = TokenFactors(call, unfinished.tokens[:, : call.tokens]), x.new_ones((), dtype=torch.float32)
         if wanted.x:
             _finish_x(call, factors, finishing.rival, unfinished.center, finishing.g, unfinished.x, dx)
         if wanted.w:
