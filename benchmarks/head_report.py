@@ -57,7 +57,7 @@ def _targets() -> tuple[Target, ...]:
         if (model, tokens) != ("gpt2", 8192)
     ]
     found += [
-        Target(*small, "memory", 0.2, "cross_entropy"),
+        Target(*small, "memory", 0.5, "cross_entropy"),
         Target(*small, "time", 0.5, "authors_dense"),
         Target(*large, "time", 0.85, "cross_entropy"),
         Target(*large, "memory", 0.2, "cross_entropy"),
