@@ -27,6 +27,7 @@ KILLED = textwrap.dedent("""
     from harmonic_triton.losskernel.sampling.stream import sample_losses
     torch.set_num_threads(1)
     method, kills, directory, longest = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+    begun = sys.argv[5] == "begun"  # a child is killed some time after it has added a draw, not after its start
     chance = random.Random(0)
 
     def stream():
@@ -35,12 +36,19 @@ KILLED = textwrap.dedent("""
             network(), classification_loss, data, data, kill_settings(method), seed=0, progress=False,
             checkpoint_dir=directory, checkpoint_seconds=0.0))), f"{directory}/all.pt")
 
+    def stored():
+        path = f"{directory}/draws.f32"
+        return os.path.getsize(path) if os.path.exists(path) else 0
+
     survived = 0
     for _ in range(kills):
+        before = stored()
         child = os.fork()
         if child == 0:
             stream()
             os._exit(0)
+        while begun and stored() <= before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.001)
         time.sleep(chance.uniform(0.0, longest))
         os.kill(child, signal.SIGKILL)
         survived += os.WIFEXITED(os.waitpid(child, 0)[1])
@@ -55,10 +63,10 @@ def kill_settings(method):
     )
 
 
-def killed_run(tmp_path, method, kills, longest):
+def killed_run(tmp_path, method, kills, longest, when="any"):
     """(the whole stream after so many kills, how many children had finished before theirs)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = fresh.run(KILLED, method, kills, tmp_path, longest, env=environment)
+    done = fresh.run(KILLED, method, kills, tmp_path, longest, when, env=environment)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "all.pt"), int(done.stdout)
 
@@ -71,7 +79,7 @@ def uninterrupted(method):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_three_kills(tmp_path):
-    got, _ = killed_run(tmp_path, "sgld", 3, 0.5)
+    got, _ = killed_run(tmp_path, "sgld", 3, 0.1, "begun")
     assert torch.equal(got, uninterrupted("sgld"))
 
 
