@@ -10,6 +10,7 @@ import pytest
 import torch
 from compiled import captured
 
+from harmonic_triton import linear_harmonic_loss
 from harmonic_triton.losskernel.covariance import rank_k_triton
 from harmonic_triton.losskernel.covariance.triangle import Triangle
 from harmonic_triton.losskernel.traces import neighbors
@@ -60,6 +61,21 @@ def test_nearest_samples(arch, dtype):
     with captured(arch) as found:
         neighbors.search(problem, 3, range(40), "triton", None)
     held(found["neighbors_kernel"])
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_losses(arch, dtype, layout):
+    """Operands whose rows are contiguous, and a transposed W."""
+    x, w, target = torch.randn(5, 64).to(dtype).requires_grad_(), torch.randn(70, 64).to(dtype), torch.arange(5)
+    if layout == "transposed":
+        w = w.t().contiguous().t()
+    with captured(arch) as found:
+        linear_harmonic_loss(x, w.requires_grad_(), target, reduction="none", backend="triton").sum().backward()
+    products = [kernel for every in found.values() for kernel in every if PRODUCT.search(kernel.asm["ptx"])]
+    assert products
+    held(products)
 
 
 def held(compiled):
