@@ -8,13 +8,9 @@ not launch a kernel: on a GPU its tensors would be on the CPU.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,56 +28,10 @@ except ImportError:
 
 TESTS = str(Path(__file__).parent)
 
+if hasattr(interpreter, "_patch_attr") and not torch.cuda.is_available():
+    import quick_interpreter
 
-def exchange_the_language_once_a_launch() -> None:
-    """Triton's interpreter with half of its time saved: what it does to its language, it does once a launch.
-
-    It exchanges the functions of ``triton.language`` for its own at every launch, and again at every call of a function
-    from a kernel, where they are exchanged already. They are found by looking through whole modules; here the names
-    are remembered. What a kernel computes is untouched.
-    """
-    language, exchange = interpreter.tl, interpreter._patch_lang
-    exchanged: set[str] = set()  # modules, in the launch under way
-
-    @functools.cache
-    def builtins(owner: Any) -> list[tuple[str, Any]]:
-        return [(name, member) for name, member in inspect.getmembers(owner) if language.core.is_builtin(member)]
-
-    @functools.cache
-    def modules(function: Callable[..., Any]) -> set[str]:
-        everything = function.__globals__.values()
-        return {module.__name__ for module in (language, language.core) if any(value is module for value in everything)}
-
-    def exchange_builtins(owner: Any, builder: Any, scope: Any) -> None:
-        for name, member in builtins(owner):
-            interpreter._patch_attr(owner, name, member, builder, scope)
-
-    def exchange_once(function: Callable[..., Any]) -> Any:
-        wanted, launched = modules(function), not exchanged
-        if wanted <= exchanged:
-            return None  # the caller drops it: a scope is restored where the launch ends
-        scope = exchange(function)
-        exchanged.update(wanted)
-        if launched:
-            restore = scope.restore
-            scope.restore = lambda: (restore(), exchanged.clear())
-        return scope
-
-    interpreter._patch_builtin, interpreter._patch_lang = exchange_builtins, exchange_once
-    look_up, known = interpreter._get_np_dtype, {}
-
-    def numpy_dtype(kind: Any) -> Any:
-        """Its table of types is built anew in each of thousands of calls."""
-        name = kind.scalar.name
-        if name not in known:
-            known[name] = look_up(kind)
-        return known[name]
-
-    interpreter._get_np_dtype = numpy_dtype
-
-
-if interpreter is not None and hasattr(interpreter, "_patch_attr"):  # how it is written in Triton 3.6 to 3.9
-    exchange_the_language_once_a_launch()
+    quick_interpreter.install()
 
 
 class OnGPU(TorchFunctionMode):

@@ -69,19 +69,19 @@ class Started:
         self._said = [tempfile.NamedTemporaryFile("r", suffix=name) for name in (".out", ".err")]  # noqa: SIM115
         words = [str(argument) for argument in arguments]
         given = textwrap.dedent(program), words, str(cwd), dict(env), *(file.name for file in self._said)
-        self._process = CONTEXT.Process(target=_execute, args=given)
-        self._process.start()
+        self.process = CONTEXT.Process(target=_execute, args=given)
+        self.process.start()
 
     def wait(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
         """Its exit status and what it said; it is killed when time is up."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
         out, err = (file.read() for file in self._said)
         for file in self._said:
             file.close()
-        return subprocess.CompletedProcess([], self._process.exitcode, out, err)
+        return subprocess.CompletedProcess([], self.process.exitcode, out, err)
 
 
 def run(program: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

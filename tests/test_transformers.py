@@ -14,7 +14,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 from oracle import oracle  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from transformers_models import D, V, assert_close, batch, build, dense, gradients, hidden_states  # noqa: E402
+from transformers_models import SIZES, D, V, assert_close, batch, build, dense, gradients, hidden_states  # noqa: E402
 
 from harmonic_triton.integrations.transformers import (  # noqa: E402
     apply_harmonic_loss,
@@ -23,8 +23,8 @@ from harmonic_triton.integrations.transformers import (  # noqa: E402
 )
 
 N, EPS, UPSTREAM = 7.0, 1e-3, 3.0
-# Each is a case of its own: tied, untied, grouped heads, scaled embeddings, a mixture of experts.
-KINDS = ["gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral"]
+# Each is a case of its own: tied, untied, grouped heads, scaled embeddings, a mixture of experts, buffers made anew.
+KINDS = ["gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "mixtral", "falcon_h1"]
 CHANGES = {"gemma2": {"final_logit_softcapping": None}}
 
 
@@ -159,7 +159,7 @@ def test_positions_of_the_output():
     assert len(model(given["input_ids"], use_cache=False).logits) == 2
     assert model(given["input_ids"], logits_to_keep=2).logits.shape == (2, 2, V)
     by_place = model(given["input_ids"], None, None, None, None, None, None, None, given["labels"])
-    assert torch.equal(by_place.loss, output.loss)
+    assert torch.equal(by_place.loss, output.loss) and "formed when used" in repr(by_place.logits)
     with pytest.raises(ValueError, match="shape of input without its last dimension"):
         model(**given, logits_to_keep=2)
 
@@ -249,6 +249,24 @@ def test_a_plain_class_refuses_the_files(name, tmp_path):
     with pytest.raises(ValueError, match="plain llama model|plain gpt2 model"):
         build(name).save_pretrained(tmp_path / "plain")
         harmonic_class(plain).from_pretrained(tmp_path / "plain")
+
+
+def test_a_model_of_pictures_and_text(tmp_path):
+    """Its text model's configuration lies within its own, and other classes load it."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 50, "boi_token_index": 49, "eoi_token_index": 48}
+    config = transformers.Gemma3Config(text_config={**SIZES, "head_dim": 8}, vision_config=vision, **tokens)
+    plain = transformers.Gemma3ForConditionalGeneration(config).eval()
+    given = {key: value.clamp(max=47) for key, value in batch().items()}
+    wanted, _, _ = dense(plain, given["labels"], n=N, input_ids=given["input_ids"])
+    model = apply_harmonic_loss(plain, n=N)
+    torch.testing.assert_close(model(**given).loss.double(), wanted, rtol=1e-5, atol=0)
+    model.save_pretrained(tmp_path)
+    for auto in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        assert torch.equal(auto.from_pretrained(tmp_path)(**given).loss, model(**given).loss)
+    with pytest.raises(Exception, match="trained with the harmonic loss"):
+        transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_without_this_package_the_files_do_not_load(tmp_path):
@@ -473,6 +491,8 @@ def test_a_head_that_is_exchanged():
     model.lm_head = nn.Linear(D, V, bias=False)
     with pytest.raises(TypeError, match="has become a torch.nn.modules.linear.Linear"):
         model(**given)
+    with pytest.raises(TypeError, match="only models that call"):
+        harmonic_class(transformers.LlamaModel)
     with pytest.raises(TypeError, match="remove_harmonic_loss"):
         patched("llama").loss_function = print
     with pytest.raises(TypeError, match="without tp_plan"):

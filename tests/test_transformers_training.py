@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 import warnings
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_trainer_evaluates_saves_and_goes_on(tmp_path):
     """compute_metrics gets the log-probabilities; a stopped run goes on with the losses of one that was not."""
 
     def rows_of(prediction):
-        return {"sums": float(torch.tensor(prediction.predictions).exp().sum(-1).mean())}
+        return {"sums": float(torch.as_tensor(prediction.predictions).exp().sum(-1).mean())}
 
     whole, _ = trained(tmp_path / "whole", patched("gpt2"), batch_size=4, accumulation=1, steps=4)
     half, trainer = trained(
@@ -271,7 +272,31 @@ def test_replicas():
     replica = model._replicate_for_data_parallel()
     replica._modules = dict(model._modules, lm_head=model.lm_head._replicate_for_data_parallel())
     replica.lm_head.weight = torch.randn(V, D)
-    assert not torch.equal(replica(**batch()).loss, model(**batch()).loss) and model.lm_head.call is None
+    assert not torch.equal(replica(**batch()).loss, model(**batch()).loss)
+
+
+def test_threads_share_a_model():
+    """Two forward passes at once, one for a loss and one for logits: each waits in the body for the other."""
+    model, given, both, got = patched("gpt2"), batch(), threading.Barrier(2, timeout=60), {}
+    wanted = model(**given)
+
+    def meet(*_):
+        both.wait()
+
+    model.transformer.register_forward_hook(meet)
+
+    def run(name, inputs):
+        got[name] = model(**inputs)
+
+    threads = [
+        threading.Thread(target=run, args=("loss", given)),
+        threading.Thread(target=run, args=("logits", {"input_ids": given["input_ids"]})),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(got["loss"].loss, wanted.loss) and torch.equal(got["logits"].logits, wanted.logits)
 
 
 def test_per_sample_gradients():

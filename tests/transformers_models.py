@@ -17,6 +17,7 @@ SIZES = {
     "num_key_value_heads": 1, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 MODELS = {  # class, what its configuration has beside SIZES
     "gpt2": ("GPT2LMHeadModel", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),  # tied
     "llama": ("LlamaForCausalLM", {}),  # not tied
@@ -26,6 +27,7 @@ MODELS = {  # class, what its configuration has beside SIZES
     "gemma3": ("Gemma3ForCausalLM", {"head_dim": 8}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 6}),
     "mixtral": ("MixtralForCausalLM", {**EXPERTS, "num_local_experts": 3}),  # an auxiliary loss
+    "falcon_h1": ("FalconH1ForCausalLM", MAMBA),  # buffers that are not saved
     "granite": ("GraniteForCausalLM", {"logits_scaling": 6.0}),  # logits divided
     "cohere": ("CohereForCausalLM", {"logit_scale": 0.25}),  # logits multiplied
     "phi": ("PhiForCausalLM", {}),  # a head with a bias

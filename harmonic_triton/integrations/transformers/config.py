@@ -105,7 +105,7 @@ def config_class(owner: Any) -> Any:
         return (_blank, (owner,), *object.__reduce_ex__(self, protocol)[2:])
 
     own: dict[str, Any] = {
-        "__module__": __name__,
+        "__module__": base.__module__,
         "__reduce_ex__": reduce,
         "to_json_string": to_json_string,
         "get_config_dict": classmethod(get_config_dict),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import Any
 
 import torch
@@ -28,13 +30,22 @@ class Call:
     input; the loss function then calls the head again, with the labels that the model has made of its arguments.
     """
 
-    def __init__(self, wants_loss: bool) -> None:
-        self.wants_loss = wants_loss
+    def __init__(self, heads: list[LossHead], wants_loss: bool) -> None:
+        self.heads, self.wants_loss = heads, wants_loss
         self.head: LossHead | None = None
         self.input: Tensor | None = None
         self.given: Tensor | None = None  # what the head returned
         self.seen: Tensor | None = None  # what the model made of it, as its loss function got it
         self.transform = IDENTITY
+
+
+class _Active(threading.local):
+    """The forward pass that this thread is in: others may use the same model meanwhile."""
+
+    call: Call | None = None
+
+
+ACTIVE = _Active()
 
 
 class LossHead(nn.Linear):
@@ -45,15 +56,14 @@ class LossHead(nn.Linear):
     """
 
     loss_options: dict[str, Any]
-    call: Call | None = None
     keeps_dtype = True  # whether scores are of the input's dtype
 
     def forward(self, input: Tensor, labels: Tensor | None = None, **of_call: Any) -> Tensor:  # type: ignore[override]
         """Scores of every class, or the loss where labels are given."""
         if labels is not None:
             return self.loss(input, labels, **of_call)
-        call = self.call
-        if call is None:
+        call = ACTIVE.call
+        if call is None or not any(head is self for head in call.heads):
             return self.scores(input)
         if call.input is not None:
             raise TypeError("the model calls its output embedding more than once: which call has the loss is unknown")
@@ -101,13 +111,12 @@ class HarmonicLinear(LossHead):
         """Nothing to set: a state of other values is refused."""
         if not isinstance(state, Tensor) or state.is_meta or state.shape != (2,):
             return
-        mine, theirs = self.get_extra_state(), state.detach().cpu()
-        rounding = torch.finfo(theirs.dtype).eps  # some programs cast whole states to 16 bits
-        if not torch.allclose(mine, theirs.double(), rtol=rounding, atol=0.0):
+        rounding = torch.finfo(state.dtype).eps  # some programs cast whole states to 16 bits
+        n, eps = state.tolist()
+        if not (math.isclose(n, self.n, rel_tol=rounding) and math.isclose(eps, self.eps, rel_tol=rounding)):
             raise ValueError(
-                f"the weights were trained with n = {theirs[0]:g} and eps = {theirs[1]:g}, and this head has n = {self.n:g}"
-                f" and eps = {self.eps:g}: its loss would be another; apply_harmonic_loss(model, n={theirs[0]!r},"
-                f" eps={theirs[1]!r})"
+                f"the weights were trained with n = {n:g} and eps = {eps:g}, and this head has n = {self.n:g} and eps ="
+                f" {self.eps:g}: its loss would be another; patch the model by apply_harmonic_loss(model, n={n!r}, eps={eps!r})"
             )
 
     def extra_repr(self) -> str:

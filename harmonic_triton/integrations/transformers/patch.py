@@ -9,21 +9,13 @@ import math
 import warnings
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import BACKENDS
 from harmonic_triton.integrations.transformers.config import ATTRIBUTE, config_class, register_class, transformers
-from harmonic_triton.integrations.transformers.head import (
-    CHANGED,
-    Call,
-    CrossEntropyLinear,
-    HarmonicLinear,
-    LossHead,
-)
-from harmonic_triton.integrations.transformers.lazy import LazyLogits
-from harmonic_triton.integrations.transformers.transform import measure
+from harmonic_triton.integrations.transformers.forward import check_whole, compute_loss, heads_of, run
+from harmonic_triton.integrations.transformers.head import CrossEntropyLinear, HarmonicLinear, LossHead
 
 Mode = Literal["harmonic", "cross_entropy"]
 HEADS: dict[str, type[LossHead]] = {"harmonic": HarmonicLinear, "cross_entropy": CrossEntropyLinear}
@@ -45,7 +37,7 @@ def apply_harmonic_loss(
     """Train and sample a causal language model of ``transformers`` with the harmonic loss, in place.
 
     With labels the model computes the fused loss, without the N x V matrix, from whatever it would have passed to its loss
-    function (``labels`` or ``shift_labels``, ``num_items_in_batch``, ``ignore_index``); an auxiliary loss of its own is kept.
+    function (``shift_labels``, ``num_items_in_batch``, ``ignore_index``); an auxiliary loss of its own is kept.
     Without labels ``logits`` are log-probabilities, which ``generate`` takes as they are. Beside a loss, ``logits`` are formed
     when somebody uses them (under ``torch.compile`` they are None). ``save_pretrained`` writes a checkpoint that
     ``AutoModelForCausalLM`` loads, patched, wherever this module is imported; elsewhere loading it is an error.
@@ -68,6 +60,122 @@ def apply_harmonic_loss(
             logits after the head (soft-capping, scaling) is followed by cross-entropy and refused by the harmonic loss, in the
             first forward pass.
     """
+    loss = _options(mode, n, eps, uniform_mix, label_smoothing, z_loss, backend, memory_budget)
+    base = _checked(model)
+    settings: dict[str, float] = {}
+    if mode == "harmonic":
+        width = model.get_output_embeddings().in_features
+        settings = {"n": math.sqrt(width) if n is None else float(n), "eps": float(eps)}
+    if _is_patched(model):
+        _same_again(model, mode, settings, loss)
+        return model
+    if mode == "harmonic":
+        if model.get_output_embeddings().bias is not None:
+            raise ValueError(
+                "the output embedding has a bias, and distances have none: a class vector that is moved does what a bias would"
+            )
+        if model.name_or_path:
+            _warn_of_conversion(model)
+        stored = {**settings, **{name: loss[name] for name in ("uniform_mix", "label_smoothing") if loss[name]}}
+        _exchange_config(model, config_class(base), stored)
+    model.__class__ = _patched_class(base, mode)
+    _adopt(model.get_output_embeddings(), mode, settings, loss)
+    return model
+
+
+def remove_harmonic_loss(model: Any) -> Any:
+    """Undo :func:`apply_harmonic_loss`, in either mode, in place.
+
+    The model computes its own loss and logits again. Weights stay as they are: those of the harmonic loss give logits that mean
+    nothing until they have been trained.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not _is_patched(model):
+        raise ValueError(f"{type(model).__name__} is not patched")
+    for head in heads_of(model):
+        plain: Any = head
+        plain.__class__ = nn.Linear
+        for name in ("n", "eps", "loss_options"):
+            vars(plain).pop(name, None)
+    if hasattr(model.config, ATTRIBUTE):
+        _exchange_config(model, model.patched_from.config_class, None)
+    model.__class__ = model.patched_from
+    return model
+
+
+def harmonic_class(base: Any) -> Any:
+    """The class that a model of class ``base`` becomes: ``harmonic_class(LlamaForCausalLM).from_pretrained(...)``."""
+    return _patched_class(base, "harmonic")
+
+
+@functools.cache
+def _patched_class(base: Any, mode: Mode) -> Any:
+    """``base`` with another loss. Names stay: much of ``transformers`` and its users branch on those of class and module."""
+    _computes_loss(base)
+    place = list(inspect.signature(base.forward).parameters).index("labels") - 1
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        loss = dict(getattr(config, ATTRIBUTE)) if mode == "harmonic" else {}
+        settings = {name: loss.pop(name) for name in ("n", "eps") if name in loss}
+        _adopt(self.get_output_embeddings(), mode, settings, loss)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = args[place] if len(args) > place else kwargs.get("labels")
+        if labels is None and mode == "cross_entropy":
+            return base.forward(self, *args, **kwargs)
+        return run(self, base.forward, labels is not None, args, kwargs)
+
+    def set_output_embeddings(self: Any, new: Any) -> None:
+        old = heads_of(self)[0]
+        base.set_output_embeddings(self, new)
+        if type(new) is nn.Linear:
+            settings = {name: getattr(old, name) for name in ("n", "eps") if hasattr(old, name)}
+            _adopt(new, mode, settings, old.loss_options)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return (_blank, (base, mode), *object.__reduce_ex__(self, protocol)[2:])
+
+    def loss_function(self: Any) -> Any:
+        return functools.partial(compute_loss, self)
+
+    def no_other(self: Any, value: Any) -> None:
+        raise TypeError("this model's loss is that of apply_harmonic_loss; call remove_harmonic_loss(model) first")
+
+    own: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__init__": build,
+        "__reduce_ex__": reduce,
+        "config_class": config_class(base) if mode == "harmonic" else base.config_class,
+        "forward": forward,
+        "loss_function": property(loss_function, no_other),
+        "patched_from": base,
+        "set_output_embeddings": set_output_embeddings,
+    }
+    made: Any = type(base.__name__, (base,), own)
+    if mode == "harmonic":
+        register_class(base, made)
+    return made
+
+
+def _options(
+    mode: Mode,
+    n: float | None,
+    eps: float,
+    uniform_mix: float,
+    label_smoothing: float,
+    z_loss: float,
+    backend: str,
+    memory_budget: int | None,
+) -> dict[str, Any]:
+    """Every argument but the model, checked, and those of the loss beside n and eps."""
     loss = {"label_smoothing": label_smoothing, "backend": backend, "memory_budget": memory_budget}
     validate.between("label_smoothing", label_smoothing, 0.0, 1.0)
     validate.budget(memory_budget)
@@ -91,104 +199,7 @@ def apply_harmonic_loss(
         loss["z_loss"] = z_loss
     else:
         raise ValueError(f"mode must be 'harmonic' or 'cross_entropy', got {validate.describe(mode)}")
-    base = _checked(model)
-    settings = {"n": math.sqrt(model.get_output_embeddings().in_features) if n is None else float(n), "eps": float(eps)}
-    if _is_patched(model):
-        _same_again(model, mode, settings if mode == "harmonic" else {}, loss)
-        return model
-    if mode == "harmonic":
-        if model.get_output_embeddings().bias is not None:
-            raise ValueError(
-                "the output embedding has a bias, and distances have none: a class vector that is moved does what a bias would"
-            )
-        if model.name_or_path:
-            _warn_of_conversion(model)
-        stored = {**settings, **{name: loss[name] for name in ("uniform_mix", "label_smoothing") if loss[name]}}
-        _exchange_config(model, config_class(base), stored)
-    model.__class__ = _patched_class(base, mode)
-    _adopt(model.get_output_embeddings(), mode, settings if mode == "harmonic" else {}, loss)
-    return model
-
-
-def remove_harmonic_loss(model: Any) -> Any:
-    """Undo :func:`apply_harmonic_loss`, in either mode, in place.
-
-    The model computes its own loss and logits again. Weights stay as they are: those of the harmonic loss give logits that mean
-    nothing until they have been trained.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    if not _is_patched(model):
-        raise ValueError(f"{type(model).__name__} is not patched")
-    for head in _heads(model):
-        plain: Any = head
-        plain.__class__ = nn.Linear
-        for name in ("n", "eps", "loss_options"):
-            vars(plain).pop(name, None)
-    if hasattr(model.config, ATTRIBUTE):
-        _exchange_config(model, model.patched_from.config_class, None)
-    model.__class__ = model.patched_from
-    return model
-
-
-def harmonic_class(base: Any) -> Any:
-    """The class that a model of class ``base`` becomes: ``harmonic_class(LlamaForCausalLM).from_pretrained(...)``."""
-    return _patched_class(base, "harmonic")
-
-
-@functools.cache
-def _patched_class(base: Any, mode: Mode) -> Any:
-    """``base`` with another loss. Its name stays: much of ``transformers`` and its users branch on it."""
-    place = list(inspect.signature(base.forward).parameters).index("labels") - 1
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        loss = dict(getattr(config, ATTRIBUTE)) if mode == "harmonic" else {}
-        settings = {name: loss.pop(name) for name in ("n", "eps") if name in loss}
-        _adopt(self.get_output_embeddings(), mode, settings, loss)
-
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = args[place] if len(args) > place else kwargs.get("labels")
-        if labels is None and mode == "cross_entropy":
-            return base.forward(self, *args, **kwargs)
-        return _run(self, base.forward, labels is not None, args, kwargs)
-
-    def set_output_embeddings(self: Any, new: Any) -> None:
-        old = _heads(self)[0]
-        base.set_output_embeddings(self, new)
-        if type(new) is nn.Linear:
-            settings = {name: getattr(old, name) for name in ("n", "eps") if hasattr(old, name)}
-            _adopt(new, mode, settings, old.loss_options)
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return (_blank, (base, mode), *object.__reduce_ex__(self, protocol)[2:])
-
-    def loss_function(self: Any) -> Any:
-        return functools.partial(_loss, self)
-
-    def no_other(self: Any, value: Any) -> None:
-        raise TypeError("this model's loss is that of apply_harmonic_loss; call remove_harmonic_loss(model) first")
-
-    own: dict[str, Any] = {
-        "__module__": __name__,
-        "__doc__": base.__doc__,
-        "__init__": build,
-        "__reduce_ex__": reduce,
-        "config_class": config_class(base) if mode == "harmonic" else base.config_class,
-        "forward": forward,
-        "loss_function": property(loss_function, no_other),
-        "patched_from": base,
-        "set_output_embeddings": set_output_embeddings,
-    }
-    made: Any = type(base.__name__, (base,), own)
-    if mode == "harmonic":
-        register_class(base, made)
-    return made
+    return loss
 
 
 def _blank(base: Any, mode: Mode) -> Any:
@@ -221,15 +232,14 @@ def _checked(model: Any) -> Any:
         )
     if type(head) is not nn.Linear:
         raise TypeError(
-            f"the output embedding of {base.__name__} must be an nn.Linear, got {type(head).__name__}; patch the model"
-            " before it is quantized or given adapters (patching one with a loss but no such layer is not possible)"
+            f"the output embedding of {base.__name__} must be an nn.Linear, got {type(head).__name__}; "
+            + (
+                "only language models with a head have one"
+                if head is None
+                else "patch it before it is quantized or wrapped"
+            )
         )
-    names = inspect.unwrap(base.forward).__code__.co_names
-    if "labels" not in inspect.signature(base.forward).parameters or not {"loss_function", "super"} & set(names):
-        raise TypeError(
-            f"{base.__name__} computes its loss within its forward pass, or none; only models that call"
-            " self.loss_function can be patched"
-        )
+    _computes_loss(base)
     if "_loss_function" in vars(model):
         raise TypeError("the model has been given a loss function; delete it first (del model._loss_function)")
     for name, module in (("model", model), ("output embedding", head)):
@@ -240,15 +250,17 @@ def _checked(model: Any) -> Any:
             )
     if type(head.weight.data).__name__ == "DTensor":
         raise TypeError("the output embedding is sharded; patch the model before fully_shard")
-    _whole(model)
+    check_whole(model)
     return base
 
 
-def _whole(model: Any) -> None:
-    """Raise where the classes are spread over devices."""
-    if getattr(model, "_tp_size", None) not in (None, 1):
+def _computes_loss(base: Any) -> None:
+    """Raise where a model class does not leave the loss to ``self.loss_function``."""
+    names = inspect.unwrap(base.forward).__code__.co_names
+    if "labels" not in inspect.signature(base.forward).parameters or not {"loss_function", "super"} & set(names):
         raise TypeError(
-            "tensor parallelism shards the output embedding, and the loss needs every class; load the model without tp_plan"
+            f"{base.__name__} computes its loss within its forward pass, or none; only models that call"
+            " self.loss_function can be patched"
         )
 
 
@@ -262,7 +274,7 @@ def _adopt(head: Any, mode: Mode, settings: dict[str, float], loss: dict[str, An
 
 def _same_again(model: Any, mode: Mode, settings: dict[str, float], loss: dict[str, Any]) -> None:
     """A second patch that asks for what there is does nothing; another one is refused."""
-    head = _heads(model)[0]
+    head = heads_of(model)[0]
     has = {name: value for name, value in head.loss_options.items() if value}
     asked = {name: value for name, value in loss.items() if value}
     has.setdefault("backend", "auto")
@@ -300,119 +312,7 @@ def _warn_of_conversion(model: Any) -> None:
         f"the weights of {model.name_or_path} were trained with cross-entropy: their dot products mean something, their"
         " distances do not yet. Expect a loss far above the model's own at first, compare it with log(V), and train on with"
         " a warm-up. Where hidden states are much longer than class vectors every class looks equally far: scale the"
-        " last norm's weight so that both are of a size. Perplexities of the two losses are comparable, logits are not",
+        " last norm's weight so that both are of a size. Perplexities of the two losses are comparable, logits are not."
+        f" The model's name is now {CONVERTED.format(model.name_or_path)!r}, so that nothing takes the old weights for these",
         stacklevel=3,
     )
-
-
-def _heads(model: Any) -> list[LossHead]:
-    """The head, and the copies of it that PEFT trains in its place.
-
-    Raises:
-        TypeError: something else stands there.
-    """
-    module = model.get_output_embeddings()
-    if isinstance(module, LossHead):
-        return [module]
-    heads = [part for part in module.modules() if isinstance(part, LossHead)]
-    if type(module).__name__ != "ModulesToSaveWrapper" or not heads:
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise TypeError(
-            f"the output embedding has become a {kind}"
-            + (", and what an adapter adds to a head's result are dot products, not distances" if heads else "")
-            + ": leave it out of target_modules and trainable_token_indices (modules_to_save trains it whole), or give the"
-            " model a plain layer by model.set_output_embeddings(...)"
-        )
-    return heads
-
-
-def _run(model: Any, forward: Any, wants_loss: bool, args: Any, kwargs: Any) -> Any:
-    """A forward pass whose head is told what it is for."""
-    _whole(model)
-    call, heads = Call(wants_loss), _heads(model)
-    for head in heads:
-        head.call = call
-    try:
-        output = forward(model, *args, **kwargs)
-    finally:
-        for head in heads:
-            head.call = None
-    if call.head is None or call.input is None or call.given is None:
-        raise TypeError(f"{type(model).__name__} does not call its output embedding: it cannot be patched")
-    if not wants_loss:
-        _unchanged(call.given, output)
-        return output
-    if call.seen is None:
-        raise TypeError(f"{type(model).__name__} does not call self.loss_function where it is given labels")
-    if torch.compiler.is_compiling():  # no graph can return what is not formed
-        return _without(output, call.seen)
-    return _replaced(output, call.seen, LazyLogits.of(call.head, call.input, call.transform))
-
-
-def _loss(
-    model: Any,
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int | None = None,
-    num_items_in_batch: Any = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """The model's ``loss_function``: the same arguments and meaning as ``transformers``' for causal language models."""
-    call = _heads(model)[0].call
-    if call is None or call.head is None or call.input is None or call.given is None:
-        raise TypeError("the logits that the loss function was given did not come from the model's output embedding")
-    call.seen, call.transform = logits, measure(call.given, logits)
-    target = labels if shift_labels is None else shift_labels
-    target = target.to(call.input.device)
-    items = num_items_in_batch
-    if items is not None:
-        items = _count(items, target, ignore_index)
-    loss: Tensor = call.head(
-        call.input, target, transform=call.transform, num_items=items, ignore_index=ignore_index, shift=shift_labels is None
-    )  # fmt: skip
-    return loss
-
-
-def _count(items: Any, target: Tensor, ignore_index: int) -> Any:
-    """``num_items_in_batch``; where no token counts, a count of 0 is a 1: the loss is 0 and not 0/0."""
-    if not isinstance(items, Tensor):
-        if items:
-            return items
-        items = torch.zeros((), device=target.device)
-    items = items.reshape(()).to(target.device)
-    nothing = (items == 0) & (target == ignore_index).all()
-    return torch.where(nothing, torch.ones_like(items), items)
-
-
-def _logits_of(output: Any) -> Tensor | None:
-    if isinstance(output, tuple):
-        return next((value for value in output if isinstance(value, Tensor)), None)
-    logits: Tensor | None = output.logits
-    return logits
-
-
-def _unchanged(given: Tensor, output: Any) -> None:
-    """Raise where a model's logits are not the log-probabilities that its head gave."""
-    logits = _logits_of(output)
-    if logits is given or logits is None:
-        return
-    if logits.shape != given.shape or not torch.equal(logits, given.to(logits.device, logits.dtype)):
-        raise ValueError(CHANGED.format("something else"))
-
-
-def _replaced(output: Any, old: Tensor, new: Any) -> Any:
-    """A model's output with other logits."""
-    if isinstance(output, tuple):
-        return tuple(new if value is old else value for value in output)
-    if output.get("logits") is old:
-        output.logits = new
-    return output
-
-
-def _without(output: Any, old: Tensor) -> Any:
-    """A model's output without logits."""
-    if isinstance(output, tuple):
-        return tuple(value for value in output if value is not old)
-    return type(output)(**{name: value for name, value in output.items() if value is not old})
