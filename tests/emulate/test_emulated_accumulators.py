@@ -64,13 +64,13 @@ def test_nearest_samples(arch, dtype, labelled, panels, options, monkeypatch):
     traces = (3 + normal(draws, 9) @ normal(9, samples) + 0.4 * normal(draws, samples)).to(DTYPES[dtype])
     labels = torch.randint(0, 9, (samples,), dtype=torch.int32, generator=generator) if labelled else None
     mean = traces.double().mean(0)
-    problem = neighbors.Problem(traces, mean, 1 / (traces.double() - mean).norm(dim=0), labels)
-    wanted = neighbors.search(problem, k, range(samples), "torch", None)
+    searched = neighbors.Search(traces, mean, 1 / (traces.double() - mean).norm(dim=0), labels)
+    wanted = neighbors.search(searched, k, range(samples), "torch", None)
     if panels:
         monkeypatch.setattr(neighbors, "COLUMN_BYTES", draws * traces.element_size() * 48)
         monkeypatch.setattr(neighbors, "ROW_PANEL", 64)
     with emulation.on_gpu(arch, **options):
-        got = neighbors.search(problem, k, range(samples), "triton", None)
-        part = neighbors.search(problem, k, range(20, 60), "triton", None)
+        got = neighbors.search(searched, k, range(samples), "triton", None)
+        part = neighbors.search(searched, k, range(20, 60), "triton", None)
     for one, other, some in zip(got, wanted, part, strict=True):
         assert torch.equal(one, other) and torch.equal(some, other[20:60])

@@ -1,4 +1,4 @@
-"""What the compiled code says of asynchronous copies, on any Triton and without an emulator.
+"""What the compiled code says of asynchronous copies and of fused multiply-adds, on any Triton and without an emulator.
 
 The matrix units of Hopper and Blackwell read shared memory through a proxy of its own: what cp.async brought there they may
 not see without a fence.proxy.async. Triton 3.6 leaves it out.
@@ -50,6 +50,7 @@ def test_rank_k(arch, precision):
     with captured(arch) as found:
         rank_k_triton.rank_k_(triangle, torch.randn(5, 60), torch.zeros(60), precision)
     held(found["rank_k_kernel"])
+    unfused(found)
 
 
 @pytest.mark.parametrize("arch", [90, 100])
@@ -57,10 +58,11 @@ def test_rank_k(arch, precision):
 def test_nearest_samples(arch, dtype):
     traces = torch.randn(9, 40).to(dtype)
     mean = traces.double().mean(0)
-    problem = neighbors.Problem(traces, mean, 1 / (traces.double() - mean).norm(dim=0), None)
+    searched = neighbors.Search(traces, mean, 1 / (traces.double() - mean).norm(dim=0), None)
     with captured(arch) as found:
-        neighbors.search(problem, 3, range(40), "triton", None)
+        neighbors.search(searched, 3, range(40), "triton", None)
     held(found["neighbors_kernel"])
+    unfused(found)
 
 
 @pytest.mark.parametrize("arch", [90, 100])
@@ -82,3 +84,8 @@ def held(compiled):
     for kernel in compiled:
         assert PRODUCT.search(kernel.asm["ptx"])
         assert unfenced(kernel.asm["ptx"]) == 0
+
+
+def unfused(found):
+    """No launch leaves to Triton's default whether products are fused into sums."""
+    assert not [name for name, every in found.items() for kernel in every if kernel.metadata.enable_fp_fusion]

@@ -45,11 +45,11 @@ def test_a_rank_k_update():
 def test_nearest_samples():
     traces = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     mean = traces.double().mean(0)
-    problem = neighbors.Problem(traces, mean, 1 / (traces.double() - mean).norm(dim=0), None)
+    searched = neighbors.Search(traces, mean, 1 / (traces.double() - mean).norm(dim=0), None)
     with emulation.on_gpu(90) as session:
-        got = neighbors.search(problem, 3, range(40), "triton", None)
+        got = neighbors.search(searched, 3, range(40), "triton", None)
     _seen.update(session.summary())
-    assert all(map(torch.equal, got, neighbors.search(problem, 3, range(40), "torch", None)))
+    assert all(map(torch.equal, got, neighbors.search(searched, 3, range(40), "torch", None)))
 
 
 def test_every_kernel_was_executed(request):
