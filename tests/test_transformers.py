@@ -396,6 +396,13 @@ class Strange(transformers.LlamaForCausalLM):
         return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
+class InPlace(Strange):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state).mul_(2.0).add_(1.0)
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
 class Twice(Strange):
     def forward(self, input_ids=None, labels=None, **kwargs):
         x = self.model(input_ids).last_hidden_state
@@ -424,6 +431,7 @@ class Alone(Strange):
     ("model_class", "error", "why"),
     [
         (Strange, ValueError, "neither a scale"),
+        (InPlace, ValueError, "neither a scale"),
         (Twice, TypeError, "more than once"),
         (Around, TypeError, "not come from"),
     ],
