@@ -396,6 +396,13 @@ class Strange(transformers.LlamaForCausalLM):
         return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
+class InPlace(Strange):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state).mul_(2.0).add_(1.0)
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
 class Twice(Strange):
     def forward(self, input_ids=None, labels=None, **kwargs):
         x = self.model(input_ids).last_hidden_state
@@ -412,6 +419,27 @@ class Around(Strange):
         return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
+class Forgets(Strange):
+    """Takes labels, and calls its loss function where something else is asked for."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        loss = self.loss_function(logits, labels, self.vocab_size) if kwargs.get("return_loss") else None
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+class Beside(Strange):
+    """Looks at what another patched model's head says of the same hidden states."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        x = self.model(input_ids).last_hidden_state
+        other = self.others[0].lm_head(x)
+        assert other.shape == (*x.shape[:-1], V)
+        logits = self.lm_head(x)
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
 class Alone(Strange):
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids).last_hidden_state)
@@ -424,6 +452,7 @@ class Alone(Strange):
     ("model_class", "error", "why"),
     [
         (Strange, ValueError, "neither a scale"),
+        (InPlace, ValueError, "neither a scale"),
         (Twice, TypeError, "more than once"),
         (Around, TypeError, "not come from"),
     ],
@@ -435,6 +464,25 @@ def test_strange_models_are_refused_at_the_first_step(model_class, error, why, m
     if mode == "harmonic" and model_class is not Twice:
         with pytest.raises((ValueError, TypeError), match="switch it off first|does not call its output embedding"):
             model(input_ids=batch()["input_ids"])
+
+
+def test_labels_that_a_model_does_not_use():
+    """What stands for logits may not leave the model."""
+    model = apply_harmonic_loss(Forgets(build("llama").config))
+    with pytest.raises(TypeError, match="does not call self.loss_function"):
+        model(**batch())
+    assert model(**batch(), return_loss=True).loss > 0
+
+
+def test_another_head_within_a_forward_pass():
+    model = apply_harmonic_loss(Beside(build("llama").config), n=N, eps=EPS)
+    model.load_state_dict(patched("llama").state_dict())
+    model.others = [patched("llama")]
+    torch.testing.assert_close(model.eval()(**batch()).loss, patched("llama")(**batch()).loss)
+
+
+class OtherConfig(transformers.LlamaConfig):
+    pass
 
 
 class Bare(transformers.LlamaModel):
@@ -452,6 +500,11 @@ def replaced(model, name, module):
         (lambda: Alone(build("llama").config), TypeError, "computes its loss within its forward pass"),
         (lambda: build("phi"), ValueError, "has a bias"),
         (lambda: Bare(build("llama").config), TypeError, "must be an nn.Linear, got NoneType"),
+        (
+            lambda: transformers.LlamaForCausalLM(OtherConfig(**SIZES)),
+            TypeError,
+            "must be a LlamaConfig, got OtherConfig",
+        ),
         (lambda: nn.Linear(2, 3), TypeError, "must be a PreTrainedModel"),
         (lambda: nn.parallel.DataParallel(build("llama")), TypeError, "before it is wrapped"),
         (lambda: replaced(build("llama"), "lm_head", nn.Embedding(3, 2)), TypeError, "got Embedding"),

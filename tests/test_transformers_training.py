@@ -97,7 +97,7 @@ def test_a_trainer_evaluates_saves_and_goes_on(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_sums"] == pytest.approx(1.0, abs=1e-5)
     labels = torch.utils.data.default_collate(texts(6))
-    assert metrics["eval_loss"] == pytest.approx(float(trainer.model.eval()(**labels).loss), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(trainer.model.eval()(**labels).loss.item(), rel=1e-5)
     checkpoint = tmp_path / "half" / "checkpoint-2"
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "harmonic_triton"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -276,26 +276,32 @@ def test_replicas():
 
 
 def test_threads_share_a_model():
-    """Two forward passes at once, one for a loss and one for logits: each waits in the body for the other."""
-    model, given, both, got = patched("gpt2"), batch(), threading.Barrier(2, timeout=60), {}
+    """Two forward passes at once, one for a loss and one for logits: the one that began first also ends first."""
+    model, given, got = patched("gpt2"), batch(), {}
     wanted = model(**given)
+    began, joined, ended = (threading.Event() for _ in range(3))
 
-    def meet(*_):
-        both.wait()
+    def in_the_body(*_):
+        if threading.current_thread().name == "loss":
+            began.set()
+            joined.wait(60)
+        else:
+            joined.set()
+            ended.wait(60)
 
-    model.transformer.register_forward_hook(meet)
+    model.transformer.register_forward_hook(in_the_body)
 
     def run(name, inputs):
         got[name] = model(**inputs)
 
-    threads = [
-        threading.Thread(target=run, args=("loss", given)),
-        threading.Thread(target=run, args=("logits", {"input_ids": given["input_ids"]})),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    first = threading.Thread(target=run, args=("loss", given), name="loss")
+    second = threading.Thread(target=run, args=("logits", {"input_ids": given["input_ids"]}))
+    first.start()
+    began.wait(60)
+    second.start()
+    first.join()
+    ended.set()
+    second.join()
     assert torch.equal(got["loss"].loss, wanted.loss) and torch.equal(got["logits"].logits, wanted.logits)
 
 

@@ -93,5 +93,5 @@ def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], 
     largest = max(float(g.abs().max()) for g in wanted.values())
     for name, gradient in wanted.items():
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
-        error = float((got[name] - gradient).abs().max())
+        error = float((got[name].detach() - gradient).abs().max())
         assert error <= rtol * scale, f"{name}: {error:.1e} of {scale:.1e}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harmonic_triton.functional import harmonic_logits, linear_cross_entropy, linear_harmonic_loss
-from harmonic_triton.integrations.transformers.transform import IDENTITY, Transform, probes
+from harmonic_triton.integrations.transformers.transform import IDENTITY, Transform, probes, version
 
 CHUNK = 2**26  # bytes of logits that plain PyTorch holds at a time where the fused loss does not serve
 
@@ -35,8 +35,13 @@ class Call:
         self.head: LossHead | None = None
         self.input: Tensor | None = None
         self.given: Tensor | None = None  # what the head returned
+        self.version = 0
         self.seen: Tensor | None = None  # what the model made of it, as its loss function got it
         self.transform = IDENTITY
+
+    def written(self) -> bool:
+        """Whether the model has changed in place what the head gave."""
+        return self.given is not None and version(self.given) != self.version
 
 
 class _Active(threading.local):
@@ -69,6 +74,7 @@ class LossHead(nn.Linear):
             raise TypeError("the model calls its output embedding more than once: which call has the loss is unknown")
         call.head, call.input = self, input
         call.given = probes(input) if call.wants_loss else self.scores(input)
+        call.version = version(call.given)
         return call.given
 
     def scores(self, input: Tensor) -> Tensor:

@@ -35,13 +35,18 @@ def probes(input: Tensor) -> Tensor:
     return values.expand(*input.shape[:-1], len(POWERS)).contiguous()
 
 
-def measure(before: Tensor, after: Tensor) -> Transform:
-    """What was done to the probes.
+def version(values: Tensor) -> int:
+    """How often a tensor has been written to, as far as it tells."""
+    return 0 if torch.compiler.is_compiling() or values.is_inference() else values._version
+
+
+def measure(before: Tensor, after: Tensor, written: bool = False) -> Transform:
+    """What was done to the probes; ``written`` where it was done in place.
 
     Raises:
         ValueError: something else than a scale and a cap.
     """
-    if after is before and not _written(after):
+    if after is before and not written:
         return IDENTITY
     unknown = ValueError(
         "the model does something to its head's output that is neither a scale nor a soft cap; this loss cannot follow it"
@@ -60,11 +65,6 @@ def measure(before: Tensor, after: Tensor) -> Transform:
     if not all(math.isclose(a, b, rel_tol=rounding) for a, b in zip(found, expected, strict=True)):
         raise unknown
     return transform
-
-
-def _written(values: Tensor) -> bool:
-    """Whether something was done in place, as far as tensors tell."""
-    return not torch.compiler.is_compiling() and not values.is_inference() and values._version > 0
 
 
 def _rounded(scale: float) -> float:
