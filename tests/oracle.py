@@ -5,9 +5,6 @@ Write eps for fp32's rounding (fp64's for float64). For a class j that goes thro
 which are measured by direct differences, kappa is 1. A log-score is off by (n/2) kappa_j eps, so the loss is off by that
 in relative terms, averaged over the non-targets. A = n G/s inherits both, and 16-bit backends round A once more.
 
-With ``stored`` a 16-bit backend has kept the log-scores in fp16, relative to the best of their tile: that rounds
-t_j = ln(s_j/s_best) by 2^-11, p by n/2 times that and 1/s by it. The target and the rival are still measured.
-
 Cross-entropy (``n=None``): a log-score x.w_j - x.w_c from the products is off by eps ||x|| (||w_j|| + ||w_c||), the rival's by
 eps |z_r| where it is stored in fp32; the loss by their average over the non-targets, G = p likewise.
 """
@@ -58,7 +55,7 @@ class Truth:
 
 def oracle(
     x: Tensor, w: Tensor, target: Tensor, g: Tensor, *, n: float | None, eps: float = 0.0, uniform_mix: float = 0.0,
-    class_weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100, stored: bool = False,
+    class_weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100,
     center: Tensor | None = None,
 ) -> Truth:  # fmt: skip
     """Truth and bounds for per-token losses (reduction="none") under the upstream gradient g (N,).
@@ -68,14 +65,13 @@ def oracle(
     """
     options = {"eps": eps, "uniform_mix": uniform_mix, "class_weight": class_weight,
                "label_smoothing": label_smoothing, "ignore_index": ignore_index}  # fmt: skip
-    kept_unit = 2.0**-11 if stored and x.element_size() == 2 else 0.0
     xs, ws = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
     if n is None:
         del options["eps"], options["uniform_mix"]
         loss = reference.linear_cross_entropy(xs, ws, target, reduction="none", **options)
         (loss * g.double()).sum().backward()
         dx, dw = (torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws))
-        bounds = _cross_entropy_bounds(x, w, target, loss.detach(), dx, dw, g, options, kept_unit, center)
+        bounds = _cross_entropy_bounds(x, w, target, loss.detach(), dx, dw, g, options, center)
         return Truth(loss.detach(), dx, dw, torch.zeros(()), *bounds)
     exponent = torch.tensor(float(n), dtype=torch.float64, requires_grad=True)
     loss = reference.linear_harmonic_loss(xs, ws, target, n=exponent, reduction="none", **options)
@@ -84,12 +80,12 @@ def oracle(
     truth = Truth(
         loss.detach(),
         *zeros,
-        *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options, kept_unit, center),
+        *_bounds(x, w, target, loss.detach(), zeros[0], zeros[1], g, n, options, center),
     )
     return truth
 
 
-def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit, center):
+def _bounds(x, w, target, loss, dx, dw, g, n, options, center):
     info = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
     unit, narrow = info.eps, torch.finfo(x.dtype).eps
     kept = target != options["ignore_index"]
@@ -131,8 +127,6 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit, center):
     )
     through = a * (1 - special)
     rounded = narrow if x.element_size() == 2 else unit
-    below = (s / s.gather(1, rival)).log().abs() + 2.0**-14  # fp16's smallest steps
-    kept_error = kept_unit * (n / 2 + 2) * below * through * 3 * s.sqrt()  # of A (x - w), or of its r-form
 
     def whole(values):
         out = values.new_zeros(len(target))
@@ -146,9 +140,9 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit, center):
         loss_bound = loss_bound + SLACK * unit * v_all * (1 + (n / 2) * mean_kappa.squeeze(1))
     if options["label_smoothing"]:
         loss_bound = loss_bound + SLACK * unit * v_all * (nll.detach() + 1 + z.detach().clamp_min(-1e6).abs().mean(1))
-    dx_bound = SLACK * (apart.sum(1) + unit * (through * (x_norm + w_norm)).sum(1)) + kept_error.sum(1)
+    dx_bound = SLACK * (apart.sum(1) + unit * (through * (x_norm + w_norm)).sum(1))
     dx_bound = dx_bound + 2 * rounded * (through * w_norm).sum(1) + 2 * narrow * dx[kept].norm(dim=1)
-    dw_bound = SLACK * (apart.sum(0) + unit * (through * (x_norm + w_norm)).sum(0)) + kept_error.sum(0)
+    dw_bound = SLACK * (apart.sum(0) + unit * (through * (x_norm + w_norm)).sum(0))
     dw_bound = dw_bound + 2 * rounded * (through * x_norm).sum(0) + 2 * narrow * dw.norm(dim=1)
     if x.dtype == torch.float16:  # A of a row spans 2^34 at most, from the rival's down
         largest = (a * (1 - special.scatter(1, rival, 0.0))).amax(1, keepdim=True)
@@ -158,7 +152,7 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit, center):
     return whole(loss_bound + tiny), whole(dx_bound + least), dw_bound + least
 
 
-def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, kept_unit, center):
+def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, center):
     unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     narrow = torch.finfo(x.dtype).eps
     rounded = narrow if x.element_size() == 2 else unit
@@ -185,7 +179,6 @@ def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, kept_unit, cen
     error = unit * slope * (off + mean_off) + tiny * up
     special = torch.zeros_like(p).scatter(1, own, 1.0).scatter(1, rival, 1.0)
     through = rounded * slope * (1 - special)
-    through = through + kept_unit * up * p * (1 - special) * ((z.gather(1, rival) - z).abs() + 2.0**-14)
     loss_bound = unit * mean_off * loss[kept].unsqueeze(1)
     if smoothing:
         spread = off.mean(1, keepdim=True) + z.abs().mean(1, keepdim=True)

@@ -147,6 +147,29 @@ def test_tokens_beyond_fp32_are_done_again(function, row, logit):
     compare(x.bfloat16(), w.bfloat16(), target, g, n=n)
 
 
+@pytest.mark.parametrize("strategy", ["one pass", "recompute"])
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+def test_a_common_mean_of_the_class_vectors_costs_nothing(function, strategy):
+    """100 times their spread: what rounding takes from the sum of A, times that, would be many times the last rounding."""
+    generator = torch.Generator().manual_seed(0)
+    mean = 100 * torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0) * 8
+    w = (mean + torch.randn(140, 64, generator=generator)).bfloat16()
+    target = torch.randint(140, (37,), generator=generator)
+    x = w[target].float() + torch.randn(37, 64, generator=generator)
+    if function is ht.linear_cross_entropy:
+        x = 0.05 * torch.randn(37, 64, generator=generator)
+        x = x - (x @ mean)[:, None] * mean / mean.square().sum()
+    x = x.bfloat16()
+    gradients = []
+    for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
+        leaves = [leaf.to(DEVICE, dtype).requires_grad_() for leaf in (x, w)]
+        with strategies.force(strategy):
+            loss = function(*leaves, target.to(DEVICE), backend=backend)
+        gradients.append(torch.autograd.grad(loss, leaves))
+    (dx, _), (want, _) = gradients
+    assert (dx - want).norm() < 2.0**-8 * want.norm()
+
+
 def test_nothing_is_done_again_without_need(monkeypatch):
     """The second launch reads one number and ends: its partial sums stay what the first one wrote."""
     seen = []
