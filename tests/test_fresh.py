@@ -10,7 +10,7 @@ import harmonic_triton
 SHOWS = """
     import atexit, os, sys
     print(__name__, sys.argv[1:], os.getcwd(), os.environ["WORD"], len(os.environ), file=sys.stderr)
-    print([name for name in ("triton", "harmonic_triton", "pytest") if name in sys.modules], flush=True)
+    print([name for name in ("triton", "harmonic_triton", "torch._dynamo") if name in sys.modules], flush=True)
     atexit.register(lambda: print("and ends"))
     os.system("echo 'says a child'")
     if len(sys.argv) > 1:

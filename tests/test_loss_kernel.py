@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import math
-import multiprocessing
 import signal
 import time
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -389,12 +389,10 @@ def in_child(directory, keep, steps):
     stored_run(directory, keep, steps=steps, query_data=(x[:2], y[:2])).save(Path(directory) / "kernel.safetensors")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def processes():
     """Starts processes that have torch imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harmonic_triton.losskernel.kernel", "safetensors.torch", "scipy.linalg", "pytest"])
-    return lambda target, *arguments: context.Process(target=target, args=arguments)
+    return lambda target, *arguments: fresh.CONTEXT.Process(target=target, args=arguments)
 
 
 def finished(processes, directory, keep, steps):
