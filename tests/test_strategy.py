@@ -102,7 +102,7 @@ def test_both_strategies_agree(function, options):
     one, other = (
         call(torch.bfloat16, strategy, function, (70, 64, 140), **options) for strategy in ("one pass", "recompute")
     )
-    assert torch.equal(one[0], other[0])
+    assert (one[0] - other[0]).abs() <= 70 * 2.0**-24 * other[0]  # summed in fp64, and in fp32
     for got, want in zip(one, other, strict=True):
         assert (got - want).norm() <= 2.0**-7 * want.norm()
 
