@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo kernel test slow pretend lint doctor verify bench clean
+.PHONY: demo kernel test slow pretend emulate lint doctor verify bench clean
 demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
 	$(BIN)/python -m examples.train_gpt $(ARGS)
 
@@ -14,14 +14,18 @@ kernel: $(VENV)/analysis ## a first look at the loss kernel of the GPT that demo
 	$(BIN)/python -m harmonic_triton loss-kernel examples.loss_kernel.gpt:from_checkpoint \
 		--entry-arg run=runs/demo --entry-arg tokens=2000 --quick $(ARGS)
 
-test: $(VENV)/test ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q $(ARGS)
+test: $(VENV)/test ## every test but the slow ones; the twenty that took longest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q --durations=20 $(ARGS)
 
 slow: $(VENV)/test ## the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 pretend: $(VENV)/test ## the tests that launch kernels, with every tensor held to where it would be on a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --pretend-gpu -m "triton and not slow" -n auto --maxprocesses 4 -q $(ARGS)
+
+emulate: $(VENV)/test ## every kernel as compiled for sm_80 and sm_90, executed on the CPU; needs the emulator (tests/emulate)
+	$(BIN)/python tests/emulate/emulation.py
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulate -n auto --maxprocesses 4 --dist worksteal -q $(ARGS)
 
 lint: $(VENV)/test ## linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["harmonic_triton", "harmonic_triton.*"]),
     package_data={"harmonic_triton": ["py.typed"]},
-    install_requires=["torch>=2.10", "numpy", "triton>=3.6; sys_platform == 'linux'"],
+    install_requires=["torch>=2.10", "numpy", "typing-extensions>=4.1", "triton>=3.6; sys_platform == 'linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["harmonic-triton = harmonic_triton.__main__:main"]},
     classifiers=[

@@ -204,8 +204,8 @@ def harmonic_dense(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Ten
 def keops(x: Tensor, w: Tensor, target: Tensor, exponent: float) -> Tensor:
     lazy = _peer("pykeops.torch").LazyTensor
     square = ((lazy(x[:, None, :]) - lazy(w[None, :, :])) ** 2).sum(-1)
-    normaliser = (square.log() * (-exponent / 2)).logsumexp(dim=1).squeeze(-1)
-    loss: Tensor = (normaliser + (x - w[target]).square().sum(dim=-1).log() * (exponent / 2)).mean()
+    log_sum = (square.log() * (-exponent / 2)).logsumexp(dim=1).squeeze(-1)
+    loss: Tensor = (log_sum + (x - w[target]).square().sum(dim=-1).log() * (exponent / 2)).mean()
     return loss
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import workers
-from benchmarks.memory import NoMemoryFigureError, peak_beyond
+from harmonic_triton.tools.memory import NoMemoryFigureError, peak_beyond
 
 CENTER, SPREAD = 2.0, 0.05
 WARM_UP = 256  # samples and draws of the call before the measured ones
@@ -157,8 +157,8 @@ def _begin(x: torch.Tensor, buffer: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _finish(moment: torch.Tensor, total: torch.Tensor, draws: int, start: float) -> float:
     """Second moment -> correlation, in place; seconds since ``start``."""
-    centre = (total / draws**0.5).float()
-    moment.addr_(centre, centre, alpha=-1)
+    center = (total / draws**0.5).float()
+    moment.addr_(center, center, alpha=-1)
     inverse = moment.diagonal().rsqrt()
     moment.mul_(inverse).mul_(inverse[:, None])
     return time.perf_counter() - start

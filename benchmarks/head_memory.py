@@ -2,7 +2,7 @@
 
 The figure is
 
-    (peak of the first full-size forward + backward, benchmarks/memory.py) - (bytes of dX and dW)
+    (peak of the first full-size forward + backward, harmonic_triton/tools/memory.py) - (bytes of dX and dW)
 
 so an implementation pays for everything it allocates except its two results, whether or not they are alive at the peak.
 Libraries are loaded by one call on a toy head before; a baseline that compiles is called once at full size instead.
@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import workers
 from benchmarks.baselines import REGISTRY, Baseline
-from benchmarks.memory import NoMemoryFigureError, peak_beyond
 from benchmarks.workloads import DTYPES, Inputs, Workload, make_inputs
+from harmonic_triton.tools.memory import NoMemoryFigureError, peak_beyond
 
 
 def _step(baseline: Baseline, inputs: Inputs, exponent: float) -> Callable[[], tuple[torch.Tensor, ...]]:

@@ -145,16 +145,16 @@ def _roofline(run: Run, timed: dict[Workload, list[Record]], folder: Path) -> Pa
     span = [min(*places, rate / copy) / 2, max(places) * 2]
     steps = [span[0] * (span[1] / span[0]) ** (i / 100) for i in range(101)]
     axis.loglog(steps, [min(rate, copy * step) for step in steps], "k-", label="products and copy of this run")
-    labelled = set()
+    labeled = set()
     for workload, records in timed.items():
         for record in records:
             name = record["baseline"]
             if name not in REGISTRY:
                 continue
             place = intensity(workload, through_scores=REGISTRY[name].bytes_per_score > 0)
-            label = None if name in labelled else name
+            label = None if name in labeled else name
             axis.loglog(place, record["tflops"], _marker(name), color=_color(name), label=label, markersize=5)
-            labelled.add(name)
+            labeled.add(name)
     axis.set_xlabel("floor operations for each byte that must move (dense forms: N x V scores written and read once)")
     axis.set_ylabel("TFLOP/s of the 3U floor")
     axis.grid(alpha=0.3, which="both")

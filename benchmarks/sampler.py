@@ -108,7 +108,7 @@ def seconds_of_draw(run: Callable[[int], None], case: Case, repeats: int = 2) ->
 def ours(case: Case, method: str = "sgld", group: int | None = None) -> Callable[[int], None]:
     """The sampler of this package."""
     from harmonic_triton import SGLDConfig, sample_losses
-    from harmonic_triton.losskernel.per_sample_losses import classification_loss
+    from harmonic_triton.losskernel import classification_loss
 
     torch.manual_seed(0)
     model, rows = Transformer(), pairs()

@@ -108,13 +108,13 @@ def make_inputs(workload: Workload, loss: str = "harmonic", seed: int = 0) -> In
     target = torch.randint(workload.classes, (workload.tokens,), generator=draw, device=device)
     x = torch.randn(workload.tokens, workload.dim, generator=draw, device=device)
     if workload.inputs != "random":
-        centre = w[target]
-        size = centre.norm(dim=1, keepdim=True)
+        center = w[target]
+        size = center.norm(dim=1, keepdim=True)
         direction = x / math.sqrt(workload.dim)  # of length 1, nearly
         if loss == "harmonic":
-            x = centre + direction * size * _cycled(_radii(workload), x)
+            x = center + direction * size * _cycled(_radii(workload), x)
         else:
-            x = (centre + 0.1 * direction * size) * _cycled(_margins(workload), x) / size.square()
+            x = (center + 0.1 * direction * size) * _cycled(_margins(workload), x) / size.square()
     dtype = DTYPES[workload.dtype]
     return Inputs(x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), target)
 

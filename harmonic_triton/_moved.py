@@ -24,6 +24,8 @@ PATHS = {  # where the names of an old module are now, the most likely place fir
 RENAMED = {  # names that are called otherwise where they are now
     ("covariance", "LARGEST"): (f"{WING}.draws", "LARGEST"),
     ("traces", "LARGEST_LOSS"): (f"{WING}.draws", "LARGEST"),
+    ("estimators", "standardised"): (f"{WING}.estimators", "standardized"),
+    ("loss_kernel", "standardised_chunks"): (f"{WING}.views", "standardized_chunks"),
     ("traces", "Samples"): (f"{WING}.traces.factor", "Selection"),
 }
 

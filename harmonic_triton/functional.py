@@ -97,13 +97,12 @@ def linear_harmonic_loss(
         return_stats: return ``(loss, HarmonicStats)``, from the same pass.
         process_group: reserved for vocabulary-parallel weights; must be None.
         backend: "auto", "triton", "torch" or "reference". Only "auto" falls back.
-        deterministic: every backend gives bitwise the same result on every run; the argument is there so that
-            code written for backends with atomics keeps working.
         memory_budget: bytes of scratch for the chunk of the N x V matrix that is held at a time; None chooses.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or the shape of target for "none" (last dimension shorter by
-        ``shift``). With ``return_stats`` a pair.
+        ``shift``). With ``return_stats`` a pair. The fused backends give bitwise the same results and gradients on
+        every run of the same call: sums have a fixed order and there are no atomics.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and the mend. Targets out of
@@ -157,7 +156,7 @@ def linear_cross_entropy(
 
     Args:
         input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
-            process_group, backend, deterministic, memory_budget: as in :func:`linear_harmonic_loss`.
+            process_group, backend, memory_budget: as in :func:`linear_harmonic_loss`.
         z_loss: coefficient of a squared log-sum-exp of the logits added to every token's loss, which keeps their scale from
             drifting; class weights and smoothing leave it alone, the reduction divides it as it does the rest.
         return_stats: return ``(loss, CrossEntropyStats)``, from the same pass.
@@ -188,7 +187,9 @@ def harmonic_logits(
     the same probabilities. Differentiable any number of times.
 
     Args:
-        input: (..., D); linear_weight: (V, D); n, eps: as in :func:`linear_harmonic_loss`.
+        input: (..., D).
+        linear_weight: (V, D).
+        n, eps: as in :func:`linear_harmonic_loss`.
 
     Returns:
         (..., V), float32 (float64 for float64 input).
@@ -214,7 +215,10 @@ def harmonic_topk(
     In a transform of ``torch.func`` or in forward mode it is ``harmonic_logits(...).topk(k)``, derivatives included.
 
     Args:
-        input: (..., D); linear_weight: (V, D); k: 1 ... V; n, eps: as in :func:`linear_harmonic_loss`.
+        input: (..., D).
+        linear_weight: (V, D).
+        k: 1 ... V.
+        n, eps: as in :func:`linear_harmonic_loss`.
 
     Returns:
         log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64. Classes that
@@ -259,8 +263,8 @@ def log_harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
     Distances of 0 share the probability equally. Invariant to the scale of the distances.
 
     Args:
-        distances: bfloat16, float16, float32 or float64, >= 0 (a negative one gives NaN); n: harmonic exponent, a number
-            or a tensor of shape () or (1,).
+        distances: bfloat16, float16, float32 or float64, >= 0 (a negative one gives NaN).
+        n: harmonic exponent, a number or a tensor of shape () or (1,).
 
     Returns:
         Same shape and dtype, rounded from float32 for 16-bit distances.

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from harmonic_triton._common import validate
 from harmonic_triton.functional import HarmonicStats, harmonic_logits, linear_harmonic_loss
-from harmonic_triton.fused.options import HARMONIC, HEAD, HeadOptions, ModuleOptions, check_names
+from harmonic_triton.fused.options import HARMONIC, HEAD, HeadOptions, ModuleOptions, collect
 
 
 class HarmonicHead(nn.Module):
@@ -22,7 +22,8 @@ class HarmonicHead(nn.Module):
     Tie it to an embedding by ``head.weight = embedding.weight``.
 
     Args:
-        in_features: D; out_features: V.
+        in_features: D.
+        out_features: V.
         n: harmonic exponent on the distance, None for sqrt(D).
         eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
         learnable_n: make n a parameter of shape (1,), initialised with the value given.
@@ -62,7 +63,7 @@ class HarmonicHead(nn.Module):
         validate.between("std", std, 0.0, validate.FP32_LIMIT)
         if dtype is not None and dtype not in validate.FLOAT_DTYPES:
             raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-        check_names("HarmonicHead", loss_options, HEAD)
+        validate.class_weight(collect("HarmonicHead", loss_options, HEAD).class_weight, out_features)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
@@ -164,7 +165,7 @@ class LinearHarmonicLoss(nn.Module):
 
     def __init__(self, **options: Unpack[ModuleOptions]) -> None:
         super().__init__()
-        check_names("LinearHarmonicLoss", options, HARMONIC)
+        collect("LinearHarmonicLoss", options, HARMONIC)
         self.options = options
 
     def forward(self, linear_weight: Tensor, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, HarmonicStats]:

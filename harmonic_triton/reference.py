@@ -34,19 +34,19 @@ def log_scores(x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: flo
     A class vector or an x that is not finite makes its z_j NaN.
     """
     s = squared_distances(x, w)
-    own = F.one_hot(target, len(w)).bool()
+    is_target = F.one_hot(target, len(w)).bool()
     norms = x.double().square().sum(-1, keepdim=True) + w.double().square().sum(-1)
     s = torch.where(norms.isfinite(), s, math.nan)
-    floor = (FLOOR * norms + 1e-36).detach()
+    least_sq = (FLOOR * norms + 1e-36).detach()
     s_c = s.gather(1, target.unsqueeze(1)) + eps
-    others = torch.maximum(s + eps, floor)
+    others = torch.maximum(s + eps, least_sq)
     on_target = s_c == 0
-    z = -0.5 * n * (torch.where(own, 1.0, others).log() - torch.where(on_target, 1.0, s_c).log())
-    z = torch.where(own, 0.0 * s_c, z)  # 0, or NaN
+    z = -0.5 * n * (torch.where(is_target, 1.0, others).log() - torch.where(on_target, 1.0, s_c).log())
+    z = torch.where(is_target, 0.0 * s_c, z)  # 0, or NaN
     if bool(on_target.any()):
-        there = ((s + eps <= floor) & ~own).long()
+        there = ((s + eps <= least_sq) & ~is_target).long()
         double = (there.cumsum(1) == 1) & (there == 1)
-        z = torch.where(on_target & ~own & ~z.isnan(), torch.where(double, 0.0, -math.inf), z)
+        z = torch.where(on_target & ~is_target & ~z.isnan(), torch.where(double, 0.0, -math.inf), z)
     return z, s_c.squeeze(1)
 
 
@@ -56,8 +56,8 @@ def relative_logits(x: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tenso
     Returns (N, V) and (N,), fp64.
     """
     logits = x.double() @ w.double().t()
-    own = logits.gather(1, target.unsqueeze(1))
-    return logits - own, own.squeeze(1)
+    target_logit = logits.gather(1, target.unsqueeze(1))
+    return logits - target_logit, target_logit.squeeze(1)
 
 
 def negative_log_likelihood(z: Tensor, target: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def linear_harmonic_loss(
     """The harmonic loss as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
     n = math.sqrt(input.shape[-1]) if n is None else n
     n = n.to(input.device, torch.float64) if isinstance(n, Tensor) else n
-    kept = target != ignore_index
-    z, _ = log_scores(input[kept], linear_weight, target[kept], n, eps)
-    return _loss(z, target, kept, uniform_mix, class_weight, reduction, num_items, label_smoothing)
+    valid = target != ignore_index
+    z, _ = log_scores(input[valid], linear_weight, target[valid], n, eps)
+    return _loss(z, target, valid, uniform_mix, class_weight, reduction, num_items, label_smoothing)
 
 
 def linear_cross_entropy(
@@ -108,39 +108,39 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of a linear head as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
-    kept = target != ignore_index
-    z, own = relative_logits(input[kept], linear_weight, target[kept])
-    log_sum = negative_log_likelihood(z, target[kept]) + own
+    valid = target != ignore_index
+    z, target_logit = relative_logits(input[valid], linear_weight, target[valid])
+    log_sum = negative_log_likelihood(z, target[valid]) + target_logit
     added = z_loss * log_sum.square() if z_loss else 0.0
-    return _loss(z, target, kept, 0.0, class_weight, reduction, num_items, label_smoothing, added)
+    return _loss(z, target, valid, 0.0, class_weight, reduction, num_items, label_smoothing, added)
 
 
 def _loss(
-    z: Tensor, target: Tensor, kept: Tensor, uniform_mix: float, class_weight: Tensor | None, reduction: str,
+    z: Tensor, target: Tensor, valid: Tensor, uniform_mix: float, class_weight: Tensor | None, reduction: str,
     num_items: Tensor | float | None, label_smoothing: float, added: Tensor | float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The reduced loss from the relative log-scores (kept tokens, V); ``added`` to the losses as they are."""
-    log_p = z - negative_log_likelihood(z, target[kept]).unsqueeze(1)
-    rows = _row_losses(log_p, z, target[kept], uniform_mix, class_weight, label_smoothing) + added
-    losses = rows.new_zeros(len(target)).index_put((kept.nonzero().squeeze(1),), rows)
-    weights = kept.double()
+    """The reduced loss from the relative log-scores (valid tokens, V); ``added`` to the losses as they are."""
+    log_p = z - negative_log_likelihood(z, target[valid]).unsqueeze(1)
+    rows = row_losses(log_p, z, target[valid], uniform_mix, class_weight, label_smoothing) + added
+    losses = rows.new_zeros(len(target)).index_put((valid.nonzero().squeeze(1),), rows)
+    weights = valid.double()
     if class_weight is not None:
-        weights = class_weight.double()[target.where(kept, 0)].where(kept, 0.0)
+        weights = class_weight.double()[target.where(valid, 0)].where(valid, 0.0)
     return reduce(losses, weights, reduction, num_items)
 
 
-def _row_losses(
+def row_losses(
     log_p: Tensor, z: Tensor, target: Tensor, uniform_mix: float, class_weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    own, classes = target.unsqueeze(1), log_p.shape[1]
+    index, classes = target.unsqueeze(1), log_p.shape[1]
     loss = negative_log_likelihood(z, target)
     if uniform_mix:
         log_p = ((log_p.exp() + uniform_mix / classes) / (1 + uniform_mix)).log()
-        loss = -log_p.gather(1, own).squeeze(1)
-    v = log_p.new_ones(classes) if class_weight is None else class_weight.double()
-    loss = loss * v[target]
+        loss = -log_p.gather(1, index).squeeze(1)
+    weights = log_p.new_ones(classes) if class_weight is None else class_weight.double()
+    loss = loss * weights[target]
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing / classes * (log_p * v).sum(1)
+        loss = (1 - label_smoothing) * loss - label_smoothing / classes * (log_p * weights).sum(1)
     return loss
 
 
@@ -164,19 +164,19 @@ def statistics(
 
     With ``n=None``, those of cross-entropy: the target's logit in place of its distance.
     """
-    kept = target != ignore_index
+    valid = target != ignore_index
     if n is None:
-        z, own = relative_logits(x, w, target.where(kept, 0))
+        z, target_ref = relative_logits(x, w, target.where(valid, 0))
     else:
-        z, s_c = log_scores(x, w, target.where(kept, 0), n, eps)
-        own = (s_c - eps).clamp_min(0.0).sqrt()
-    log_p = z - negative_log_likelihood(z, target.where(kept, 0)).unsqueeze(1)
+        z, s_c = log_scores(x, w, target.where(valid, 0), n, eps)
+        target_ref = (s_c - eps).clamp_min(0.0).sqrt()
+    log_p = z - negative_log_likelihood(z, target.where(valid, 0)).unsqueeze(1)
     entropy = -(log_p.exp() * log_p.clamp_min(-1e300)).sum(1)
     nearest = z.argmax(1)
-    predicted = nearest.where(kept, ignore_index)
-    log_prob = log_p.gather(1, target.where(kept, 0).unsqueeze(1)).squeeze(1)
-    entropy, own, log_prob = (value.where(kept, 0.0).float() for value in (entropy, own, log_prob))
-    return entropy, predicted, kept & (nearest == target), own, log_prob
+    predicted = nearest.where(valid, ignore_index)
+    log_prob = log_p.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)
+    entropy, target_ref, log_prob = (value.where(valid, 0.0).float() for value in (entropy, target_ref, log_prob))
+    return entropy, predicted, valid & (nearest == target), target_ref, log_prob
 
 
 def authors_probabilities(x: Tensor, w: Tensor, exponent: float, eps: float = 1e-4) -> Tensor:

@@ -28,6 +28,11 @@ except ImportError:
 
 TESTS = str(Path(__file__).parent)
 
+if hasattr(interpreter, "_patch_attr") and not torch.cuda.is_available():
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 
 class OnGPU(TorchFunctionMode):
     """Moves to the GPU what the files of this folder create without saying where; the package's own tensors are its own."""
@@ -70,8 +75,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def place(request, monkeypatch):
-    """A marked test's tensors on the GPU; no kernel in a test that is not marked."""
+def tensors_where_kernels_run(request, monkeypatch):
+    """A marked test's tensors on the GPU; no kernel in a test that is not marked.
+
+    Its name is long because a test with a parameter of the same name would do without it.
+    """
     marked = request.node.get_closest_marker("triton") is not None
     if marked and torch.cuda.is_available():
         with OnGPU():

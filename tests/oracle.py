@@ -92,7 +92,7 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options, kept_unit):
     z = z.detach().requires_grad_()
     nll = reference.negative_log_likelihood(z, target[kept])
     log_p = z - nll.unsqueeze(1)
-    rows = reference._row_losses(
+    rows = reference.row_losses(
         log_p, z, target[kept], options["uniform_mix"], options["class_weight"], options["label_smoothing"]
     )
     (slope,) = torch.autograd.grad((rows * g.double()[kept]).sum(), z, allow_unused=True)

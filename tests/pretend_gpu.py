@@ -157,6 +157,15 @@ def install() -> None:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         return true_numpy(self, *args, **kwargs)
 
+    true_one_hot = torch.nn.functional.one_hot
+
+    def one_hot(tensor, num_classes=-1):  # its C++ creates what it returns from the tensor's true device
+        made = true_one_hot(tensor, num_classes)
+        if on_gpu(tensor):
+            mark(made, True)
+        return made
+
+    torch.nn.functional.one_hot = one_hot
     true_tensor, true_new = torch.tensor, Tensor.new_tensor
 
     def tensor(data, *, device=None, requires_grad=False, **kwargs):

@@ -1,6 +1,7 @@
 """The house's rules: who may import whom, no circles, and no file that cannot be read in one sitting."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,44 @@ def test_imports_for_annotations_alone_are_few():
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_is_too_long(module):
     assert len(MODULES[module].read_text().splitlines()) <= LONGEST
+
+
+HOMES = {  # what is written in one file alone
+    "peak memory": (r"ru_maxrss|max_memory_allocated|VmHWM|clear_refs", "harmonic_triton/tools/memory.py"),
+    "excess loss": (
+        r"mean\w*(\(\))?(\.item\(\))? - [\w.]*initial|- [\w.]*initial_losses\)",
+        "harmonic_triton/losskernel/estimators.py",
+    ),
+    "a name beside a file": (r"os\.(replace|rename)\(", "harmonic_triton/_common/files.py"),
+}
+
+
+@pytest.mark.parametrize("thing", HOMES)
+def test_has_one_home(thing):
+    """In the package and the programs around it, the tests aside."""
+    pattern, home = HOMES[thing]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (PACKAGE, "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(pattern, path.read_text(encoding="utf-8"))
+    }
+    assert found == {home}
+
+
+BRITISH = re.compile(
+    r"artefact|behaviour|centre|centring|colour|(?<!de)favour|grey|labell|licence|modell|neighbour"
+    r"|(discret|initial|memor|normal|optim|regular|standard|token|uninitial|vector)is(e|ed|er|ing|ation)\b",
+    re.IGNORECASE,
+)
+
+
+def test_identifiers_are_spelled_as_americans_do():
+    """Whole sentences may be spelled either way; a name that is typed has one spelling."""
+    found = set()
+    for folder in (PACKAGE, "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [getattr(node, field, None) for field in ("id", "attr", "name", "arg")]
+                found |= {f"{path.name}: {name}" for name in names if isinstance(name, str) and BRITISH.search(name)}
+    assert not found

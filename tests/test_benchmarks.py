@@ -37,8 +37,8 @@ from benchmarks.baselines import REGISTRY, Baseline, register
 from benchmarks.gate import Gate, Truth
 from benchmarks.head_memory import measure_in_fresh_process
 from benchmarks.measure import Plan, Products, has_turn, run
-from benchmarks.memory import peak_beyond
 from benchmarks.workloads import MODELS, Workload, make_inputs
+from harmonic_triton.tools.memory import peak_beyond
 
 LOSSES = ("harmonic", "cross_entropy")
 DENSE = ("authors_dense", "harmonic_dense", "cross_entropy")

@@ -3,10 +3,9 @@
 import copy
 import itertools
 import os
-import subprocess
-import sys
 import textwrap
 
+import fresh
 import pytest
 import torch
 from test_sgld import classes, draws, network, settings
@@ -58,12 +57,8 @@ def kill_settings(method):
 
 def killed_run(tmp_path, method, kills, longest):
     """(the whole stream after so many kills, how many children had finished before theirs)."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, method, str(kills), str(tmp_path), str(longest)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = fresh.run(KILLED, method, kills, tmp_path, longest, env=environment)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "all.pt"), int(done.stdout)
 

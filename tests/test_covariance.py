@@ -7,12 +7,11 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -40,7 +39,7 @@ def backend(request):
 def library(request, monkeypatch):
     """The CPU's rank-k update with SciPy and as it is without."""
     if request.param == "panels":
-        monkeypatch.setattr(triangle, "_packed_update", lambda: (None, "for this test"))
+        monkeypatch.setattr(triangle, "packed_update", lambda: (None, "for this test"))
     else:
         pytest.importorskip("scipy")
 
@@ -447,7 +446,7 @@ def test_all_reduce_between_processes():
     chains = ar1(draws=900, spread=0.005)
     chains[10:] += 0.002  # the references differ
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_of_two, args=(folder, chains), nprocs=2)
+        mp.start_processes(rank_of_two, (folder, chains), nprocs=2, start_method=fresh.CONTEXT.get_start_method())
         states = {name: torch.load(Path(folder) / f"{name}.pt") for name in ("both0", "both1", "second0", "second1")}
         refusals = [(Path(folder) / f"refusal{rank}").read_text() for rank in range(2)]
     assert all("one num_samples, dtype, backend" in refusal for refusal in refusals)
@@ -709,7 +708,7 @@ def test_works_without_scipy():
         accumulator.update(x)
         assert (accumulator.correlation() - torch.corrcoef(x.double().T)).abs().max() < 1e-6
         print(cpu_library())"""
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = fresh.run(program)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "harmonic-triton[analysis]" in run.stdout
 
@@ -765,8 +764,7 @@ def test_kernels_compile_within_limits():
     from benchmarks.static_cost import SHARED_LIMIT, TARGETS
 
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, *TARGETS]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(COMPILE, *TARGETS, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     costs = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(costs) == len(TARGETS) * 3 * 4
@@ -854,8 +852,11 @@ def numpy_correlation(losses):
     return rho
 
 
+# The library is the CPU's: Triton asks none.
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize(("library", "backend"), [("lapack", "torch"), ("panels", "torch"), ("lapack", "triton")],
+                         indirect=True)  # fmt: skip
 def test_neither_autocast_nor_the_precision_setting_reaches_the_sums(autocast, precision, library, backend):
     losses = ar1(600)
     expected = numpy_correlation(losses.flatten(0, 1))
@@ -946,8 +947,7 @@ def test_no_product_of_sizes_is_formed_in_32_bits():
     A plane of the parts holds 2^30 numbers at m = 65536 with 16384 draws at a time, and there are three of them.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", WIDE]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(WIDE, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel for kernel, _ in found} == {"split", "rank_k", "neighbors"}

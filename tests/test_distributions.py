@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import harmonic_triton as ht
-from benchmarks import memory
 from harmonic_triton import functional
+from harmonic_triton.tools import memory
 
 
 def make(

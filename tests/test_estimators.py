@@ -21,7 +21,7 @@ from harmonic_triton.losskernel.estimators import (
     roc_auc,
     same_label_confound,
     singular_fluctuation,
-    standardised,
+    standardized,
     taxonomic_lift,
     unsigned_auc,
 )
@@ -63,7 +63,7 @@ def test_cka_is_the_centred_alignment(monkeypatch):
 
 
 def test_cka_of_factors_is_the_cka_of_their_kernels():
-    x, y = standardised(traces(100)), standardised(traces(70, seed=3))
+    x, y = standardized(traces(100)), standardized(traces(70, seed=3))
     assert cka_of_factors(x, y) == pytest.approx(cka(x.T @ x, y.T @ y), rel=1e-10)
 
 
@@ -71,12 +71,12 @@ def test_split_half_cka_grows_with_the_draws_and_compares_chains():
     few, many = (traces(draws * 4).reshape(4, draws, 40) for draws in (20, 2000))
     assert split_half_cka(few) < split_half_cka(many)
     assert split_half_cka(many) > 0.99
-    even, odd = (standardised(few[half::2].flatten(0, 1)) for half in (0, 1))
+    even, odd = (standardized(few[half::2].flatten(0, 1)) for half in (0, 1))
     assert split_half_cka(few) == pytest.approx(cka(even.T @ even, odd.T @ odd), rel=1e-10)
 
 
 def test_principal_components_are_those_of_the_centred_matrix():
-    z = standardised(traces())
+    z = standardized(traces())
     rho = z.T @ z
     h = torch.eye(40, dtype=torch.float64) - 1 / 40
     values, vectors = torch.linalg.eigh(h @ rho @ h)
@@ -98,7 +98,7 @@ def test_distances_of_correlations():
     torch.testing.assert_close(correlation_distance(rho), torch.tensor([0.0, 1.0, 2**0.5, 2.0, 0.0]))
     torch.testing.assert_close(correlation_distance(rho, "linear"), torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0]))
     assert rho[1] == 0.5  # the argument is left as it was
-    z = standardised(traces())
+    z = standardized(traces())
     euclidean = torch.cdist(z.T.contiguous(), z.T.contiguous())
     # Near 0 the square root makes 1e-16 of rounding in rho 1e-8 of distance.
     torch.testing.assert_close(correlation_distance(z.T @ z), euclidean, rtol=1e-6, atol=1e-7)
@@ -126,7 +126,7 @@ def test_memorisation_auc_comes_with_its_control():
 
 
 def test_same_label_confound_averages_pairs(monkeypatch):
-    z = standardised(traces())
+    z = standardized(traces())
     rho, labels, groups = z.T @ z, torch.arange(40) % 7, torch.arange(40) // 20
     same, other = [], []
     for i in range(40):

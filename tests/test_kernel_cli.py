@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from harmonic_triton.losskernel.sampling.config import SGLDConfig
 
 pytest.importorskip("safetensors")
 ROOT = Path(__file__).parents[1]
+PROGRAM = fresh.module("harmonic_triton")
 QUICK = [
     *("--num-chains", "2", "--num-draws", "30", "--num-burnin-steps", "5"),
     *("--batch-size", "16", "--num-steps-bw-draws", "1", "--quiet"),
@@ -264,10 +265,7 @@ def test_groups_correlate_as_the_covariance_of_their_mean_standardised_losses():
 def test_as_a_program_with_a_report(here):
     arguments = ["entry_points:named", *QUICK, "--out", "out", "--entry-arg", "rows=12", "--embedding", "pca"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "harmonic_triton", "loss-kernel", *arguments],
-        capture_output=True, text=True, env=environment, cwd=here,
-    )  # fmt: skip
+    done = fresh.run(PROGRAM, "loss-kernel", *arguments, env=environment, cwd=here)
     assert done.returncode == 0, done.stderr
     page = (here / "out" / "report.html").read_text()
     assert "Loss kernel of entry_points:named" in page
@@ -326,21 +324,9 @@ def test_a_run_goes_on_with_the_settings_it_began_with(here, monkeypatch, capsys
 def test_another_estimate_is_no_reason_to_refuse_a_checkpoint(here, capsys):
     """Another number of threads, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [
-        sys.executable,
-        "-m",
-        "harmonic_triton",
-        "loss-kernel",
-        "entry_points:data",
-        *QUICK,
-        "--no-report",
-        "--out",
-        "out",
-    ]
+    words = ["loss-kernel", "entry_points:data", *QUICK, "--no-report", "--out", "out"]
     for threads in ("1", "2", "1"):
-        done = subprocess.run(
-            words, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": threads}, cwd=here
-        )
+        done = fresh.run(PROGRAM, *words, env={**environment, "OMP_NUM_THREADS": threads}, cwd=here)
         assert done.returncode == 0, done.stderr
     assert "goes on from" in done.stdout
 
@@ -475,20 +461,15 @@ def ranked():
 def test_two_processes_start_over_together(here):
     """One of them removes the checkpoint, and none begins before it is gone."""
     (here / "ranked_entry.py").write_text(RANKED)
-    command = [sys.executable, "-m", "harmonic_triton", "loss-kernel", "ranked_entry:ranked", *QUICK, "--no-report",
-               "--lr", "1e-4", "--localization", "10", "--out", "out"]  # fmt: skip
+    words = ["loss-kernel", "ranked_entry:ranked", *QUICK, "--no-report", "--lr", "1e-4", "--localization", "10",
+             "--out", "out"]  # fmt: skip
     path = os.pathsep.join([str(here), str(ROOT)])
     for attempt in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "MEETING": str(here / f"meeting-{attempt}"),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = {**os.environ, "PYTHONPATH": path, "MEETING": str(here / f"meeting-{attempt}"),
+                       "OMP_NUM_THREADS": "1"}  # fmt: skip
+        more = ["--no-resume"] if attempt else []
         started = [
-            subprocess.Popen([*command, "--no-resume"][: None if attempt else -1], cwd=here, text=True,
-                             env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for rank in range(2)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=120)[0] for process in started]
-        assert [process.returncode for process in started] == [0, 0], said
+            fresh.Started(PROGRAM, *words, *more, cwd=here, env={**environment, "RANK": str(rank)}) for rank in range(2)
+        ]
+        ended = [process.wait(timeout=120) for process in started]
+        assert [done.returncode for done in ended] == [0, 0], ended

@@ -295,7 +295,8 @@ def test_a_run_is_the_covariance_of_the_sampled_losses(keep):
     np.testing.assert_allclose(kernel.correlation, np.corrcoef(draws.T), atol=CLOSE[keep])
     np.testing.assert_allclose(kernel.mean, draws.mean(0), rtol=1e-6)
     torch.testing.assert_close(kernel.initial_losses, squared_error(model, samples).detach())
-    assert kernel.llc == pytest.approx(20 * (draws.mean() - kernel.initial_losses.mean().item()), rel=1e-4)
+    assert kernel.excess_loss == pytest.approx(draws.mean() - kernel.initial_losses.mean().item(), rel=1e-4)
+    assert kernel.llc == pytest.approx(20 * kernel.excess_loss, rel=1e-12)
     assert kernel.singular_fluctuation == pytest.approx(20 / 40 / 2 * draws.var(0, ddof=1).sum(), rel=1e-4)
     assert kernel.about.stability_bound > CONFIG.lr and kernel.about.num_train == 40
     assert kernel.about.config["lr"] == 1e-3

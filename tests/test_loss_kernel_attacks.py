@@ -142,7 +142,7 @@ def test_an_interruption_while_a_directory_is_claimed(tmp_path, monkeypatch, whe
 
 
 def test_an_interruption_while_traces_are_claimed(tmp_path, monkeypatch):
-    traces, real, calls = LossTraces(2, path=tmp_path), store._stamp, []
+    traces, real, calls = LossTraces(2, path=tmp_path), store.stamp, []
 
     def interrupted(path):
         calls.append(path)
@@ -150,7 +150,7 @@ def test_an_interruption_while_traces_are_claimed(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(path)
 
-    monkeypatch.setattr(store, "_stamp", interrupted)
+    monkeypatch.setattr(store, "stamp", interrupted)
     with pytest.raises(KeyboardInterrupt) as kept:
         traces.update(torch.ones(2, 2))
     traces.close()  # as loss_kernel does it

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 for package in ("scipy", "sklearn", "matplotlib", "tokenizers", "tqdm", "safetensors"):
     pytest.importorskip(package)
 
-from examples.loss_kernel import arithmetic, development, gamma, gpt, hierarchies, mislabelled, modular, tokens  # noqa: E402  # noqa: E402
+from examples.loss_kernel import arithmetic, development, gamma, gpt, hierarchies, mislabeled, modular, tokens  # noqa: E402
 from examples.loss_kernel.__main__ import main  # noqa: E402
 from examples.loss_kernel.experiment import Clock  # noqa: E402
 from examples.train_gpt import train as train_gpt  # noqa: E402
@@ -143,23 +143,23 @@ def test_development_takes_one_kernel_a_checkpoint(tmp_path):
 def test_the_share_asked_for_is_flipped_and_nothing_else():
     from sklearn.datasets import load_digits
 
-    _, labels, wrong = mislabelled.digits(0.1, 3)
+    _, labels, wrong = mislabeled.digits(0.1, 3)
     true = torch.tensor(load_digits().target)
     assert int(wrong.sum()) == 180
     assert torch.equal(labels != true, wrong)
-    assert not torch.equal(wrong, mislabelled.digits(0.1, 4)[2])
+    assert not torch.equal(wrong, mislabeled.digits(0.1, 4)[2])
 
 
 @pytest.mark.slow
 def test_the_variance_finds_flipped_labels_and_the_control_stands_beside_it(tmp_path):
-    settings = replace(mislabelled.SETTINGS["quick"], width=64, steps=1500, num_chains=2, num_draws=25, embedding=False)
-    measured = mislabelled.run(settings, tmp_path, Clock())
+    settings = replace(mislabeled.SETTINGS["quick"], width=64, steps=1500, num_chains=2, num_draws=25, embedding=False)
+    measured = mislabeled.run(settings, tmp_path, Clock())
     assert measured["flipped"] == 180
     assert measured["accuracy_clean"] > 0.99
     assert measured["auc_variance"] > 0.93
     assert measured["auc_initial_loss"] > 0.9  # the loss alone finds most of them, which is why it is printed
     assert measured["variance_flipped"] > 5 * measured["variance_clean"]
-    text = mislabelled.summary(measured)
+    text = mislabeled.summary(measured)
     assert (
         f"{measured['auc_variance']:.4f}, control: of the loss at w* alone {measured['auc_initial_loss']:.4f}" in text
     )
@@ -333,7 +333,7 @@ def test_lift_of_a_grouping_leaves_pairs_of_one_label_out():
 
 
 def test_the_papers_settings_are_those_of_its_table():
-    chosen = {name: module.SETTINGS["paper"] for name, module in (("a", modular), ("b", mislabelled))}
+    chosen = {name: module.SETTINGS["paper"] for name, module in (("a", modular), ("b", mislabeled))}
     table = {
         "a": {"batch_size": 512, "num_chains": 30, "num_draws": 800, "num_burnin_steps": 200, "nbeta": 500},
         "b": {"batch_size": 256, "num_chains": 8, "num_draws": 1000, "num_burnin_steps": 100, "nbeta": 20},
@@ -350,7 +350,7 @@ def test_the_papers_settings_are_those_of_its_table():
 def test_options_override_a_setting_and_results_say_what_ran(tmp_path, capsys):
     pytest.importorskip("umap")
     arguments = [
-        "mislabelled",
+        "mislabeled",
         "--width",
         "16",
         "--steps",
@@ -365,9 +365,9 @@ def test_options_override_a_setting_and_results_say_what_ran(tmp_path, capsys):
     ]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["experiment"], results["setting"]) == ("mislabelled", "quick")
+    assert (results["experiment"], results["setting"]) == ("mislabeled", "quick")
     assert results["settings"]["flipped"] == 0.05
-    assert results["settings"]["localization"] == mislabelled.SETTINGS["quick"].localization
+    assert results["settings"]["localization"] == mislabeled.SETTINGS["quick"].localization
     assert results["measured"]["flipped"] == 90
     assert results["seconds"]["all"] >= results["seconds"]["sampling"] > 0
     assert results["machine"]["torch"] == torch.__version__

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -278,7 +279,7 @@ def check_loading(load, model, full, options):
 
 def test_fsdp2_shards_a_head_with_a_learnable_exponent(tmp_path):
     pytest.importorskip("torch.distributed.checkpoint")
-    mp.spawn(rank_of_two, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(rank_of_two, (str(tmp_path),), nprocs=2, start_method=fresh.CONTEXT.get_start_method())
     full = torch.load(Path(tmp_path) / "full.pt", weights_only=True)
     model = Shardable()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -329,6 +330,23 @@ def test_initial_vectors_and_repr():
     assert "n=3.0" in repr(ht.LinearHarmonicLoss(n=3.0))
 
 
+WRONG = [  # loss options, whatever the tensors are
+    ({"reduction": "avg"}, ValueError, "reduction must be 'none', 'mean' or 'sum', got 'avg'"),
+    ({"reduction": "none", "num_items": 3}, ValueError, "num_items divides the summed loss"),
+    ({"num_items": 0}, ValueError, "num_items must be finite and > 0, got 0"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be finite and between 0 and 1"),
+    ({"uniform_mix": "0.1"}, TypeError, "uniform_mix must be"),
+    ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int"),
+    ({"shift": -1}, ValueError, "shift must be at least 0"),
+    ({"return_stats": 1}, TypeError, "return_stats must be True or False"),
+    ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+    ({"memory_budget": 0}, ValueError, "memory_budget must be a positive number"),
+    ({"class_weight": torch.ones(2, 5)}, ValueError, "class_weight must be floating and of shape"),
+    ({"class_weight": [1.0] * 5}, TypeError, "class_weight must be a"),
+    ({"process_group": object()}, ValueError, "process_group"),
+]
+
+
 def test_bad_arguments_are_refused_at_construction():
     for options, text in (({"n": -1.0}, "n must"), ({"eps": -1.0}, "eps must")):
         with pytest.raises(ValueError, match=text):
@@ -336,6 +354,14 @@ def test_bad_arguments_are_refused_at_construction():
     for options in ({"redction": "sum"}, {"redction": "sum", "reduction": "sum"}):
         with pytest.raises(TypeError, match="HarmonicHead has no option 'redction'; it takes .*reduction"):
             ht.HarmonicHead(4, 5, **options)
+    for options, error, text in WRONG:
+        for make in (lambda **given: ht.HarmonicHead(4, 5, **given), ht.LinearHarmonicLoss):
+            with pytest.raises(error, match=text):
+                make(**options)
+    with pytest.raises(ValueError, match="n must"):
+        ht.LinearHarmonicLoss(n=0.0)
+    with pytest.raises(ValueError, match=r"class_weight must be floating and of shape \(5,\)"):
+        ht.HarmonicHead(4, 5, class_weight=torch.ones(4))
     with pytest.raises(TypeError, match="LinearHarmonicLoss has no option 'foo'; it takes .*reduction"):
         ht.LinearHarmonicLoss(foo=1)
     for sizes, text in (((0, 11), "in_features must be at least 1, got 0"), ((8, 0), "out_features must be")):

@@ -1,11 +1,10 @@
 """The module paths of version 0.1 give their names for one version more, and say where those are now."""
 
 import importlib
-import subprocess
-import sys
 import types
 import warnings
 
+import fresh
 import pytest
 
 import harmonic_triton as ht
@@ -88,7 +87,8 @@ def test_loss_kernel_stays_the_function():
         "from harmonic_triton.loss_kernel import LossKernel\n"
         "assert callable(ht.loss_kernel) and LossKernel is ht.LossKernel"
     )
-    subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], check=True)
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_name_that_never_was_is_told_where_it_was_looked_for():

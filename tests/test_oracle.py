@@ -119,15 +119,15 @@ def test_torch_grid(place, dtype, n):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_triton_grid(place, dtype):
-    compare(*inputs(37, 67, 83, DTYPES[dtype], place), "triton", n=28.0)
+    compare(*inputs(37, 67, 71, DTYPES[dtype], place), "triton", n=28.0)
 
 
 # Three and more class vectors at one place: beyond the target and the rival they go through the products, and their
 # errors grow as 1/distance^2. At a tenth of their norm that is still fp32's accuracy, and everywhere it stays finite.
+# The logarithm is of fp32 whatever the operands are, and fp32 has the narrowest bounds.
 @pytest.mark.triton
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("side", [-1, 0, 1])
+@pytest.mark.parametrize(("dtype", "side"), [("fp32", -1), ("fp32", 0), ("fp32", 1), ("bf16", 0)])
 def test_triton_with_the_fast_logarithm_of_a_gpu(place, dtype, side, monkeypatch):
     """The worst that lg2.approx may do, 2^-22 off on one side or on both, stays within the bounds; it is not run here."""
     if torch.cuda.is_available():
@@ -212,7 +212,7 @@ def test_cross_entropy_triton_drawn(shape, dtype, peak, seed, options):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_cross_entropy_grid(backend, peak, dtype):
-    compare(*logits_inputs(37, 67, 83, DTYPES[dtype], peak), backend, n=None)
+    compare(*logits_inputs(37, 67, 71, DTYPES[dtype], peak), backend, n=None)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

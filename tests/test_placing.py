@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh
 import pytest
 import torch
 
@@ -28,6 +25,12 @@ def test_what_a_marked_test_creates_is_where_the_kernels_run():
     assert made.requires_grad
     assert torch.equal(made.cpu(), again)  # the numbers are those of a machine without one
     assert loss(made, torch.ones(4, 5)).isfinite()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("place", ["anywhere"])  # what the fixture was called once, which took it out of such a test
+def test_a_parameter_called_place_does_not_keep_them_away(place):
+    assert torch.ones(2).device.type == ("cuda" if GPU else "cpu")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -61,7 +64,7 @@ def test_tensors_that_stay_on_the_cpu_are_found_when_a_gpu_is_pretended(request)
 def test_as_on_a_gpu():
     """This file where a GPU is pretended; ``pytest --pretend-gpu -m triton`` is the same for all of them."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "--pretend-gpu", "-q", "-p", "no:cacheprovider", "tests/test_placing.py"]
-    run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    words = ["--pretend-gpu", "-q", "-p", "no:cacheprovider", "tests/test_placing.py"]
+    run = fresh.run(fresh.module("pytest"), *words)
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "4 passed, 2 skipped" in run.stdout
+    assert "5 passed, 2 skipped" in run.stdout

@@ -3,11 +3,11 @@
 import importlib.util
 import math
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ PRINTED = (
 
 @pytest.mark.parametrize(("snippet", "printed"), list(zip(SNIPPETS, PRINTED, strict=True)))
 def test_snippet_runs(snippet, printed):
-    run = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
+    run = fresh.run(snippet)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(printed, run.stdout)
 
@@ -36,9 +36,9 @@ def test_snippet_runs(snippet, printed):
 # --- the change to nanoGPT, applied to a model of its shape ----------------------------------------------------------
 
 DIFF = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1]
-TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "harmonic_triton").glob("*.py")))
+TEXT = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "harmonic_triton").rglob("*.py")))
 CHARACTERS = sorted(set(TEXT))
-DATA = torch.tensor([CHARACTERS.index(character) for character in TEXT])
+DATA = torch.tensor(list(map({character: i for i, character in enumerate(CHARACTERS)}.get, TEXT)))
 HELD_OUT = len(DATA) // 10
 
 

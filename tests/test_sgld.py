@@ -4,11 +4,11 @@ import copy
 import dataclasses
 import math
 import os
-import subprocess
 import sys
 import textwrap
 import warnings
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from harmonic_triton.losskernel.per_sample_losses import classification_loss, regression_loss
 from harmonic_triton.losskernel.sampling.config import METHODS, SGLDConfig
+from harmonic_triton.losskernel.sampling.parameters import FlatParameters
 from harmonic_triton.losskernel.sampling.rng import CounterRNG
 from harmonic_triton.losskernel.sampling.sampler import Sampler
 from harmonic_triton.losskernel.sampling.stability import stability_bound
@@ -238,14 +239,10 @@ def test_two_gloo_processes_draw_what_one_does(tmp_path):
                                  checkpoint_dir=sys.argv[3]))
         torch.save(torch.cat(got), f"{sys.argv[3]}/{rank}.pt")
     """)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "meet"), str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [fresh.Started(script, rank, tmp_path / "meet", tmp_path, env=environment) for rank in range(2)]
+    ended = [process.wait(timeout=120) for process in processes]
+    assert [done.returncode for done in ended] == [0, 0], ended
     data, config = classes(), settings(lr=1e-4, chain_group_size=1, num_chains=5)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes
@@ -271,7 +268,7 @@ def test_minibatches_and_noise_are_counted_not_drawn_in_turn():
 
 def test_no_two_steps_share_the_bits_that_seed_their_noise():
     streams = CounterRNG(11)
-    seeds = {streams._noise_seed(chain, step) & 0xFFFFFFFF for chain in range(50) for step in range(4000)}
+    seeds = {streams.noise_seed(chain, step) & 0xFFFFFFFF for chain in range(50) for step in range(4000)}
     assert len(seeds) == 50 * 4000  # random 32-bit seeds would collide about 5 times
     noise = torch.empty(64, 4096)
     for row in range(64):
@@ -469,7 +466,7 @@ def moved(model, mask=None, **changed):
         model, classification_loss, data, data, settings(lr=1e-4, num_chains=2, **changed), seed=0, mask=mask
     )
     next(iter(sampler.run()))
-    weights = sampler._parameters
+    weights = FlatParameters(model, classification_loss, mask)
     parts = weights.parts(sampler.state_dict()["state"]["displacement"][0] != 0)
     return {names[0][len("model.") :]: part for names, part in zip(weights.aliases, parts, strict=True)}
 
@@ -758,15 +755,19 @@ def test_a_state_loaded_into_a_running_sampler_is_where_it_goes_on():
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_one_weight_that_is_not_finite_ends_its_chain(value):
-    data = classes()
-    sampler = Sampler(
-        network(), classification_loss, data, data, settings(lr=1e-4, num_chains=2, chain_group_size=2), seed=0
-    )
-    next(iter(sampler.run()))
-    sampler._state["displacement"][1, 3] = value
-    with pytest.warns(UserWarning, match="chain 1 diverged by step 7"):
-        sampler._mark_diverged([0, 1], 7)
-    assert sampler.dead == {1: 7}
+    """One that the model does not even read, so that it makes no other one infinite."""
+    data, model = classes(), network()
+    model.register_parameter("spare", nn.Parameter(torch.zeros(3)))  # the first of the sampled ones
+    config = settings(lr=1e-4, localization=0.0, num_chains=2, chain_group_size=2, num_draws=5)
+    sampler = Sampler(model, classification_loss, data, data, config, seed=0)
+    stream = sampler.run()
+    next(stream)
+    state = sampler.state_dict()
+    state["state"]["displacement"][1, 1] = value
+    sampler.load_state_dict(state)
+    with pytest.warns(UserWarning, match="chain 1 diverged by step"):
+        losses = next(stream).losses
+    assert list(sampler.dead) == [1] and losses.isfinite().all(1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("localization", [0.0, 3.0])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -88,8 +89,7 @@ def test_the_products_compile_within_limits():
                                    ("gradient_kernel", {"DOT": False, "SMOOTHING": False, "STORED": False})):
                 print(json.dumps(dataclasses.asdict(static_cost.run_job((name, switches, "bf16", arch)))))"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(program, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
     assert len(costs) == 2 * len(static_cost.TARGETS)
@@ -109,8 +109,7 @@ def test_products_compile_for_other_amd_gpus():
             cost = static_cost.run_job(("forward_kernel", switches, "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(program, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     assert all(map(int, run.stdout.split()))
 
@@ -134,8 +133,7 @@ def test_products_of_transposed_operands_do_not_spill():
                 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
                 print(static_cost.resource_usage(compiled.asm["cubin"])[1], "cp.async" in compiled.asm["ptx"])"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(program, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines() == ["0 True"] * 4
 
@@ -157,8 +155,7 @@ def test_coefficients_may_replace_the_scores_they_come_from():
                 tiles = [line for line in code.splitlines() if re.search(r"tensor<[0-9]+x[0-9]+x", line)]
                 print(*re.findall(r"= tt.(load) |(?<!= )tt.(store) ", chr(10).join(tiles)))"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(program, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines() == ["('load', '') ('', 'store')"] * 2 * len(static_cost.TARGETS)
 
@@ -228,8 +225,7 @@ def test_the_sweep_rejects_what_spills_or_does_not_fit():
         for config in (CONFIGS["sm90", 2], TileConfig(128, 256, 64, 8, 3), TileConfig(128, 64, 128, 8, 6)):
             print(autotune.rejection(config, "bf16", "sm90"))"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = fresh.run(program, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     passed, spilled, large = run.stdout.splitlines()
     assert passed == "None"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -35,8 +36,8 @@ def autocorrelated(draws: int = 30_000, samples: int = 500, chains: int = 30) ->
     noise = generator.standard_normal((draws // chains, chains, 8 + samples), dtype=np.float32)
     state = noise[0]
     path = np.empty_like(noise)
-    for step, fresh in enumerate(noise):
-        state = 0.9 * state + math.sqrt(1 - 0.9**2) * fresh
+    for step, new in enumerate(noise):
+        state = 0.9 * state + math.sqrt(1 - 0.9**2) * new
         path[step] = state
     path = path.transpose(1, 0, 2).reshape(draws, -1)
     mixing = generator.standard_normal((8, samples)).astype(np.float32) / 3
@@ -334,8 +335,9 @@ def test_umap_takes_the_neighbors():
 
 
 MEMORY = """if True:
-    import json, resource, sys, time, torch
+    import json, sys, time, torch
     from harmonic_triton.losskernel.traces.traces import LossTraces
+    from harmonic_triton.tools.memory import so_far
     samples, draws, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     generator = torch.Generator().manual_seed(0)
     traces = LossTraces(samples, path=path)
@@ -343,12 +345,10 @@ MEMORY = """if True:
     for _ in range(0, draws, 20):
         factors = torch.randn(20, 20, generator=generator) @ mixing
         traces.update(2 + 0.001 * (factors + torch.randn(20, samples, generator=generator)))
-    def peak():  # bytes; VmHWM, since ru_maxrss begins with the parent's
-        return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-    before, start = peak(), time.perf_counter()
+    before, start = so_far(), time.perf_counter()
     found = traces.neighbors(15, torch.arange(samples) // 10)
     assert found.indices.shape == (samples, 15) and found.distances.isfinite().all()
-    print(json.dumps([before, peak(), time.perf_counter() - start]))
+    print(json.dumps([before, so_far(), time.perf_counter() - start]))
 """
 
 
@@ -719,8 +719,7 @@ def test_the_kernel_compiles_for_every_architecture():
 
     assert {arch for arch, _ in neighbors_triton.CONFIGS} == {*static_cost.TARGETS, "interpreter"}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], cwd=ROOT, env=environment,
-                         capture_output=True, text=True, check=False)  # fmt: skip
+    run = fresh.run(COMPILE, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     costs = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(costs) == len(static_cost.TARGETS) * 2 * 2
@@ -797,9 +796,9 @@ def everything(losses, backend):
             traces.mean(),
         ]
         found += [traces.variance(), *traces.neighbors(5), *traces.neighbors(3, exclude_same=torch.arange(150) % 4)]
-        problem = neighbors.Problem(traces._stored(), *traces._moments(), None)
+        searched = neighbors.Search(*traces.factor(), None)
         if backend == "torch":
-            found.append(neighbors._torch_keys(problem, 9, range(150), None))
+            found.append(neighbors.torch_keys(searched, 9, range(150), None))
     return found
 
 

@@ -17,6 +17,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_the_report_needs_no_network_and_every_plot_in_it_is_filled(finished):
                 assert coloured.sum() > 500, name
                 continue
             drawn = [
-                (np.abs(half - matplotlib.colors.to_rgb(report.COLOURS[loss])).max(-1) < 0.03).sum() > 100
+                (np.abs(half - matplotlib.colors.to_rgb(report.COLORS[loss])).max(-1) < 0.03).sum() > 100
                 for loss in LOSSES
             ]
             # at this size a pass may fit into memory that the process has already: a bar of no height
@@ -180,23 +181,24 @@ def test_a_failed_report_leaves_the_training_and_the_next_run_writes_it(text, tm
 def test_a_killed_and_an_interrupted_run_go_on_to_the_same_bits(text, tmp_path, monkeypatch):
     """SIGKILL at a random moment, then SIGINT, then the end: weights and history of a run that nothing stopped."""
     options = {"data": str(text), "loss": "harmonic", "steps": 300, "checkpoint_every": 5, "dropout": 0.1}
-    ends = iter([(["-m", "examples.train_gpt"], signal.SIGKILL), (["examples/train_gpt"], signal.SIGINT)])
+    by_path = "import runpy; runpy.run_path('examples/train_gpt', run_name='__main__')"
+    ends = ((fresh.module("examples.train_gpt"), signal.SIGKILL), (by_path, signal.SIGINT))
     path, stopped_at = tmp_path / "stopped" / "harmonic" / "checkpoint.pt", 0
-    for how, end in ends:
-        command = [sys.executable, *how, *arguments(**options, out=tmp_path / "stopped")]
-        child = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    for program, end in ends:
+        child = fresh.Started(program, *arguments(**options, out=tmp_path / "stopped"), env=environment())
         try:
-            waiting = time.monotonic() + 60
+            waiting = time.monotonic() + 240
             while not path.exists() or checkpoint(path.parent.parent)["step"] == stopped_at:
-                assert child.poll() is None, child.stderr.read()
+                assert child.process.is_alive(), child.wait().stderr
                 assert time.monotonic() < waiting
                 time.sleep(0.005)
             time.sleep(random.uniform(0, 0.2))
-            child.send_signal(end)
-            message = child.communicate(timeout=60)[1]
+            os.kill(child.process.pid, end)
+            ended = child.wait(timeout=240)
         finally:
-            child.kill()
-        assert child.returncode == (130 if end == signal.SIGINT else -end), message
+            child.process.kill()
+        message = ended.stderr
+        assert ended.returncode == (130 if end == signal.SIGINT else -end), message
         before, stopped_at = stopped_at, checkpoint(path.parent.parent)["step"]
         assert before < stopped_at < 300
         assert end == signal.SIGKILL or ("go on from the last checkpoint" in message and "Traceback" not in message)
@@ -230,6 +232,19 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(corpus, tmp_path, monkey
     assert trainer.path.read_bytes() == before
 
 
+def test_a_save_follows_no_link_that_was_planted(corpus, tmp_path):
+    """Another user of a shared directory could guess a fixed temporary name."""
+    trainer = train.Trainer(Config(**{**TINY, "out": str(tmp_path)}), corpus, CPU, "harmonic")
+    trainer.path.parent.mkdir(parents=True)
+    treasure = tmp_path / "treasure"
+    treasure.write_text("mine")
+    for name in (trainer.path.with_suffix(".tmp"), trainer.path.with_name(trainer.path.name + ".tmp")):
+        name.symlink_to(treasure)
+    trainer.save()
+    assert treasure.read_text() == "mine"
+    assert not trainer.path.is_symlink()
+
+
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(text, tmp_path, capsys):
     options = {"data": str(text), "out": tmp_path / "run", "loss": "harmonic", "steps": 2, "samples": 0}
     assert train.main(arguments(**options)) == 0
@@ -260,11 +275,10 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(text, tmp_pa
 def test_torchrun_with_two_processes_follows_one_process(text, tmp_path):
     """Same losses, gradient norms and weights up to rounding; 2 x 2 micro-batches of 2 against one batch of 8."""
     options = {"data": str(text), "steps": 8, "batch_size": 8, "eval_every": 4, "samples": 0, "uniform_mix": 0.01}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "examples.train_gpt", *arguments(**options, out=tmp_path / "two", micro_batch_size=2)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120
-    )
+    two = ["--standalone", "--nproc-per-node", 2, "-m", "examples.train_gpt"]
+    words = arguments(**options, out=tmp_path / "two", micro_batch_size=2)
+    torchrun = fresh.Started(fresh.module("torch.distributed.run"), *two, *words, env=environment(OMP_NUM_THREADS="1"))
+    done = torchrun.wait(timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: ") == done.stdout.count("training and") == 1
     assert train.main(arguments(**options, out=tmp_path / "one", micro_batch_size=8)) == 0

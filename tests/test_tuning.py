@@ -129,11 +129,11 @@ def trial(localization, excess, dead=0):
 def test_a_trial_with_a_dead_chain_is_never_on_target():
     """Its living chains may have the right excess by chance; the others left the model: more localization, not this one."""
     healthy, sick = trial(10.0, 1.0), trial(10.0, 1.0, dead=1)
-    assert tuning._ratio(healthy, 1.0) == 1.0
-    assert tuning._ratio(sick, 1.0) > 1e3 and tuning._ratio(trial(10.0, math.nan, 4), 1.0) > 1e3
-    assert tuning._next_localization([sick], 1.0) > 100 * sick.localization
-    assert not tuning._at_its_largest([trial(10.0, 1.0), trial(1.0, 1.0, dead=1)])
-    assert tuning._at_its_largest([trial(10.0, 1.0), trial(1.0, 1.0)])
+    assert healthy.ratio(1.0) == 1.0
+    assert sick.ratio(1.0) > 1e3 and trial(10.0, math.nan, 4).ratio(1.0) > 1e3
+    assert tuning.next_localization([sick], 1.0) > 100 * sick.localization
+    assert not tuning.at_its_largest([trial(10.0, 1.0), trial(1.0, 1.0, dead=1)])
+    assert tuning.at_its_largest([trial(10.0, 1.0), trial(1.0, 1.0)])
 
 
 def runs_of(monkeypatch, answer):
@@ -144,7 +144,7 @@ def runs_of(monkeypatch, answer):
         tried.append(localization)
         return answer(localization, num_draws)
 
-    monkeypatch.setattr(tuning._TrialRuns, "run", run)
+    monkeypatch.setattr(tuning.TrialRuns, "run", run)
     model, x, y = regression()
     return tried, lambda **options: tune(
         model, regression_loss, (x, y), seed=0, target_excess=1.0, batch_size=N, verbose=False, **options

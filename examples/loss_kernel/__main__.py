@@ -13,7 +13,7 @@ from typing import Any
 
 EXPERIMENTS = {
     "modular": "addition and division modulo 97: task separation",
-    "mislabelled": "flipped labels in the digits: loss variance beside the loss alone",
+    "mislabeled": "flipped labels in the digits: loss variance beside the loss alone",
     "development": "the kernel at checkpoints of training",
     "gamma": "the localization: CKA and lift against two hierarchies",
     "tokens": "which tokens and files a GPT treats alike: harmonic loss beside cross-entropy",

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot as plt
 
-from harmonic_triton.losskernel import estimators
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures, modular
@@ -74,8 +73,8 @@ def run(settings: Development, out: Path, clock: Clock) -> dict[str, Any]:
                     "lr": probe.lr,
                     "train_accuracy": accuracy(model, *data),
                     "test_accuracy": accuracy(model, pairs.inputs[rest], pairs.results[rest]),
-                    "initial_loss": kernel.initial_losses.double().mean().item(),
-                    "excess_loss": (kernel.mean.mean() - kernel.initial_losses.double().mean()).item(),
+                    "initial_loss": kernel.record.initial_loss,
+                    "excess_loss": kernel.excess_loss,
                     "split_half_cka": kernel.diagnostics.split_half_cka,
                     **modular.separation(kernel, task, results),
                 }
@@ -104,13 +103,13 @@ def row_text(row: dict[str, Any]) -> str:
 def draw(rows: list[dict[str, Any]], alike: torch.Tensor, out: Path) -> None:
     """Separation and accuracy over training; CKA between checkpoints."""
     steps = [row["step"] for row in rows]
-    figures.labelled_matrix(out / "cka.png", alike, [str(s) for s in steps], "training step", "CKA of the kernels")
+    figures.labeled_matrix(out / "cka.png", alike, [str(s) for s in steps], "training step", "CKA of the kernels")
     _, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    for name, colour in (("pc1_auc", 0), ("knn_purity", 1), ("test_accuracy", 3)):
-        axes[0].plot(steps, [row[name] for row in rows], "o-", color=figures.COLOURS[colour], label=name)
-    for name, colour in ((TASKS[0], 0), (TASKS[1], 1), ("cross", 4), ("same result", 2)):
+    for name, color in (("pc1_auc", 0), ("knn_purity", 1), ("test_accuracy", 3)):
+        axes[0].plot(steps, [row[name] for row in rows], "o-", color=figures.COLORS[color], label=name)
+    for name, color in ((TASKS[0], 0), (TASKS[1], 1), ("cross", 4), ("same result", 2)):
         values = [row["mean_rho"][name] for row in rows]
-        axes[1].plot(steps, values, "o-", color=figures.COLOURS[colour], label=f"mean ρ, {name}")
+        axes[1].plot(steps, values, "o-", color=figures.COLORS[color], label=f"mean ρ, {name}")
     for each in axes:
         each.set_xlabel("training step")
         each.legend(frameon=False, fontsize=8)

@@ -17,6 +17,7 @@ from torch import nn
 
 from harmonic_triton.losskernel.sampling.config import SGLDConfig
 from harmonic_triton.losskernel.sampling.stability import stability_bound
+from harmonic_triton.tools import write_text
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,4 @@ def write_results(
         "seconds": {part: round(value, 2) for part, value in seconds.items()},
         "measured": measured,
     }
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-COLOURS = ("#0b7a75", "#d1495b", "#edae49", "#30638e", "#8a8f98")
+COLORS = ("#0b7a75", "#d1495b", "#edae49", "#30638e", "#8a8f98")
 
 
 def save(path: Path) -> None:
@@ -28,7 +28,7 @@ def histogram(path: Path, values: Tensor, groups: Tensor, names: Sequence[str], 
     plt.figure(figsize=(6, 3.6))
     bins = np.histogram_bin_edges(values.numpy(), 60).tolist()
     for group, name in enumerate(names):
-        plt.hist(values[groups == group].numpy(), bins, alpha=0.65, color=COLOURS[group], label=name)
+        plt.hist(values[groups == group].numpy(), bins, alpha=0.65, color=COLORS[group], label=name)
     plt.xlabel(axis)
     plt.ylabel("samples")
     plt.title(title)
@@ -40,8 +40,8 @@ def densities(path: Path, series: Sequence[Tensor], names: Sequence[str], axis: 
     """Densities of pair values on a logarithmic scale, drawn as steps (paper, Figure 2 D)."""
     plt.figure(figsize=(6, 3.6))
     bins = np.histogram_bin_edges(np.concatenate([values.numpy() for values in series]), 120).tolist()
-    for colour, values, name in zip(COLOURS, series, names, strict=False):
-        plt.hist(values.numpy(), bins, density=True, histtype="step", log=True, color=colour, label=name)
+    for color, values, name in zip(COLORS, series, names, strict=False):
+        plt.hist(values.numpy(), bins, density=True, histtype="step", log=True, color=color, label=name)
     plt.axvline(0, color="#c9ced6", lw=0.8)
     plt.xlabel(axis)
     plt.ylabel("density")
@@ -75,10 +75,10 @@ def scatter(
         drawn = axes.scatter(points[:, 0], points[:, 1], c=values.numpy(), s=size, cmap=cmap, linewidths=0)
         axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
     else:
-        colours = COLOURS if len(names) <= len(COLOURS) else plt.colormaps["tab10"](range(10))
+        colors = COLORS if len(names) <= len(COLORS) else plt.colormaps["tab10"](range(10))
         for group, name in enumerate(names):
             part = points[(values == group).numpy()]
-            axes.scatter(part[:, 0], part[:, 1], s=size, color=colours[group], label=name, linewidths=0)
+            axes.scatter(part[:, 0], part[:, 1], s=size, color=colors[group], label=name, linewidths=0)
         for handle in axes.legend(frameon=False, fontsize=8).legend_handles:
             handle.set_sizes([20])  # type: ignore[union-attr]
     axes.set_title(title, fontsize=10)
@@ -86,7 +86,7 @@ def scatter(
     axes.set_yticks([])
 
 
-def labelled_matrix(path: Path, matrix: Tensor, ticks: Sequence[str], axis: str, title: str) -> None:
+def labeled_matrix(path: Path, matrix: Tensor, ticks: Sequence[str], axis: str, title: str) -> None:
     """A small matrix with its values written in the cells."""
     plt.figure(figsize=(1.6 + 0.62 * len(matrix), 1.2 + 0.58 * len(matrix)))
     plt.imshow(matrix.numpy(), cmap="viridis", vmin=0, vmax=1)

@@ -17,9 +17,8 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.kernel import LossKernel
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures
@@ -143,8 +142,8 @@ def describe(kernel: LossKernel, gamma: float, lr: float, ancestors: Tensor, lab
     return {
         "gamma": gamma,
         "lr": lr,
-        "initial_loss": kernel.initial_losses.double().mean().item(),
-        "excess_loss": (kernel.mean.mean() - kernel.initial_losses.double().mean()).item(),
+        "initial_loss": kernel.record.initial_loss,
+        "excess_loss": kernel.excess_loss,
         "split_half_cka": kernel.diagnostics.split_half_cka,
         "same_label_rho": confound.same_label,
         "other_rho": confound.other,
@@ -179,12 +178,12 @@ def draw(name: str, rows: list[dict[str, Any]], alike: Tensor, control: dict[str
     """CKA between γ; lift against γ with the control as dashed lines."""
     stem = name.replace(" ", "-")
     gammas = [row["gamma"] for row in rows]
-    figures.labelled_matrix(out / f"{stem}-cka.png", alike, [f"{g:g}" for g in gammas], "γ", f"{name}: CKA")
+    figures.labeled_matrix(out / f"{stem}-cka.png", alike, [f"{g:g}" for g in gammas], "γ", f"{name}: CKA")
     plt.figure(figsize=(6, 3.8))
-    for colour, depth in zip(figures.COLOURS, control, strict=False):
+    for color, depth in zip(figures.COLORS, control, strict=False):
         values = [row["lift"][depth] for row in rows]
-        plt.plot(gammas, values, "o-", color=colour, label=f"ancestor at depth {depth}")
-        plt.axhline(control[depth], color=colour, ls="--", lw=0.9)
+        plt.plot(gammas, values, "o-", color=color, label=f"ancestor at depth {depth}")
+        plt.axhline(control[depth], color=color, ls="--", lw=0.9)
     plt.axhline(1, color="k", lw=0.6)
     plt.xscale("log")
     plt.xlabel("γ")
@@ -203,6 +202,6 @@ def summary(measured: dict[str, Any]) -> str:
             f"depth {depth}: {row['lift'][depth]:.2f} at γ {row['gamma']:g} (inputs alone {found['control_lift'][depth]:.2f})"
             for depth, row in best.items()
         )
-        neighbours = ", ".join(f"{found['cka'][i][i + 1]:.2f}" for i in range(len(found["rows"]) - 1))
-        lines.append(f"{name}: largest lift {lifts}; CKA from each γ to the next {neighbours}")
+        neighbors = ", ".join(f"{found['cka'][i][i + 1]:.2f}" for i in range(len(found["rows"]) - 1))
+        lines.append(f"{name}: largest lift {lifts}; CKA from each γ to the next {neighbors}")
     return "\n".join(lines)

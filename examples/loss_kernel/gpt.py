@@ -17,7 +17,7 @@ import harmonic_triton as ht
 from examples.train_gpt.config import LOSSES, Config, is_binary
 from examples.train_gpt.data import SEPARATOR, Corpus, Vocabulary, load, read, split_files, text_files
 from examples.train_gpt.model import GPT
-from harmonic_triton.losskernel.per_sample_losses import per_sample_cross_entropy
+from harmonic_triton.losskernel import per_sample_cross_entropy
 
 CONTEXT = 6  # tokens shown before a token
 

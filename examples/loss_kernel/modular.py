@@ -11,9 +11,8 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.kernel import LossKernel
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures
@@ -129,8 +128,8 @@ def run(settings: Modular, out: Path, clock: Clock) -> dict[str, Any]:
         measured = {
             "train_accuracy": accuracy(model, inputs[train_index], results[train_index]),
             "accuracy": accuracy(model, inputs, results),
-            "initial_loss": kernel.initial_losses.double().mean().item(),
-            "excess_loss": (kernel.mean.mean() - kernel.initial_losses.double().mean()).item(),
+            "initial_loss": kernel.record.initial_loss,
+            "excess_loss": kernel.excess_loss,
             "draws": kernel.num_draws,
             **separation(kernel, task, results[chosen]),
         }

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from harmonic_triton.losskernel import estimators
 from harmonic_triton.losskernel.kernel import LossKernel
 from harmonic_triton.losskernel.run import loss_kernel
 from harmonic_triton.losskernel.tables import group_correlation, write_groups, write_neighbors
+from harmonic_triton.tools import memory
 
 from . import figures, gpt
 from .experiment import Clock, Settings, step_size
@@ -83,12 +82,6 @@ def lift(neighbors: Tensor, groups: Tensor, labels: Tensor) -> float:
     return estimators.taxonomic_lift(neighbors, ancestors, labels)[2, 1].item()
 
 
-def peak_memory() -> float:
-    """Largest resident size of this process so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
-
-
 def run(settings: Tokens, out: Path, clock: Clock) -> dict[str, Any]:
     """Both losses on the same tokens: neighbours, files, embedding, report; then how alike the kernels are."""
     measured: dict[str, Any] = {}
@@ -116,7 +109,7 @@ def run(settings: Tokens, out: Path, clock: Clock) -> dict[str, Any]:
     if len(kernels) == 2:
         with clock("analysis"):
             measured["cka_between_losses"] = kernels[0].cka(kernels[1])
-    measured["peak_memory_gib"] = peak_memory()
+    measured["peak_memory_gib"] = memory.so_far() / 2**30
     return measured
 
 
@@ -134,13 +127,12 @@ def analyse(
         write_neighbors(out / "neighbors.tsv", neighbors, distances, names, some)
         alike = group_correlation(kernel, files)
         write_groups(out / "files.tsv", alike, task["group_names"])
-        initial = kernel.initial_losses.double()
         diagnostics = kernel.diagnostics
         found = {
             "samples": kernel.num_samples,
             "draws": kernel.num_draws,
-            "initial_loss": initial.mean().item(),
-            "excess_loss": (kernel.mean.mean() - initial.mean()).item(),
+            "initial_loss": kernel.record.initial_loss,
+            "excess_loss": kernel.excess_loss,
             "autocorrelation_time": diagnostics.autocorrelation_time_mean_loss,
             "split_half_cka": diagnostics.split_half_cka,
             "lift_file": lift(neighbors, files, labels),

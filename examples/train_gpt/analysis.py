@@ -52,12 +52,12 @@ class Parallelograms(NamedTuple):
 
 def principal_components(vectors: Tensor) -> Principal:
     """PCA in fp64: (V, D) to (V, 2)."""
-    centred = vectors.double() - vectors.double().mean(0)
-    values, directions = torch.linalg.eigh(centred.t() @ centred)
+    centered = vectors.double() - vectors.double().mean(0)
+    values, directions = torch.linalg.eigh(centered.t() @ centered)
     top = directions[:, -2:].flip(1)
     top = top * torch.where(top.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
     first, second = (values.flip(0)[:2] / values.sum()).tolist()
-    return Principal(centred @ top, (first, second))
+    return Principal(centered @ top, (first, second))
 
 
 def parallelogram_loss(points: Tensor, quadruples: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ def nearest_tokens(vectors: Tensor, ids: list[int], k: int) -> list[list[tuple[i
     vectors = vectors.float()
     distances = torch.cdist(vectors[ids], vectors, compute_mode="donot_use_mm_for_euclid_dist")
     distances[torch.arange(len(ids)), ids] = math.inf
-    values, neighbours = distances.topk(min(k, len(vectors) - 1), largest=False)
-    return [list(zip(row, far, strict=True)) for row, far in zip(neighbours.tolist(), values.tolist(), strict=True)]
+    values, neighbors = distances.topk(min(k, len(vectors) - 1), largest=False)
+    return [list(zip(row, far, strict=True)) for row, far in zip(neighbors.tolist(), values.tolist(), strict=True)]
 
 
 def label(vocabulary: Vocabulary, token: int) -> str:

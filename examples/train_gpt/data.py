@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import tokenizers
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+from harmonic_triton.tools import replacing, write_text
 
 from .config import GPT2_TOKENS, Config, is_binary
 
@@ -279,13 +280,12 @@ def tokenize(config: Config, files: list[tuple[str, Path]], root: Path, gpt2: GP
             show_progress=False,
         )
         bpe.train_from_iterator(split_texts(files, config.val_fraction, "train"), trainer)
-        write(root / "tokenizer.json", bpe.to_str().encode())
+        write_text(root / "tokenizer.json", bpe.to_str())
         size, separator = bpe.get_vocab_size(), bpe.token_to_id(SEPARATOR)
     else:
         size, separator = config.vocab_size, gpt2.encoding.eot_token
     for split in ("train", "val"):
-        temporary = root / f"{split}.bin.tmp"
-        with temporary.open("wb") as file:
+        with replacing(root / f"{split}.bin") as file:
             for texts in groups(split_texts(files, config.val_fraction, split)):
                 if gpt2 is None:
                     encoded = [e.ids for e in bpe.encode_batch(texts, add_special_tokens=False)]
@@ -293,9 +293,8 @@ def tokenize(config: Config, files: list[tuple[str, Path]], root: Path, gpt2: GP
                     encoded = gpt2.encoding.encode_ordinary_batch(texts)
                 for ids in encoded:
                     file.write(np.array([*ids, separator], dtype=np.uint16).tobytes())
-        os.replace(temporary, root / f"{split}.bin")
     meta = {"vocab_size": size, "bytes": sum(path.stat().st_size for _, path in files)}
-    write(root / "meta.json", json.dumps(meta).encode())
+    write_text(root / "meta.json", json.dumps(meta))
 
 
 def groups(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -310,13 +309,3 @@ def groups(texts: Iterator[str]) -> Iterator[list[str]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

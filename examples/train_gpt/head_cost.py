@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import harmonic_triton as ht
 from harmonic_triton.reference import authors_loss
+from harmonic_triton.tools.memory import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Any]] = {
@@ -64,46 +65,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         run(x, w, target)
         times.append(time.perf_counter() - start)
     return {"ms": 1e3 * min(times), "bytes": max(0, extra), "method": peak.method}
-
-
-class Peak:
-    """Peak memory since construction, beyond what was in use then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            self.method = "torch.cuda.max_memory_allocated"
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self.status("VmRSS")
-            self.method = "VmHWM"
-        except OSError:
-            self.method = "ru_maxrss"
-            self.before = self.maxrss()
-
-    def beyond(self) -> int:
-        if self.method == "VmHWM":
-            return self.status("VmHWM") - self.before
-        if self.method == "ru_maxrss":
-            return self.maxrss() - self.before
-        return torch.cuda.max_memory_allocated(self.device) - self.before
-
-    @staticmethod
-    def status(key: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"/proc/self/status has no {key}")
-
-    @staticmethod
-    def maxrss() -> int:
-        import resource
-
-        value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return value if sys.platform == "darwin" else value * 1024
 
 
 def compare(shape: dict[str, Any]) -> dict[str, dict[str, Any]]:

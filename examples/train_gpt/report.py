@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import harmonic_triton as ht
+from harmonic_triton.tools import write_text
 
 from . import analysis, head_cost
 from .config import Config
-from .data import Corpus, write
+from .data import Corpus
 from .model import GPT
 
 matplotlib.use("Agg")
@@ -32,7 +33,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 NAMES = {"harmonic": "harmonic", "cross_entropy": "cross-entropy", "authors": "authors' dense form"}
-COLOURS = {"harmonic": "#0b7a75", "cross_entropy": "#d1495b", "authors": "#8a8f98"}
+COLORS = {"harmonic": "#0b7a75", "cross_entropy": "#d1495b", "authors": "#8a8f98"}
 AVERAGED = 20  # last steps in the final training loss
 CSS = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1f2328; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem }
@@ -64,8 +65,8 @@ class Trained:
         return NAMES[self.loss]
 
     @property
-    def colour(self) -> str:
-        return COLOURS[self.loss]
+    def color(self) -> str:
+        return COLORS[self.loss]
 
 
 def load_trained(config: Config, corpus: Corpus, device: torch.device, loss: str) -> Trained:
@@ -95,7 +96,7 @@ def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
         head_section(config, corpus, device) if config.measure_head else "",
         norm_section(runs),
         embedding_section(corpus, runs, counts),
-        neighbour_section(corpus, runs, counts),
+        neighbor_section(corpus, runs, counts),
         parallelogram_section(config, runs, groups, counts),
         sample_section(config, runs),
         configuration_section(config, corpus, runs, device),
@@ -106,7 +107,7 @@ def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
         f"<body>{''.join(sections)}</body></html>"
     )
     path = Path(config.out) / "report.html"
-    write(path, page.encode())
+    write_text(path, page)
     return path
 
 
@@ -153,9 +154,9 @@ def loss_section(config: Config, runs: list[Trained]) -> str:
         losses = np.array(run.history["train"])
         width = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        left.plot(np.arange(1, len(losses) + 1), losses, color=run.colour, alpha=0.25, linewidth=0.7)
-        left.plot(np.arange(width, len(losses) + 1), smooth, color=run.colour, label=run.name)
-        right.plot(*zip(*run.history["val"], strict=True), color=run.colour, marker=".", label=run.name)
+        left.plot(np.arange(1, len(losses) + 1), losses, color=run.color, alpha=0.25, linewidth=0.7)
+        left.plot(np.arange(width, len(losses) + 1), smooth, color=run.color, label=run.name)
+        right.plot(*zip(*run.history["val"], strict=True), color=run.color, marker=".", label=run.name)
     left.set(title="training", xlabel="step", ylabel="loss (nats a token)")
     right.set(title="validation", xlabel="step")
     left.legend(frameon=False)
@@ -182,7 +183,7 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
     stored = json.loads(cache.read_text()) if cache.exists() else {}
     if stored.get("shape") != shape:
         stored = {"shape": shape, "heads": head_cost.compare(shape)}
-        write(cache, json.dumps(stored, indent=1).encode())
+        write_text(cache, json.dumps(stored, indent=1))
     heads = stored["heads"]
     measured = {head: cost for head, cost in heads.items() if "error" not in cost}
     figure, axes = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)
@@ -191,7 +192,7 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
         (axes[1], "bytes", 2**20, "peak memory beyond x, W and gradients (MiB)"),
     ):
         values = [cost[key] / scale for cost in measured.values()]
-        bars = axis.barh([NAMES[h] for h in measured], values, color=[COLOURS[h] for h in measured], height=0.6)
+        bars = axis.barh([NAMES[h] for h in measured], values, color=[COLORS[h] for h in measured], height=0.6)
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.margins(x=0.15)
         axis.set_xlabel(title)
@@ -219,7 +220,7 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
 def norm_section(runs: list[Trained]) -> str:
     figure, axis = plt.subplots(figsize=(10, 3.4))
     for run in runs:
-        axis.plot(*zip(*run.history["weight_norm"], strict=True), color=run.colour, label=run.name)
+        axis.plot(*zip(*run.history["weight_norm"], strict=True), color=run.color, label=run.name)
     axis.set(xlabel="step", ylabel="mean of ‖w‖ over classes")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
@@ -258,7 +259,7 @@ def embedding_section(corpus: Corpus, runs: list[Trained], counts: Tensor) -> st
     )
 
 
-def neighbour_section(corpus: Corpus, runs: list[Trained], counts: Tensor) -> str:
+def neighbor_section(corpus: Corpus, runs: list[Trained], counts: Tensor) -> str:
     chosen = analysis.words(corpus.vocabulary, counts, 12)
     found = [analysis.nearest_tokens(run.vectors, chosen, 6) for run in runs]
 
@@ -286,10 +287,10 @@ def parallelogram_section(
     figure, axis = plt.subplots(figsize=(10, 3.6))
     rows = []
     for run in runs:
-        cdf(axis, all_losses(run, groups), color=run.colour, label=run.name)
+        cdf(axis, all_losses(run, groups), color=run.color, label=run.name)
         if chance is not None:
             random = analysis.parallelogram_loss(run.principal.points, chance)
-            cdf(axis, random, color=run.colour, linestyle=":", label=f"{run.name}, random tokens")
+            cdf(axis, random, color=run.color, linestyle=":", label=f"{run.name}, random tokens")
     for group in groups:
         medians = [analysis.parallelogram_loss(r.principal.points, group.quadruples).median().item() for r in runs]
         pairs = ", ".join("/".join(pair) for pair in group.pairs)

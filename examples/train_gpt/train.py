@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from harmonic_triton.tools import replacing
+
 from .config import DTYPES, Config, flag, from_arguments
 from .data import Corpus, load
 from .model import GPT
@@ -86,12 +88,8 @@ class Trainer:
                 "seconds": self.seconds,
                 "history": self.history,
             }
-            temporary = self.path.with_suffix(".tmp")
-            with temporary.open("wb") as file:
+            with replacing(self.path) as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
 
     def train(self) -> None:
         config, place, history = self.config, self.place, self.history

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -50,18 +51,23 @@ def unsupported_reasons(
     return reasons
 
 
+def check_name(backend: Any) -> None:
+    """Raise a ValueError for a backend that there is not."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of 'auto', {', '.join(map(repr, BACKENDS))}")
+
+
 def resolve(backend: str, device: torch.device, dtype: torch.dtype, *, mixed_smoothing: bool = False) -> str:
     """The backend that serves; only ``"auto"`` may fall back.
 
     Raises:
         ValueError: ``backend`` is unknown, or was asked for by name and cannot serve (with the reasons).
     """
+    check_name(backend)
     if backend == "auto":
         if device.type == "cpu":
             return "torch"
         return "torch" if unsupported_reasons("triton", device, dtype, mixed_smoothing=mixed_smoothing) else "triton"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of 'auto', {', '.join(map(repr, BACKENDS))}")
     reasons = unsupported_reasons(backend, device, dtype, mixed_smoothing=mixed_smoothing)
     if reasons:
         raise ValueError(f"backend={backend!r} cannot serve this call: {'; '.join(reasons)}. backend='auto' falls back")

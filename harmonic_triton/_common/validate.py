@@ -143,10 +143,10 @@ def integer(name: str, value: Any, least: float = -(2**63)) -> None:
         raise ValueError(f"{name} must be below 2^63, got {describe(value)}")
 
 
-def flag(name: str, value: Any, *, none: bool = False) -> None:
-    """True or False, or None where ``none`` allows it."""
-    if not isinstance(value, bool) and not (none and value is None):
-        raise TypeError(f"{name} must be True{', False or None' if none else ' or False'}, got {describe(value)}")
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 def between(name: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -184,17 +184,16 @@ def reduction(value: str, num_items: Any) -> None:
         in_fp32("num_items", num_items)
 
 
-def class_weight(weight: Any, linear_weight: Tensor) -> None:
-    """(V,) floating point, a constant of the loss."""
+def class_weight(weight: Any, classes: int | None = None, device: torch.device | None = None) -> None:
+    """(V,) floating point, a constant of the loss; V and the device are checked where they are known."""
     if weight is None:
         return
     tensors(class_weight=weight)
-    if weight.shape != linear_weight.shape[:1] or not weight.is_floating_point():
-        raise ValueError(
-            f"class_weight must be floating and of shape ({linear_weight.shape[0]},), got {describe(weight)}"
-        )
-    if weight.device != linear_weight.device:
-        raise ValueError(f"class_weight is on {weight.device} and linear_weight on {linear_weight.device}")
+    if weight.dim() != 1 or not weight.is_floating_point() or (classes is not None and weight.shape[0] != classes):
+        size = "V" if classes is None else classes
+        raise ValueError(f"class_weight must be floating and of shape ({size},), got {describe(weight)}")
+    if device is not None and weight.device != device:
+        raise ValueError(f"class_weight is on {weight.device} and linear_weight on {device}")
     if weight.requires_grad:
         raise ValueError("class_weight is a constant of the loss and gets no gradient; pass class_weight.detach()")
 

@@ -9,6 +9,9 @@ from typing import Any, Literal, TypedDict, get_type_hints
 
 from torch import Tensor
 
+from harmonic_triton._common import validate
+from harmonic_triton._common.dispatch import check_name
+
 Reduction = Literal["none", "mean", "sum"]
 BackendName = Literal["auto", "triton", "torch", "reference"]
 
@@ -30,7 +33,6 @@ class Options:
     return_stats: bool = False
     process_group: object | None = None
     backend: BackendName = "auto"
-    deterministic: bool | None = None
     memory_budget: int | None = None
 
 
@@ -45,7 +47,6 @@ class LossOptions(TypedDict, total=False):
     shift: bool | int
     process_group: object | None
     backend: BackendName
-    deterministic: bool | None
     memory_budget: int | None
 
 
@@ -93,27 +94,43 @@ CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats")
 
 def signature(function: Any, allowed: tuple[str, ...]) -> inspect.Signature:
     """What ``help`` shows: the function's own signature with the options in place of ``**options``."""
-    own = inspect.signature(function)
+    declared = inspect.signature(function)
     keywords = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(Options)
         if f.name in allowed and f.default is not MISSING
     ]
-    plain = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
-    return own.replace(parameters=[*plain, *keywords])
+    plain = [p for p in declared.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    return declared.replace(parameters=[*plain, *keywords])
 
 
 def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> Options:
-    """The options of a call.
+    """The options of a call or a module, checked as far as they tell without its tensors.
 
     Raises:
-        TypeError: ``owner`` has no such option; the message lists those that it has.
+        TypeError: ``owner`` has no such option (the message lists those that it has), or one has a wrong type.
+        ValueError: one has a wrong value.
     """
-    check_names(owner, given, allowed)
-    return Options(**given)
+    _check_names(owner, given, allowed)
+    options = Options(**given)
+    validate.offset(options.shift)
+    validate.exponent(options.n)
+    validate.eps(options.eps)
+    validate.between("uniform_mix", options.uniform_mix, 0.0, validate.FP32_LIMIT)
+    validate.between("z_loss", options.z_loss, 0.0, validate.FP32_LIMIT)
+    validate.between("label_smoothing", options.label_smoothing, 0.0, 1.0)
+    validate.class_weight(options.class_weight)
+    validate.integer("ignore_index", options.ignore_index)
+    validate.flag("return_stats", options.return_stats)
+    validate.reduction(options.reduction, options.num_items)
+    validate.budget(options.memory_budget)
+    check_name(options.backend)
+    if options.process_group is not None:
+        raise ValueError("process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first")
+    return options
 
 
-def check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) -> None:
+def _check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) -> None:
     """Raise a TypeError for the first name that is not allowed, with those that are."""
     for name in given:
         if name not in allowed:
@@ -123,5 +140,6 @@ def check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) ->
 
 _ABSENT = {
     "z_loss": " (HarMax has no logits whose scale could drift: a common factor of all distances changes nothing)",
+    "deterministic": " (the fused backends give bitwise the same result on every run)",
     "bias": " (distances have none: a class vector that is moved does what a bias would)",
 }

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonic_triton.losskernel.estimators import excess_loss
+
 PROBES = 256  # samples whose traces are kept for R-hat, autocorrelation times and split-half CKA
 
 
@@ -14,7 +16,8 @@ class ChainRecord:
     """Small per-draw records: mean losses, and the traces of a fixed random subset of the samples.
 
     Args:
-        num_chains, num_draws: C and T; initial_losses: (m,) at w*, NaN where unknown.
+        num_chains, num_draws: C and T.
+        initial_losses: (m,) at w*, NaN where unknown.
 
     Attributes:
         mean_loss: (C, T) fp64 mean over the m samples; 0 where not read yet. train_loss: (C, T) fp32 of the last minibatch.
@@ -75,12 +78,17 @@ class ChainRecord:
         """Chains all of whose draws are finite: those that R-hat and the like can compare."""
         return (self.read & self.finite).all(1).nonzero().flatten().tolist()
 
+    @property
+    def initial_loss(self) -> float:
+        """Mean loss at w* over the samples."""
+        return self.initial_losses.double().mean().item()
+
     def excess_loss(self) -> Tensor:
-        """(C,) mean loss under the probe less that at w*, over the finite draws; NaN for dead chains."""
+        """(C,) fp64 of each chain, over its finite draws; NaN for dead chains."""
         used = self.read & self.finite
         used[list(self.dead)] = False
         mean = self.mean_loss.masked_fill(~used, 0.0).sum(1) / used.sum(1)
-        return mean - self.initial_losses.double().mean()
+        return excess_loss(mean, self.initial_loss)
 
     def merge(self, other: ChainRecord) -> None:
         """Add the records of other chains; each chain is entered in one record only."""

@@ -72,7 +72,8 @@ def load(path: str | os.PathLike[str], kind: str = "state", mend: str = "remove 
     if not isinstance(found, dict) or found.get("kind") != kind:
         other = found.get("kind") if isinstance(found, dict) else None
         raise ValueError(f"{name} holds {other or 'something else'}, not {kind}; {mend}")
-    return found["state"]
+    state: dict[str, Any] = found["state"]
+    return state
 
 
 class Clock:

@@ -345,7 +345,7 @@ def write(kernel: LossKernel, task: Task, config: SGLDConfig, options: argparse.
         "samples": kernel.num_samples,
         "draws": kernel.num_draws,
         "chains": kernel.num_chains,
-        "initial_loss": kernel.initial_losses.double().mean().item(),
+        "initial_loss": kernel.record.initial_loss,
         "mean_loss": kernel.mean.mean().item(),
         "llc": kernel.llc,
         "diagnostics": [verdict._asdict() for verdict in verdicts],

@@ -14,6 +14,7 @@ from torch import Tensor
 from harmonic_triton._common.claims import Claim
 from harmonic_triton._common.processes import rank_and_world
 from harmonic_triton.losskernel import checkpoint
+from harmonic_triton.losskernel.accumulator import Accumulator
 from harmonic_triton.losskernel.chain_record import ChainRecord
 from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
 from harmonic_triton.losskernel.draws import is_usable
@@ -92,7 +93,7 @@ class Collector:
         self.record = ChainRecord(num_chains, num_draws, initial_losses)
         queries = num_read - self.num_samples
         self.queries = QueryCovariance(num_chains, self.num_samples, queries) if queries else None
-        self.accumulator: StreamingCovariance | LossTraces
+        self.accumulator: Accumulator
         if chosen(keep, self.num_samples, num_chains * num_draws) == "covariance":
             self.accumulator = StreamingCovariance(self.num_samples, device=device, backend=backend)
         else:
@@ -124,14 +125,13 @@ class Collector:
             self.queries.update(chain, losses[:, : self.num_samples], losses[:, self.num_samples :])
 
     def begin(self) -> None:
-        """Drop draws that lie in the directory of traces and that no checkpoint vouches for."""
-        if isinstance(self.accumulator, LossTraces) and self.accumulator.count:
+        """Drop draws that lie in files and that no checkpoint vouches for."""
+        if self.accumulator.count:
             self.accumulator.reset()
 
     def close(self) -> None:
-        """Let others write to the directory of traces."""
-        if isinstance(self.accumulator, LossTraces):
-            self.accumulator.close()
+        """Let others write to the accumulator's files."""
+        self.accumulator.close()
 
     def check(self) -> None:
         """There is a kernel: two draws or more.
@@ -251,24 +251,5 @@ def gather(collector: Collector, rank: int, world: int, directory: Path | None, 
             collector.record.merge(record)
             if collector.queries is not None:
                 collector.queries.merge(queries)
-    if isinstance(collector.accumulator, StreamingCovariance):
-        collector.accumulator.all_reduce()
-        return
-    mine, path = collector.accumulator, directory and directory / f"traces-of-all-{rank}"
-    union = LossTraces(mine.num_samples, path=path, dtype=dtype, device=mine.device, backend=mine.backend, run=run)
-    if union.count:  # of an earlier end of this run
-        union.reset()
-    counts = torch.zeros(collector.record.num_chains, dtype=torch.int64, device=mine.device)
-    for chain, count in mine.chain_counts.items():
-        counts[chain] = count
-    torch.distributed.all_reduce(counts)
-    for chain, count in enumerate(counts.tolist()):
-        if not count:
-            continue
-        losses = torch.empty(count, mine.num_samples, dtype=torch.float64, device=mine.device)
-        if chain % world == rank:
-            losses.copy_(mine.draws(mine.chains == chain)).add_(mine.reference)
-        torch.distributed.broadcast(losses, src=chain % world)
-        union.update(losses, chain=chain)
-    mine.close()
-    collector.accumulator = union
+    path = directory and directory / f"traces-of-all-{rank}"
+    collector.accumulator = collector.accumulator.gathered(path, dtype, run)

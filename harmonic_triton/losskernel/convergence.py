@@ -51,8 +51,8 @@ def autocorrelation_time(draws: Tensor) -> Tensor:
     """
     halves = split_chains(draws)
     chains, length = halves.shape[:2]
-    centred = halves - halves.mean(1, keepdim=True)
-    spectrum = torch.fft.rfft(centred, n=2 * length, dim=1)
+    centered = halves - halves.mean(1, keepdim=True)
+    spectrum = torch.fft.rfft(centered, n=2 * length, dim=1)
     autocovariance = torch.fft.irfft(spectrum.abs().square(), n=2 * length, dim=1)[:, :length].mean(0) / length
     within = autocovariance[0] * length / (length - 1)
     total = autocovariance[0] + halves.mean(1).var(0)
@@ -61,7 +61,8 @@ def autocorrelation_time(draws: Tensor) -> Tensor:
     pairs = rho[: length // 2 * 2].unflatten(0, (-1, 2)).sum(1)
     positive = (pairs > 0).long().cumprod(0).bool()
     tau = 2 * pairs.cummin(0).values.masked_fill(~positive, 0.0).sum(0) - 1
-    return tau.clamp_min(1 / math.log10(chains * length)) + total * 0 * rho[0]
+    times: Tensor = tau.clamp_min(1 / math.log10(chains * length)) + total * 0 * rho[0]
+    return times
 
 
 def split_chains(draws: Tensor) -> Tensor:
@@ -90,4 +91,4 @@ def split_half_cka(draws: Tensor) -> float:
         raise ValueError(f"draws must be (chains, draws, m) with two draws or more, got {validate.describe(draws)}")
     half = draws.shape[1] // 2
     parts = (draws[::2], draws[1::2]) if len(draws) > 1 else (draws[:, :half], draws[:, half:])
-    return estimators.cka_of_factors(*(estimators.standardised(part.flatten(0, 1)) for part in parts))
+    return estimators.cka_of_factors(*(estimators.standardized(part.flatten(0, 1)) for part in parts))

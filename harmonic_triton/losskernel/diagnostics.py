@@ -227,7 +227,7 @@ def convergence_of(record: ChainRecord) -> dict[str, Any]:
         "autocorrelation_time_mean_loss": convergence.autocorrelation_time(mean_loss).item() if enough else math.nan,
         "autocorrelation_time": convergence.autocorrelation_time(probe) if enough else nothing,
         "split_half_cka": convergence.split_half_cka(probe) if halves else math.nan,
-        "initial_loss": record.initial_losses.double().mean().item(),
+        "initial_loss": record.initial_loss,
         "excess_loss": record.excess_loss(),
         "dead": record.dead,
         "skipped": record.skipped,

@@ -39,7 +39,8 @@ def checked_draws(losses: Any, num_samples: int, device: torch.device | None = N
         )
     if device is not None and losses.device != device:
         raise ValueError(f"losses are on {losses.device} and the accumulator on {device}; move one of them")
-    return losses.detach().reshape(-1, num_samples)
+    draws: Tensor = losses.detach().reshape(-1, num_samples)
+    return draws
 
 
 def checked_chains(chain: Any, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -94,7 +94,8 @@ def cka_of_factors(first: Tensor, second: Tensor) -> float:
     """:func:`cka` of the kernels XᵀX and YᵀY from their factors, without m x m (Kornblith, section 3).
 
     Args:
-        first: (T, m) factor X, for example traces standardised over the draws; second: (T', m).
+        first: (T, m) factor X, for example traces standardised over the draws.
+        second: (T', m).
 
     Raises:
         TypeError, ValueError: not two factors of the same samples.
@@ -119,15 +120,15 @@ def cka_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> float:
         samples += x.shape[1]
     *products, x_sum, y_sum = totals
     pairs = ((x_sum, y_sum), (x_sum, x_sum), (y_sum, y_sum))
-    centred = (total - torch.outer(a, b) / samples for total, (a, b) in zip(products, pairs, strict=True))
-    return alignment(*(matrix.square().sum().item() for matrix in centred))
+    centered = (total - torch.outer(a, b) / samples for total, (a, b) in zip(products, pairs, strict=True))
+    return alignment(*(matrix.square().sum().item() for matrix in centered))
 
 
-def standardised(losses: Tensor) -> Tensor:
+def standardized(losses: Tensor) -> Tensor:
     """(T, m) fp64: centred over the draws and scaled to norm 1, 0 where a loss never varies; ZᵀZ is the correlation."""
-    centred = losses.double() - losses.mean(0, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(centred, dim=0)
-    return centred / norm.masked_fill(norm == 0, math.inf)
+    centered = losses.double() - losses.mean(0, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(centered, dim=0)
+    return centered / norm.masked_fill(norm == 0, math.inf)
 
 
 def alignment(product: float, first: float, second: float) -> float:
@@ -168,13 +169,13 @@ def principal_components(
     if count >= size:
         raise ValueError(f"count must be less than m = {size}, got {count}")
 
-    def centred(vector: Any) -> Any:
+    def centered(vector: Any) -> Any:
         vector = torch.as_tensor(vector).flatten()
         image = product(vector - vector.mean())
         return (image - image.mean()).numpy()
 
     sparse = needs("scipy.sparse.linalg")
-    operator = sparse.LinearOperator((size, size), matvec=centred, dtype="float64")
+    operator = sparse.LinearOperator((size, size), matvec=centered, dtype="float64")
     start = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
     values, vectors = sparse.eigsh(operator, k=count, which="LA", v0=start, tol=1e-6)
     order = values.argsort()[::-1]
@@ -197,7 +198,8 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
     Args:
-        scores: (m,); labels: (m,) bool, or two values of which the larger is positive.
+        scores: (m,).
+        labels: (m,) bool, or two values of which the larger is positive.
 
     Raises:
         TypeError, ValueError: shapes differ, or labels do not hold two values. ImportError: without ``analysis``.
@@ -218,25 +220,27 @@ def unsigned_auc(scores: Tensor, labels: Tensor) -> float:
     return max(area, 1 - area)
 
 
-def memorization_auc(variance: Tensor, initial_loss: Tensor, memorised: Tensor) -> MemorizationAUC:
+def memorization_auc(variance: Tensor, initial_loss: Tensor, memorized: Tensor) -> MemorizationAUC:
     """How well the loss variance finds memorised (mislabelled) samples, with its control (paper, appendix D.3).
 
     Args:
-        variance: (m,) variance of each sample's loss, the kernel's diagonal; initial_loss: (m,) losses at w*;
-        memorised: (m,) bool.
+        variance: (m,) variance of each sample's loss, the kernel's diagonal.
+        initial_loss: (m,) losses at w*.
+        memorized: (m,) bool.
 
     Raises:
-        ValueError: shapes differ, or memorised holds one value only. ImportError: without ``analysis``.
+        ValueError: shapes differ, or memorized holds one value only. ImportError: without ``analysis``.
     """
-    return MemorizationAUC(roc_auc(variance, memorised), roc_auc(initial_loss, memorised))
+    return MemorizationAUC(roc_auc(variance, memorized), roc_auc(initial_loss, memorized))
 
 
 def same_label_confound(correlation: Tensor, labels: Tensor, groups: Tensor | None = None) -> SameLabelConfound:
     """Whether samples correlate because they share a label (paper, appendix B, "Avoiding spurious correlations").
 
     Args:
-        correlation: (m, m); labels: (m,) integers; groups: (m,) integers, for example the task: only pairs within a
-            group count. None is one group.
+        correlation: (m, m).
+        labels: (m,) integers.
+        groups: (m,) integers, for example the task: only pairs within a group count. None is one group.
 
     Returns:
         Mean ρ over pairs i != j of one group with the same label, and with different labels; NaN where there is none.
@@ -263,7 +267,8 @@ def knn_purity(neighbors: Tensor, labels: Tensor) -> float:
     """Mean share of a sample's k nearest neighbours that carry its label.
 
     Args:
-        neighbors: (m, k) int64 indices, -1 where there is none; labels: (m,) integers.
+        neighbors: (m, k) int64 indices, -1 where there is none.
+        labels: (m,) integers.
 
     Raises:
         TypeError, ValueError: shapes differ.
@@ -325,6 +330,7 @@ def taxonomic_lift(neighbors: Tensor, ancestors: Tensor, labels: Tensor | None =
 
 def population(values: Tensor) -> Tensor:
     """For each entry, how many entries are equal to it."""
+    counts: Tensor
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     return counts[inverse]
 
@@ -336,8 +342,9 @@ def empirical_variance(variance: Tensor, num_train: int | None = None) -> float:
     """V_n = Σ_i Var ℓ_i over the training set, the trace of its kernel (paper, appendix A.1).
 
     Args:
-        variance: (m,) loss variances; num_train: n, when the m samples are drawn from a training set of n: the sum is
-            scaled by n/m. None means they are the training set.
+        variance: (m,) loss variances.
+        num_train: n, when the m samples are drawn from a training set of n: the sum is scaled by n/m. None means they are
+            the training set.
     """
     return variance.double().sum().item() * (1.0 if num_train is None else num_train / len(variance))
 
@@ -346,25 +353,42 @@ def singular_fluctuation(variance: Tensor, beta: float, num_train: int | None = 
     """ν̂ = (β/2) V_n (Watanabe 2009; paper, appendix A.1), β the inverse temperature (nβ over n).
 
     Args:
-        variance, num_train: as in :func:`empirical_variance`; beta: β.
+        variance, num_train: as in :func:`empirical_variance`.
+        beta: β.
     """
     return beta / 2 * empirical_variance(variance, num_train)
+
+
+Loss = TypeVar("Loss", float, Tensor)
+
+
+def excess_loss(mean_loss: Loss, initial_loss: float) -> Loss:
+    """E[L_n(w)] - L_n(w*): how far above the trained weights the probe lies, in the unit of the losses.
+
+    Args:
+        mean_loss: L_n, the mean over the samples, averaged over draws; a tensor where there are several averages.
+        initial_loss: L_n(w*).
+    """
+    return mean_loss - initial_loss
 
 
 def llc(mean_loss: float, initial_loss: float, nbeta: float) -> float:
     """Local learning coefficient λ̂ = nβ (E[L_n] - L_n(w*)) (Lau, Eq. for the WBIC-based estimator).
 
     Args:
-        mean_loss: L_n averaged over the draws; initial_loss: L_n(w*); nbeta: nβ of the probe.
+        mean_loss: L_n averaged over the draws.
+        initial_loss: L_n(w*).
+        nbeta: nβ of the probe.
     """
-    return nbeta * (mean_loss - initial_loss)
+    return nbeta * excess_loss(mean_loss, initial_loss)
 
 
 def bif(losses: Tensor, query: Tensor) -> Tensor:
     """Bayesian influence of each sample on each query: -Cov(ℓ_i, φ) over the draws (paper, appendix A.2).
 
     Args:
-        losses: (T, m) losses, draw by draw; query: (T,) or (T, q) observables at the same draws.
+        losses: (T, m) losses, draw by draw.
+        query: (T,) or (T, q) observables at the same draws.
 
     Returns:
         (m,) or (m, q) fp64, with the divisor T - 1. Negative: giving the sample more weight lowers E[φ].
@@ -410,7 +434,7 @@ def neighbor_matrix(neighbors: Tensor) -> Tensor:
 
 def sample_labels(name: str, labels: Any, size: int) -> Tensor:
     """(m,) int64 labels."""
-    labels = torch.as_tensor(labels)
-    if labels.shape != (size,) or labels.is_floating_point():
-        raise ValueError(f"{name} must be integers of shape ({size},), one a sample, got {validate.describe(labels)}")
-    return labels.long()
+    given = torch.as_tensor(labels)
+    if given.shape != (size,) or given.is_floating_point():
+        raise ValueError(f"{name} must be integers of shape ({size},), one a sample, got {validate.describe(given)}")
+    return given.long()

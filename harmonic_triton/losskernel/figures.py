@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHOWN = 1000  # samples along a side of the heatmap
 LEGEND = 10  # labels that get a colour of their own and a legend
 CHAINS = 40  # chains drawn one by one
-BLUE, RED, GREY = "#0b6e99", "#d1495b", "#8a8f98"
+BLUE, RED, GRAY = "#0b6e99", "#d1495b", "#8a8f98"
 
 
 def overview(
@@ -39,12 +39,13 @@ def overview(
 
     Args:
         embedding: (m, 2) coordinates; None: ``kernel.embed(method, exclude_same=exclude_same)``.
-        labels: (m,) integers that sort and colour the samples, None for the kernel's own; label_names: of labels 0, 1, ...
+        labels: (m,) integers that sort and colour the samples, None for the kernel's own.
+        label_names: of labels 0, 1, ...
 
     Raises:
         ValueError: an argument is wrong. ImportError: without the ``analysis`` extra.
     """
-    labels = sample_labels(kernel, labels)
+    labels = labels_of(kernel, labels)
     check_label_names(labels, label_names)
     if embedding is None:
         embedding = kernel.embed(method, exclude_same=exclude_same)
@@ -124,8 +125,8 @@ def scatter(
     if labels is not None and len(values) <= LEGEND:
         order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         palette = needs("matplotlib").colormaps["tab10"].colors
-        colours = [palette[int(i)] for i in torch.searchsorted(values, labels[order])]
-        axis.scatter(points[order, 0], points[order, 1], color=colours, **style)
+        colors = [palette[int(i)] for i in torch.searchsorted(values, labels[order])]
+        axis.scatter(points[order, 0], points[order, 1], color=colors, **style)
         for i, value in enumerate(values.tolist()):
             axis.plot([], [], "o", color=palette[i], label=printable(label_name(value, label_names)), markersize=5)
         axis.legend(frameon=False, fontsize=8, loc="best", handletextpad=0.2)
@@ -188,16 +189,16 @@ def correlations_figure(kernel: LossKernel, labels: Tensor | None) -> Figure:
     some = torch.randperm(kernel.num_samples, generator=torch.Generator().manual_seed(1))[:SHOWN]
     rho = kernel.block(some, some).cpu()
     pair = torch.ones_like(rho, dtype=torch.bool).triu(1)
-    kinds = [("all pairs", pair, GREY)]
+    kinds = [("all pairs", pair, GRAY)]
     if labels is not None:
         same = labels[some, None] == labels[some]
         kinds = [("other pairs", pair & ~same, BLUE), ("same label", pair & same, RED)]
-    values = [(name, rho[which], colour) for name, which, colour in kinds if which.any()]
+    values = [(name, rho[which], color) for name, which, color in kinds if which.any()]
     low = min((found.min().item() for _, found, _ in values), default=-1.0)
     high = max((found.max().item() for _, found, _ in values), default=1.0)
-    for name, found, colour in values:
-        left.hist(found.numpy(), bins=80, range=(low, high), density=True, histtype="step", color=colour, label=name)
-        left.axvline(found.mean().item(), color=colour, linewidth=1, linestyle=":")
+    for name, found, color in values:
+        left.hist(found.numpy(), bins=80, range=(low, high), density=True, histtype="step", color=color, label=name)
+        left.axvline(found.mean().item(), color=color, linewidth=1, linestyle=":")
     left.set(title="correlations of pairs (dotted: means)", xlabel="ρ", ylabel="density (log)", yscale="log")
     if values:
         left.legend(frameon=False, fontsize=8)
@@ -218,7 +219,8 @@ def correlations_figure(kernel: LossKernel, labels: Tensor | None) -> Figure:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, outside of pyplot's state."""
-    return needs("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = needs("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def check_label_names(labels: Tensor | None, names: Sequence[str] | None) -> None:
@@ -235,7 +237,7 @@ def check_label_names(labels: Tensor | None, names: Sequence[str] | None) -> Non
         )
 
 
-def sample_labels(kernel: LossKernel, labels: Tensor | None) -> Tensor | None:
+def labels_of(kernel: LossKernel, labels: Tensor | None) -> Tensor | None:
     """The labels that were given, or the kernel's own."""
     return kernel.labels if labels is None else estimators.sample_labels("labels", labels, kernel.num_samples).cpu()
 

@@ -21,14 +21,13 @@ from torch import Tensor
 from harmonic_triton._common import files, validate
 from harmonic_triton.losskernel import estimators, figures, report, storage, views
 from harmonic_triton.losskernel.about import About
+from harmonic_triton.losskernel.accumulator import Accumulator
 from harmonic_triton.losskernel.chain_record import ChainRecord
 from harmonic_triton.losskernel.collector import Collector, QueryCovariance
-from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
 from harmonic_triton.losskernel.diagnostics import Diagnostics, convergence_of
 from harmonic_triton.losskernel.estimators import PrincipalComponents, sample_labels
 from harmonic_triton.losskernel.layout import umap_layout
 from harmonic_triton.losskernel.sampling.sampler import Draws
-from harmonic_triton.losskernel.traces.traces import LossTraces
 from harmonic_triton.losskernel.views import Neighborhood
 
 if TYPE_CHECKING:
@@ -38,12 +37,12 @@ if TYPE_CHECKING:
 class LossKernel:
     """The covariance of per-sample losses under the probe, and what is read off it.
 
-    Made by :func:`loss_kernel`, by :meth:`from_losses` or by :meth:`load`. It holds either the (m, m) second moment
-    (``StreamingCovariance``) or the traces (``LossTraces``), from which blocks, products and neighbours come without
-    m x m (see ``views``); everything but :attr:`covariance` and :attr:`correlation` works at any m with either.
+    Made by :func:`loss_kernel`, by :meth:`from_losses` or by :meth:`load`. It holds either the (m, m) second moment or
+    the traces, from which blocks, products and neighbours come without m x m (see ``views``); everything but
+    :attr:`covariance` and :attr:`correlation` works at any m with either.
 
     Args:
-        accumulator: the sums or the traces of all draws that count.
+        accumulator: the sums (``StreamingCovariance``) or the traces (``LossTraces``) of all draws that count.
         record: mean losses of every draw and a subset's traces, for the diagnostics.
         within_chain: estimate with each chain about its own mean, divisor Σ(n_c - 1), instead of pooled (paper,
             appendix B: pooled). :meth:`estimate` switches.
@@ -54,7 +53,7 @@ class LossKernel:
 
     def __init__(
         self,
-        accumulator: StreamingCovariance | LossTraces,
+        accumulator: Accumulator,
         record: ChainRecord,
         *,
         within_chain: bool = False,
@@ -224,16 +223,13 @@ class LossKernel:
         """The most correlated samples of a few, with their correlations.
 
         Args:
-            samples: which; names: m names, None for the numbers; k, exclude_same: as in :meth:`neighbors`.
+            samples: which.
+            names: m names, None for the numbers.
+            k, exclude_same: as in :meth:`neighbors`.
         """
         labels = self._exclusion(exclude_same)
         validate.integer("k", k, 1)
-        rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
-            raise ValueError(
-                f"samples must lie between 0 and m - 1 = {self.num_samples - 1}, got {int(rows.min())} ... {int(rows.max())}"
-            )
-        return views.neighborhoods(self.view, rows, k, labels, names)
+        return views.neighborhoods(self.view, samples, self.num_samples, k, labels, names)
 
     # --- numbers -------------------------------------------------------------------------------------------------------
 
@@ -253,9 +249,14 @@ class LossKernel:
         return self.beta / 2 * self.empirical_variance
 
     @property
+    def excess_loss(self) -> float:
+        """E[L_n] - L_n(w*), L_n as the mean over the samples; NaN where unknown."""
+        return estimators.excess_loss(self.mean.mean().item(), self.record.initial_loss)
+
+    @property
     def llc(self) -> float:
-        """Local learning coefficient nβ (E[L_n] - L_n(w*)), L_n as the mean over the samples; NaN where unknown."""
-        return estimators.llc(self.mean.mean().item(), self.initial_losses.double().mean().item(), self.about.nbeta)
+        """Local learning coefficient, nβ times the excess loss; NaN where unknown."""
+        return estimators.llc(self.mean.mean().item(), self.record.initial_loss, self.about.nbeta)
 
     def bif(self, query: Tensor | None = None) -> Tensor:
         """Bayesian influence -Cov(ℓ_i, φ) of every sample on queries (paper, appendix A.2).
@@ -335,7 +336,9 @@ class LossKernel:
         Args:
             method: "umap" (umap-learn on :meth:`neighbors`, started from the principal components) or "pca"; fewer than
                 four samples are laid out by "pca".
-            num_neighbors, min_dist: of UMAP; exclude_same: as in :meth:`neighbors`; seed: the same picture every time.
+            num_neighbors, min_dist: of UMAP.
+            exclude_same: as in :meth:`neighbors`.
+            seed: the same picture every time.
 
         Raises:
             ValueError: an argument is wrong. ImportError: without the ``analysis`` extra.
@@ -375,19 +378,16 @@ class LossKernel:
         Raises:
             ImportError: without the ``analysis`` extra.
         """
-        path = Path(path)
-        storage.save(
-            path,
-            {
-                "accumulator": self.view.state(),
-                "record": self.record.state_dict(),
-                "labels": self.labels,
-                "queries": None if self.queries is None else self.queries.state_dict(),
-                "within_chain": self.within_chain,
-                "about": self.about._asdict(),
-            },
-        )
-        return path
+        state = {
+            "accumulator": self.view.state(),
+            "record": self.record.state_dict(),
+            "labels": self.labels,
+            "queries": None if self.queries is None else self.queries.state_dict(),
+            "within_chain": self.within_chain,
+            "about": self.about._asdict(),
+        }
+        storage.save(Path(path), state)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LossKernel:
@@ -424,10 +424,9 @@ class LossKernel:
 
     def to_npz(self, path: str | os.PathLike[str]) -> Path:
         """:meth:`arrays` as a NumPy archive, with the configuration as JSON in ``about``."""
-        path = Path(path)
         with files.replacing(path) as file:
             np.savez(file, about=np.array(json.dumps(self.about._asdict())), **self.arrays())  # type: ignore[arg-type]
-        return path
+        return Path(path)
 
     def to_zarr(self, path: str | os.PathLike[str]) -> Path:
         """:meth:`arrays` as a Zarr group, with the configuration in its attributes.

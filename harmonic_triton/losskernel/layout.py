@@ -14,8 +14,8 @@ def umap_layout(indices: Tensor, distances: Tensor, start: Tensor, min_dist: flo
     """UMAP (McInnes et al. 2018) of a nearest-neighbour graph, by umap-learn.
 
     Args:
-        indices, distances: (m, k) without the samples themselves, -1 where there is none; start: (m, d) coordinates to
-            begin with.
+        indices, distances: (m, k) without the samples themselves, -1 where there is none.
+        start: (m, d) coordinates to begin with.
 
     Returns:
         (m, d) fp32.

@@ -60,7 +60,8 @@ def regression_loss(model: nn.Module, batch: Any) -> Tensor:
     prediction = model(x)
     if prediction.shape != y.shape:
         raise ValueError(f"model(x) has shape {tuple(prediction.shape)} and y {tuple(y.shape)}; reshape one of them")
-    return 0.5 * (prediction - y).square().flatten(1).sum(1) if y.dim() > 1 else 0.5 * (prediction - y).square()
+    squares: Tensor = (prediction - y).square()
+    return 0.5 * squares.flatten(1).sum(1) if squares.dim() > 1 else 0.5 * squares
 
 
 def token_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -93,7 +94,8 @@ def harmonic_head_loss(features: Callable[[nn.Module, Any], Tensor], head: str =
 
     def harmonic_loss(model: nn.Module, batch: Any) -> Tensor:
         x, y = batch
-        return model.get_submodule(head)(features(model, x), target=y, reduction="none")
+        losses: Tensor = model.get_submodule(head)(features(model, x), target=y, reduction="none")
+        return losses
 
     return harmonic_loss
 

@@ -22,8 +22,8 @@ from harmonic_triton.losskernel.figures import (
     chains_figure,
     check_label_names,
     correlations_figure,
+    labels_of,
     overview,
-    sample_labels,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def write(
 
     Args:
         names: what to call the samples, m of them, in the table of neighbours.
-        labels: (m,) integers that sort and colour the samples, None for the kernel's own; label_names: of labels 0, 1, ...
+        labels: (m,) integers that sort and colour the samples, None for the kernel's own.
+        label_names: of labels 0, 1, ...
         samples: whose neighbours are listed; None: twelve spread over the order of their loss variance.
         exclude_same: leave pairs with one label out of neighbours and embedding: (m,) labels, or True for the kernel's.
         method, embedding: as in ``figures.overview``.
@@ -81,7 +82,7 @@ def write(
         raise ValueError(f"names must hold {kernel.num_samples} strings, one a sample, got {len(names)}")
     if method not in EMBEDDINGS:
         raise ValueError(f"method must be 'umap' or 'pca', got {method!r}")
-    labels = sample_labels(kernel, labels)
+    labels = labels_of(kernel, labels)
     check_label_names(labels, label_names)
     layout = (
         EMBEDDINGS[method if kernel.num_samples > 3 else "pca"] if embedding is None else "the embedding that was given"

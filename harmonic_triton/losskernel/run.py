@@ -46,7 +46,7 @@ def loss_kernel(
     """The loss kernel of a trained model on ``eval_data`` (paper, section 2.3 and appendix B).
 
     Args:
-        model, per_sample_loss, train_data, eval_data, config, seed, device, mask: as for ``sampler.Sampler``.
+        model, per_sample_loss, train_data, eval_data, config, seed, device, mask: as for :class:`losskernel.Sampler`.
         query_data: further samples, of the form of eval_data, for :meth:`LossKernel.bif`; they are not in the kernel.
         labels: (m,) integers of the evaluation samples, for diagnostics and pictures.
         keep: "covariance", the (m, m) sums in float32; "traces", all draws in ``trace_dtype`` (memory-mapped in

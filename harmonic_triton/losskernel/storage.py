@@ -26,7 +26,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.bool: "BOOL",
 }
-SEAL = b'"seal":"'  # in a safetensors header; quotes within a string would be escaped
+SEAL_KEY = b'"seal":"'  # in a safetensors header; quotes within a string would be escaped
 
 ZARR = "LossKernel.to_zarr of harmonic_triton"
 ZARR_ARRAYS = ("mean", "variance", "initial_losses", "mean_loss", "covariance", "labels")
@@ -55,7 +55,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in list(head)[1:]:
             file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        files.seal(file, header(file).index(SEAL) + len(SEAL))
+        files.seal(file, header(file).index(SEAL_KEY) + len(SEAL_KEY))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     needed = needs("safetensors")
     with open(path, "rb") as stored:
-        at = header(stored).find(SEAL)
+        at = header(stored).find(SEAL_KEY)
         sealed = at >= 0
-        if sealed and not files.check_seal(stored, at + len(SEAL)):
+        if sealed and not files.check_seal(stored, at + len(SEAL_KEY)):
             raise ValueError(
                 f"{path} is damaged: its checksum does not match; restore it from a copy or compute it again"
             )
@@ -79,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{path} is no loss kernel that this version reads (formats 1 and {FORMAT}), or is damaged"
                 )
-            state = unflatten(json.loads(metadata["loss_kernel"]), file.get_tensor)
+            state: dict[str, Any] = unflatten(json.loads(metadata["loss_kernel"]), file.get_tensor)
     except needed.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is damaged ({error}); restore it from a copy") from error
     if not sealed:

@@ -38,7 +38,10 @@ def write_neighbors(
     path: Path, indices: Tensor, distances: Tensor, names: Sequence[str] | None, samples: Sequence[int]
 ) -> list[str]:
     """The nearest samples of some, one line a pair: sample, rank, neighbour, ρ. Returns the lines."""
-    called = (lambda i: str(i)) if names is None else (lambda i: f"{i}\t{one_line(names[i])}")
+
+    def called(i: int) -> str:
+        return str(i) if names is None else f"{i}\t{one_line(names[i])}"
+
     header = "sample\trank\tneighbor\trho" if names is None else "sample\tname\trank\tneighbor\tneighbor_name\trho"
     lines = [header]
     for i in samples:

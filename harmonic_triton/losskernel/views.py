@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from harmonic_triton._common import validate
 from harmonic_triton._common.precision import exact_products
 from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel.accumulator import Accumulator
 from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
 from harmonic_triton.losskernel.traces.traces import LossTraces
 
@@ -176,20 +178,24 @@ class TraceView:
         return state
 
 
-def view(accumulator: StreamingCovariance | LossTraces, within_chain: bool) -> View:
-    """The view of an accumulator.
+def view(accumulator: Accumulator, within_chain: bool) -> View:
+    """The view of an accumulator: the one place where the two forms are told apart.
 
     Raises:
-        ValueError: the within-chain estimate of traces.
+        TypeError: it is none. ValueError: the within-chain estimate of traces.
     """
     if isinstance(accumulator, StreamingCovariance):
         return DenseView(accumulator, within_chain)
+    if not isinstance(accumulator, LossTraces):
+        raise TypeError(
+            f"accumulator must be a StreamingCovariance or LossTraces, got {validate.describe(accumulator)}"
+        )
     if within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     return TraceView(accumulator)
 
 
-def restored(state: dict[str, Any], device: torch.device | str) -> StreamingCovariance | LossTraces:
+def restored(state: dict[str, Any], device: torch.device | str) -> Accumulator:
     """The accumulator of a view's state."""
     kind: type[StreamingCovariance] | type[LossTraces] = LossTraces if "draws" in state else StreamingCovariance
     dtype = getattr(torch, state["dtype"].removeprefix("torch."))
@@ -204,14 +210,14 @@ def alignment(first: View, second: View) -> float:
     if first.traces is None or second.traces is None:
         return estimators.cka(first.correlation, second.correlation)
     step = max(1, estimators.BLOCK // max(first.traces.count, second.traces.count))
-    chunks = (standardised_chunks(traces, step) for traces in (first.traces, second.traces))
+    chunks = (standardized_chunks(traces, step) for traces in (first.traces, second.traces))
     return estimators.cka_of_chunks(zip(*chunks, strict=True))
 
 
-def standardised_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
+def standardized_chunks(traces: LossTraces, step: int) -> Iterator[Tensor]:
     """(T, step) standardised traces of a few samples after the other."""
     for start in range(0, traces.num_samples, step):
-        yield estimators.standardised(traces.draws(samples=slice(start, start + step)))
+        yield estimators.standardized(traces.draws(samples=slice(start, start + step)))
 
 
 class Neighborhood(NamedTuple):
@@ -223,9 +229,18 @@ class Neighborhood(NamedTuple):
 
 
 def neighborhoods(
-    view: View, rows: Tensor, k: int, labels: Tensor | None, names: Sequence[str] | None
+    view: View, samples: Sequence[int] | Tensor, size: int, k: int, labels: Tensor | None, names: Sequence[str] | None
 ) -> list[Neighborhood]:
-    """The k most correlated samples of some (r,), pairs of one label left out."""
+    """The k most correlated samples of some (r,) of the ``size`` there are, pairs of one label left out.
+
+    Raises:
+        ValueError: there is no such sample.
+    """
+    rows = torch.as_tensor(samples, dtype=torch.int64).cpu()
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size:
+        raise ValueError(
+            f"samples must lie between 0 and m - 1 = {size - 1}, got {int(rows.min())} ... {int(rows.max())}"
+        )
     rho = view.block(rows, None, True).clone()
     rho[torch.arange(len(rows)), rows] = -math.inf
     if labels is not None:

@@ -95,24 +95,24 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor
             x = along * length.median().repeat(tokens, 1).index_copy_(0, at, length)
     elif kind != "far":
         away = kind == "wrong"
-        centre = w[(target + away) % classes].float()
+        center = w[(target + away) % classes].float()
         direction = torch.nn.functional.normalize(x, dim=1)
         if away:  # this far from another class vector, in units of its norm
-            distance = float(level) * centre.norm(dim=1, keepdim=True)
+            distance = float(level) * center.norm(dim=1, keepdim=True)
         else:
-            near = distance_for_loss(float(level), centre[at], direction[at], w.float(), target[at], case.exponent)
+            near = distance_for_loss(float(level), center[at], direction[at], w.float(), target[at], case.exponent)
             distance = near.median().repeat(tokens, 1).index_copy_(0, at, near)
-        x = centre + distance * direction
+        x = center + distance * direction
     varying = 0.25 + torch.rand(tokens, generator=generator, device=device)
     upstream = torch.zeros_like(varying).index_copy_(0, at, varying[at])
     target[at[::9]] = -100
     return x.to(case.dtype), w, target, upstream
 
 
-def distance_for_loss(level: float, centre: Tensor, direction: Tensor, w: Tensor, target: Tensor, n: float) -> Tensor:
+def distance_for_loss(level: float, center: Tensor, direction: Tensor, w: Tensor, target: Tensor, n: float) -> Tensor:
     """How far along ``direction`` (N, D) from its class vector an x has this loss: (N, 1), by bisection."""
-    apart = torch.cdist(centre, w).double().square().scatter_(1, target.unsqueeze(1), math.inf)
-    along = (direction @ w.t() - (direction * centre).sum(1, keepdim=True)).double()
+    apart = torch.cdist(center, w).double().square().scatter_(1, target.unsqueeze(1), math.inf)
+    along = (direction @ w.t() - (direction * center).sum(1, keepdim=True)).double()
     low, high = torch.full_like(apart[:, :1], -40.0), torch.full_like(apart[:, :1], 10.0)  # of log distance
     for _ in range(40):
         middle = (low + high) / 2
@@ -127,12 +127,12 @@ def distance_for_loss(level: float, centre: Tensor, direction: Tensor, w: Tensor
 def length_for_loss(level: float, direction: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """How long an x along ``direction`` (N, D) has this cross-entropy: (N, 1), by bisection."""
     logits = (direction @ w.t()).double()
-    own = logits.gather(1, target.unsqueeze(1))
+    target_logit = logits.gather(1, target.unsqueeze(1))
     others = logits.scatter(1, target.unsqueeze(1), -math.inf)
-    low, high = torch.zeros_like(own), 1e3 / own
+    low, high = torch.zeros_like(target_logit), 1e3 / target_logit
     for _ in range(40):
         middle = (low + high) / 2
-        score = torch.logsumexp(middle * others, 1, keepdim=True) - middle * own
+        score = torch.logsumexp(middle * others, 1, keepdim=True) - middle * target_logit
         above = torch.nn.functional.softplus(score, threshold=700.0) > level
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return high.float()
@@ -153,21 +153,21 @@ def truth(x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor) -> t
     losses, dx = w.new_zeros(len(x)), torch.zeros_like(x, dtype=torch.float64)
     dw, dn, dn_size = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(())
     for rows in ((target >= 0) & (g != 0)).nonzero().squeeze(1).split(max(1, REFERENCE_ENTRIES // len(w))):
-        part, own, up = x[rows].double(), target[rows].unsqueeze(1), g[rows].double()
+        part, index, grad = x[rows].double(), target[rows].unsqueeze(1), g[rows].double()
         if n is None:
             z, _ = reference.relative_logits(part, w, target[rows])
         else:
             z, s_c = reference.log_scores(part, w, target[rows], n)
         losses[rows] = loss = reference.negative_log_likelihood(z, target[rows])
-        p = (z - loss.unsqueeze(1)).exp_().scatter_(1, own, 0.0)  # of the classes beside the target
+        p = (z - loss.unsqueeze(1)).exp_().scatter_(1, index, 0.0)  # of the classes beside the target
         if n is None:
-            slope = p.scatter_(1, own, -p.sum(1, keepdim=True)).mul_(up.unsqueeze(1))
+            slope = p.scatter_(1, index, -p.sum(1, keepdim=True)).mul_(grad.unsqueeze(1))
             dx[rows] = slope @ w
             dw += slope.t() @ part
             continue
-        terms = (p * z).sum(1) * up / n
+        terms = (p * z).sum(1) * grad / n
         dn, dn_size = dn + terms.sum(), dn_size + terms.abs().sum()
-        slope = p.scatter_(1, own, -p.sum(1, keepdim=True)).mul_((-n * up / s_c).unsqueeze(1))
+        slope = p.scatter_(1, index, -p.sum(1, keepdim=True)).mul_((-n * grad / s_c).unsqueeze(1))
         a = slope.mul_(z.mul_(2 / n).exp_())
         dx[rows] = a.sum(1, keepdim=True) * part - a @ w
         dw += a.sum(0).unsqueeze(1) * w - a.t() @ part
@@ -198,9 +198,9 @@ def run_case(case: Case, device: torch.device) -> Outcome:
     from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
 
     (x, w, target, g), (losses, dx, dw, dn, dn_size) = prepared(replace(case, backend=""), device)
-    kept = (target >= 0) & (g != 0)
+    counted = (target >= 0) & (g != 0)
     # A power of two brings the gradients into the middle of the dtype's range, as a gradient scaler would.
-    typical = dx.norm(dim=1)[kept].median().item()
+    typical = dx.norm(dim=1)[counted].median().item()
     scale = 2.0 ** -round(math.log2(typical)) if typical > 0 else 1.0
     x, w = (tensor.detach().clone().requires_grad_() for tensor in (x, w))
     n = torch.tensor(case.exponent, device=device, requires_grad=True)
@@ -215,7 +215,7 @@ def run_case(case: Case, device: torch.device) -> Outcome:
     seconds = time.perf_counter() - start
     got, wanted = out.detach().double(), losses
     if case.reduction == "none":
-        got, wanted = got[kept], wanted[kept]
+        got, wanted = got[counted], wanted[counted]
     else:
         got, wanted = got[None], wanted.sum()[None]
     errors = {
@@ -231,7 +231,7 @@ def run_case(case: Case, device: torch.device) -> Outcome:
     if case.dtype == torch.float64:
         bounds["dn"] = 1e-6  # n itself is fp32
         bounds["loss"] = 1e-6
-    return Outcome(losses[kept].mean().item(), errors, bounds, seconds)
+    return Outcome(losses[counted].mean().item(), errors, bounds, seconds)
 
 
 def default_shapes(backend: str, device: torch.device) -> list[tuple[int, int, int]]:

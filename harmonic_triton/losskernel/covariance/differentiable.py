@@ -56,10 +56,12 @@ def loss_covariance(losses: Tensor, *, correlation: bool = False, backend: str =
 def _plain_covariance(losses: Tensor) -> Tensor:
     """The same of torch's own operations, in fp64: for forward mode, which the operator does not know."""
     mean = losses.double().mean(0)
-    centred = losses.double() - mean
+    centered = losses.double() - mean
     noise = (len(losses) - 1) * (CONSTANT * mean).square()
-    centred = centred - torch.where(centred.square().sum(0) <= noise, centred, 0.0).detach()  # a constant sample's: 0
-    return (centred.T @ centred / (len(losses) - 1)).to(losses.dtype)
+    centered = (
+        centered - torch.where(centered.square().sum(0) <= noise, centered, 0.0).detach()
+    )  # a constant sample's: 0
+    return (centered.T @ centered / (len(losses) - 1)).to(losses.dtype)
 
 
 _LIBRARY = torch.library.Library("harmonic_triton", "FRAGMENT")
@@ -77,9 +79,9 @@ def _loss_covariance(losses: Tensor, backend: str) -> Tensor:
         scratch = losses.new_zeros(min(draws, BUFFER), triangle.width) if backend == "torch" else None
         for rows in losses.split(BUFFER):
             rank_k(triangle, rows, shift, scratch, "split")
-        centre = ((total - draws * shift.double()) / math.sqrt(draws)).to(losses.dtype)[None]
+        center = ((total - draws * shift.double()) / math.sqrt(draws)).to(losses.dtype)[None]
         out = losses.new_empty(m, m)
-        triangle.unfold(out, -centre, centre, 1.0 / (draws - 1), None)
+        triangle.unfold(out, -center, center, 1.0 / (draws - 1), None)
         variance = out.diagonal()
         variance[variance <= (CONSTANT * shift).square()] = 0.0
         return out
@@ -98,7 +100,8 @@ class _LossCovariance(torch.autograd.Function):
 
     @staticmethod
     def forward(losses: Tensor, backend: str) -> Tensor:
-        return torch.ops.harmonic_triton.loss_covariance(losses, backend)
+        covariance: Tensor = torch.ops.harmonic_triton.loss_covariance(losses, backend)
+        return covariance
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -107,10 +110,10 @@ class _LossCovariance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (losses,) = ctx.saved_tensors
-        centred = losses - losses.mean(0)
-        centred = centred - centred.mean(0)  # what rounding left of a mean much larger than the spread
+        centered = losses - losses.mean(0)
+        centered = centered - centered.mean(0)  # what rounding left of a mean much larger than the spread
         with no_autocast(losses.device):
-            return centred @ (upstream + upstream.T) / (len(losses) - 1), None
+            return centered @ (upstream + upstream.T) / (len(losses) - 1), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], losses: Tensor, backend: str) -> tuple[Tensor, int]:

@@ -6,7 +6,6 @@ fp32 accuracy at a sixth of the bf16 rate. (Six bf16 products cost what three tf
 no transposed copy for Hopper's matrix instructions; AMD's units have them too.)
 """
 
-# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harmonic_triton._common import copies
 from harmonic_triton._common.device import architecture
 from harmonic_triton._common.dispatch import interpreted
 from harmonic_triton._common.rounding import narrow
@@ -39,7 +39,7 @@ class UpdateConfig:
 
 
 # Triton 3.6 puts Blackwell's operands into shared memory twice, and three parts in tiles of 128 compile to a trap there.
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+OLD = copies.VERSION < (3, 7)
 
 # (architecture, parts) -> configuration
 CONFIGS = {
@@ -158,18 +158,20 @@ def rank_k_(triangle: Triangle, draws: Tensor, shift: Tensor, precision: str) ->
     padded = triton.cdiv(k, K_MULTIPLE) * K_MULTIPLE
     plane = padded * width
     dtype = torch.float32 if parts == 1 else torch.bfloat16
-    config = CONFIGS[architecture(draws.device), parts]
+    arch = architecture(draws.device)
+    config = CONFIGS[arch, parts]
     with torch.cuda.device(draws.device) if draws.is_cuda else nullcontext():
         planes = torch.empty(parts, padded, width, dtype=dtype, device=draws.device)
         rows = K_MULTIPLE if interpreted() else SPLIT_ROWS  # a program costs the interpreter milliseconds
         split_kernel[(padded // rows, width // SPLIT_COLS)](
             draws, shift.contiguous(), planes, k, m, width, plane, *draws.stride(),
             PARTS=parts, UPCAST=interpreted(), BLOCK_K=rows, BLOCK_M=SPLIT_COLS,
-            num_warps=SPLIT_WARPS,
+            num_warps=SPLIT_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         tiles = (triangle.half // config.block) * ((width + GAP) // config.block)
         rank_k_kernel[(tiles,)](
             planes, triangle.data, padded, triangle.half, width, plane, GAP=GAP, PARTS=parts, UPCAST=interpreted(),
             BLOCK=config.block, BLOCK_K=config.block_k, GROUP=GROUP,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=copies.stages(arch, config.num_stages, dtype.itemsize),
+            enable_fp_fusion=False,
         )  # fmt: skip

@@ -9,7 +9,9 @@ devices and machines merge by addition.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -125,11 +127,9 @@ class StreamingCovariance:
         chains = checked_chains(chain, len(rows))
         usable = is_usable(rows)
         if not bool(usable.all()):
-            counted = usable.tolist()
-            for counts, one in zip(counted, chains, strict=True):
-                if not counts:
-                    self._dead[one] = self._dead.get(one, 0) + 1
-            rows, chains = rows[usable], [one for counts, one in zip(counted, chains, strict=True) if counts]
+            pairs = list(zip(chains, usable.tolist(), strict=True))
+            self._dead = merged_counts((self._dead, Counter(one for one, counts in pairs if not counts)))
+            rows, chains = rows[usable], [one for one, counts in pairs if counts]
         for one in dict.fromkeys(chains):
             which = [row for row, owner in enumerate(chains) if owner == one]
             self._count(one, len(which), sum_of(rows if len(which) == len(rows) else rows[which]))
@@ -165,9 +165,16 @@ class StreamingCovariance:
                 self._second_moment().add_(triangle, *recentering(*other._flushed(), reference, self._reference))
         for one, count in other._counts.items():
             self._count(one, count, other._sums[one].to(self.device))
-        for one, count in other._dead.items():
-            self._dead[one] = self._dead.get(one, 0) + count
+        self._dead = merged_counts((self._dead, other._dead))
         self._append(other._waiting().to(self.device))
+
+    def close(self) -> None:
+        """Nothing is to be let go of: sums have no files."""
+
+    def gathered(self, path: Path | None, dtype: torch.dtype, run: str) -> StreamingCovariance:
+        """This accumulator after :meth:`all_reduce`; the arguments are for what has files."""
+        self.all_reduce()
+        return self
 
     @outside_autograd
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -206,7 +213,7 @@ class StreamingCovariance:
         if self._reference is None:
             self._reference = reference
         self._flush()
-        self._recentre(reference)
+        self._recenter(reference)
         dist.all_reduce(self._second_moment().data, group=group)
         self._counts = merged_counts(theirs["counts"] for theirs in every)
         nothing = torch.zeros(self.num_samples, dtype=torch.float64, device=self.device)
@@ -397,7 +404,7 @@ class StreamingCovariance:
         scratch = self._room_for(self.dtype) if self.backend == "torch" else None
         rank_k(self._second_moment(), draws, self._reference, scratch, self.precision)
 
-    def _recentre(self, reference: Tensor) -> None:
+    def _recenter(self, reference: Tensor) -> None:
         """Take second moments about another reference; the buffer is empty."""
         if self._reference is not None and not torch.equal(self._reference, reference) and self._triangle is not None:
             old, self._triangle = self._triangle, None
@@ -431,8 +438,8 @@ class StreamingCovariance:
                 f"out must be ({m}, {m}), {self.dtype}, on {self.device}, got {validate.describe(out)};"
                 " leave it out to have it allocated"
             )
-        centres = moments.centres.to(self.dtype)  # their rounding is to S what that of S itself is
-        self._second_moment().unfold(out, -centres, centres, 1.0 / moments.divisor, scale)
+        centers = moments.centers.to(self.dtype)  # their rounding is to S what that of S itself is
+        self._second_moment().unfold(out, -centers, centers, 1.0 / moments.divisor, scale)
         return out
 
     # --- checks ----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class CovarianceResult:
 class Moments:
     """K = (triangle - centresᵀ centres) / divisor."""
 
-    centres: Tensor  # (1, m), or (chains, m) for the within-chain estimate, float64: sqrt(n) (mean - reference)
+    centers: Tensor  # (1, m), or (chains, m) for the within-chain estimate, float64: sqrt(n) (mean - reference)
     variance: Tensor  # (m,) float64
     divisor: int
     off: Tensor  # (m,) float64: spreads between the means and the reference
@@ -75,16 +75,16 @@ def moments_of(
     eps, reference, count = torch.finfo(diagonal.dtype).eps, reference.double(), sum(counts.values())
     divisor = count - (len(counts) if within_chain else 1)
     if within_chain:
-        centres = torch.stack([(sums[c] - n * reference) / math.sqrt(n) for c, n in counts.items()])
+        centers = torch.stack([(sums[c] - n * reference) / math.sqrt(n) for c, n in counts.items()])
     else:
-        centres = ((total_of(sums) - count * reference) / math.sqrt(count))[None]
+        centers = ((total_of(sums) - count * reference) / math.sqrt(count))[None]
     second = diagonal.double() / divisor
-    variance = second - centres.square().sum(0) / divisor
+    variance = second - centers.square().sum(0) / divisor
     least = (8 * eps * second).maximum((CONSTANT * (total_of(sums) / count)).square())
     variance = torch.where(variance <= least, 0.0, variance)
     visible = second > (torch.finfo(torch.float32).eps * reference).square()
     off = torch.where(visible, (second / variance - 1.0).clamp_min(0.0).sqrt(), 0.0)
-    return Moments(centres, variance, divisor, off)
+    return Moments(centers, variance, divisor, off)
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -94,7 +94,7 @@ class Triangle:
 
     def rank_k_(self, rows: Tensor) -> None:
         """S += rowsᵀ rows; rows (k, width), contiguous, of S's dtype, zero beyond m."""
-        update, _ = _packed_update()
+        update, _ = packed_update()
         if update is not None and self.gap == PACKED and self.data.device.type == "cpu":
             update(self, rows)
             return
@@ -139,11 +139,11 @@ def padded(num_samples: int, gap: int) -> int:
 
 def fastest_gap(device: torch.device) -> int:
     """The layout that :meth:`Triangle.rank_k_` serves best on a device."""
-    return PACKED if device.type == "cpu" and _packed_update()[0] is not None else ALIGNED
+    return PACKED if device.type == "cpu" and packed_update()[0] is not None else ALIGNED
 
 
 @functools.cache
-def _packed_update() -> tuple[Callable[[Triangle, Tensor], None] | None, str]:
+def packed_update() -> tuple[Callable[[Triangle, Tensor], None] | None, str]:
     """LAPACK's rank-k update of the packed triangle on the CPU where SciPy brings one, and what serves in words."""
     try:
         from scipy.linalg import lapack
@@ -164,4 +164,4 @@ def _packed_update() -> tuple[Callable[[Triangle, Tensor], None] | None, str]:
 
 def cpu_library() -> str:
     """Which library computes rank-k updates on the CPU, and why not a faster one."""
-    return _packed_update()[1]
+    return packed_update()[1]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from harmonic_triton.losskernel.draws import is_usable
+from harmonic_triton.losskernel.estimators import excess_loss
 
 EVERY = 5.0  # seconds between two lines
 
@@ -23,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, num_chains: int, num_draws: int, initial_losses: Tensor) -> None:
-        self.num_chains, self.initial_losses = num_chains, initial_losses
+        self.num_chains, self.initial_loss = num_chains, initial_losses.double().mean().item()
         self.started = self.said = time.monotonic()
         self.total, self.done = num_chains * num_draws, 0
         self.bar: Any = None
@@ -51,9 +52,9 @@ class Progress:
         print(f"SGLD {self.done}/{self.total} draws, {rate:.1f}/s, {left:.0f} s left, {health}", file=sys.stderr)
 
     def health(self, losses: Tensor, diverged: int) -> str:
-        """Diverged chains, and the mean loss of the draw less that at w*."""
+        """Diverged chains, and the excess loss of the draw."""
         usable = losses[is_usable(losses)]
-        excess = (usable - self.initial_losses).mean().item() if len(usable) else float("nan")
+        excess = excess_loss(usable.double().mean().item(), self.initial_loss)  # NaN of no draw
         return f"excess loss {excess:.3g}, {diverged} of {self.num_chains} chains dead"
 
     def close(self) -> None:

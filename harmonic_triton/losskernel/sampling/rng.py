@@ -43,7 +43,7 @@ class CounterRNG:
             if chains[row] < 0:
                 out[row].zero_()
             else:
-                generator = self.generators[row].manual_seed(self._noise_seed(chains[row], step))
+                generator = self.generators[row].manual_seed(self.noise_seed(chains[row], step))
                 out[row].normal_(0.0, std, generator=generator)
 
         threads = torch.get_num_threads()
@@ -54,7 +54,7 @@ class CounterRNG:
             for row in range(len(chains)):
                 fill(row)
 
-    def _noise_seed(self, chain: int, step: int) -> int:
+    def noise_seed(self, chain: int, step: int) -> int:
         """64 bits. PyTorch's CPU generator keeps the lower 32: a bijection of (chain, step), so that no two of the
         first 4,194,304 steps of the first 1024 chains of a run share their noise; a seed keys the bijection."""
         x = ((chain << 22) + step ^ self.low) & 0xFFFFFFFF

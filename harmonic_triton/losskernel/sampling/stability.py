@@ -33,7 +33,7 @@ def stability_bound(
     plain SGLD.
 
     Args:
-        model, per_sample_loss, train_data, config, seed, mask: as for ``sampler.Sampler``.
+        model, per_sample_loss, train_data, config, seed, mask: as for :class:`losskernel.Sampler`.
         num_iterations: of two gradients each.
 
     Returns:

@@ -41,7 +41,7 @@ def sample_losses(
     """Per-sample losses along localised SGLD chains (*The Loss Kernel*, appendix B), draw by draw.
 
     Args:
-        model, per_sample_loss, train_data, eval_data, config, seed, mask, device: as for ``sampler.Sampler``. Under
+        model, per_sample_loss, train_data, eval_data, config, seed, mask, device: as for :class:`losskernel.Sampler`. Under
             torch.distributed each rank runs and yields chains rank, rank + world, ...
         checkpoint_dir: keep the draws (4 bytes a loss) and the state of the chains here (``draws.f32``, ``state.pt``). A
             later call with the same arguments yields the whole stream again, from the disk as far as it goes, and

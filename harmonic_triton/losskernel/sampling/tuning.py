@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from harmonic_triton._common import validate
 from harmonic_triton.losskernel import convergence
 from harmonic_triton.losskernel.draws import is_usable
+from harmonic_triton.losskernel.estimators import excess_loss
 from harmonic_triton.losskernel.sampling.config import SGLDConfig
 from harmonic_triton.losskernel.sampling.data import samples
 from harmonic_triton.losskernel.sampling.parameters import Mask, PerSampleLoss
@@ -41,6 +42,12 @@ class Trial(NamedTuple):
     r_hat: float
     dead: int  # chains that diverged
     steps: int  # of each chain
+
+    def ratio(self, target: float) -> float:
+        """Excess over target; what diverged is far above, what fell below L(w*) far below."""
+        if not math.isfinite(self.excess_loss) or self.dead:
+            return 1e6
+        return max(self.excess_loss / target, 1e-3)
 
     def __str__(self) -> str:
         return (
@@ -81,7 +88,7 @@ def tune(
     less, and R-hat says whether the chains agree.
 
     Args:
-        model, per_sample_loss, train_data, seed, mask, device: as for ``sampler.Sampler``.
+        model, per_sample_loss, train_data, seed, mask, device: as for :class:`losskernel.Sampler`.
         nbeta: inverse temperature times n; None: n / log n.
         target_excess: mean excess loss wanted, in the unit of the losses; None: the mean loss at w*.
         batch_size: None: 256, or all samples if there are fewer.
@@ -102,7 +109,7 @@ def tune(
         validate.between("target_excess", target_excess, 0.0)
         if target_excess == 0:
             raise ValueError("target_excess must be > 0: the probe has to leave the trained weights")
-    probe = _TrialRuns(model, per_sample_loss, train_data, seed, nbeta, batch_size, num_chains, mask, device)
+    probe = TrialRuns(model, per_sample_loss, train_data, seed, nbeta, batch_size, num_chains, mask, device)
 
     def say(line: str) -> None:
         if verbose:
@@ -119,14 +126,14 @@ def tune(
     while len(table) < max_trials:
         table.append(probe.run(localization, TRIAL_DRAWS))
         say(str(table[-1]))
-        if 1 / CLOSE <= _ratio(table[-1], target) <= CLOSE:
+        if 1 / CLOSE <= table[-1].ratio(target) <= CLOSE:
             break
-        if _at_its_largest(table):
+        if at_its_largest(table):
             say("the excess loss no longer rises as localization falls: the data alone hold the chains")
             break
-        localization = _next_localization(table, target)
-    nearest = min(abs(math.log(_ratio(trial, target))) for trial in table)
-    alike = [trial for trial in table if abs(math.log(_ratio(trial, target))) <= nearest + 0.15]
+        localization = next_localization(table, target)
+    nearest = min(abs(math.log(trial.ratio(target))) for trial in table)
+    alike = [trial for trial in table if abs(math.log(trial.ratio(target))) <= nearest + 0.15]
     best = max(alike, key=lambda trial: trial.localization)
     if not math.isfinite(best.excess_loss):
         raise RuntimeError(
@@ -151,7 +158,7 @@ def tune(
         f" R-hat {check.r_hat:.3f} over {check.steps} steps of {probe.num_chains} chains, {check.dead} dead"
     )
     say(reason)
-    missed = [] if 0.5 / CLOSE <= _ratio(check, target) <= 2 * CLOSE else ["the excess loss is off its target"]
+    missed = [] if 0.5 / CLOSE <= check.ratio(target) <= 2 * CLOSE else ["the excess loss is off its target"]
     missed += ["the chains disagree (R-hat > 1.1): raise num_burnin_steps"] if check.r_hat > 1.1 else []
     missed += [f"{check.dead} chains diverged"] if check.dead else []
     if missed:
@@ -170,7 +177,7 @@ def _mixing(losses: Tensor) -> tuple[float, float]:
     return longest, convergence.gelman_rubin(mean).nan_to_num(1.0).item()
 
 
-class _TrialRuns:
+class TrialRuns:
     """Short runs of a few chains on some training samples, at any localization."""
 
     def __init__(
@@ -190,9 +197,13 @@ class _TrialRuns:
         )  # fmt: skip
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**63))[:PROBE_SAMPLES]
         some = train.subset(chosen)
-        self.sampler = lambda config: Sampler(
-            model, per_sample_loss, train, some, config, seed=seed, mask=mask, chains=range(self.num_chains)
-        )
+
+        def sampler(config: SGLDConfig) -> Sampler:
+            return Sampler(
+                model, per_sample_loss, train, some, config, seed=seed, mask=mask, chains=range(self.num_chains)
+            )
+
+        self.sampler = sampler
         first = self.sampler(dataclasses.replace(self.base, localization=1e-3 * max(self.base.nbeta, 1e-3)))
         self.initial_loss = first.initial_losses.double().mean().item()
         bound = first.stability_bound()
@@ -224,20 +235,13 @@ class _TrialRuns:
         whole = whole[is_usable(whole.flatten(0, 1)).view(whole.shape[:2]).all(1)]
         if not len(whole):
             return Trial(localization, config.lr, math.nan, math.nan, math.nan, self.num_chains, config.num_steps)
-        excess = whole.double().mean().item() - self.initial_loss
+        excess = excess_loss(whole.double().mean().item(), self.initial_loss)
         return Trial(
             localization, config.lr, excess, *_mixing(whole), self.num_chains - len(whole), config.num_steps
         )  # fmt: skip
 
 
-def _ratio(trial: Trial, target: float) -> float:
-    """Excess over target; what diverged is far above, what fell below L(w*) far below."""
-    if not math.isfinite(trial.excess_loss) or trial.dead:
-        return 1e6
-    return max(trial.excess_loss / target, 1e-3)
-
-
-def _at_its_largest(table: list[Trial]) -> bool:
+def at_its_largest(table: list[Trial]) -> bool:
     """A localization several times smaller left the excess loss where it was, to the noise of a trial."""
     if len(table) < 2 or table[-1].dead or table[-2].dead:
         return False
@@ -245,12 +249,12 @@ def _at_its_largest(table: list[Trial]) -> bool:
     return last.localization < previous.localization / 2 and last.excess_loss < 1.1 * previous.excess_loss
 
 
-def _next_localization(table: list[Trial], target: float) -> float:
+def next_localization(table: list[Trial], target: float) -> float:
     """By the trials on both sides of the target, or by excess ~ 1/localization from the last one."""
-    above = max((t for t in table if _ratio(t, target) > 1), key=lambda t: t.localization, default=None)
-    below = min((t for t in table if _ratio(t, target) <= 1), key=lambda t: t.localization, default=None)
+    above = max((t for t in table if t.ratio(target) > 1), key=lambda t: t.localization, default=None)
+    below = min((t for t in table if t.ratio(target) <= 1), key=lambda t: t.localization, default=None)
     if above is not None and below is not None and above.localization < below.localization:
-        high, low = math.log(_ratio(above, target)), math.log(_ratio(below, target))
+        high, low = math.log(above.ratio(target)), math.log(below.ratio(target))
         share = min(max(high / (high - low), 0.2), 0.8)
-        return above.localization * (below.localization / above.localization) ** share
-    return table[-1].localization * min(max(_ratio(table[-1], target), 1e-2), 1e3)
+        return above.localization * math.pow(below.localization / above.localization, share)
+    return table[-1].localization * min(max(table[-1].ratio(target), 1e-2), 1e3)

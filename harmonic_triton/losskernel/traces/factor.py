@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from harmonic_triton._common import validate
 from harmonic_triton._common.precision import exact_products
 
 CHUNK = 2**24  # values converted at a time
+NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
 SMALLEST_SUM = 1e-70  # of squares about a mean: below it a sample is constant, since fp32 cannot hold its scale
 
 Selection = slice | Sequence[int] | Tensor  # some of the draws or samples: a slice, indices or a mask
@@ -31,13 +33,13 @@ class Factor(NamedTuple):
         column_at = row_at if columns is None else selection("columns", columns, len(mean))
         total = torch.zeros(len(mean[row_at]), len(mean[column_at]), dtype=torch.float64, device=mean.device)
 
-        def standardised(chunk: Tensor, at: slice | Tensor) -> Tensor:
+        def standardized(chunk: Tensor, at: slice | Tensor) -> Tensor:
             return (chunk[:, at].to(mean.device, torch.float32) - mean[at].float()).mul_(scale[at].float())
 
         with exact_products(mean.device):
             for chunk in stored.split(1024):  # as many as an fp32 product sums without harm
-                left = standardised(chunk, row_at)
-                total += left.t() @ (left if columns is None else standardised(chunk, column_at))
+                left = standardized(chunk, row_at)
+                total += left.t() @ (left if columns is None else standardized(chunk, column_at))
         return total, scale[row_at], scale[column_at]
 
     def matvec(self, v: Tensor, correlation: bool, centered: bool) -> Tensor:
@@ -69,6 +71,21 @@ def moments(stored: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     about_mean = squares - total.square() / len(stored)
     varies = (low < high) & (about_mean > SMALLEST_SUM)
     return total / len(stored), torch.where(varies, about_mean.rsqrt(), 0.0), squares[varies] / about_mean[varies]
+
+
+def warn_of_drift(ratio: Tensor, dtype: torch.dtype, num_samples: int) -> None:
+    """``ratio``: mean square over variance of stored values; their rounding adds about eps^2/12 of the former."""
+    noise = ratio * torch.finfo(dtype).eps ** 2 / 12
+    noisy = int((noise > NOISE).sum())
+    if noisy:
+        warnings.warn(
+            f"the losses of {noisy} of {num_samples} samples have drifted from their reference by up to"
+            f" {float(ratio.max()) ** 0.5:.3g} standard deviations, and {dtype} rounds away up to"
+            f" {float(noise.max()):.1%} of their variance; burn in longer, begin with a larger batch of draws,"
+            " or store float32",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def selection(name: str, chosen: Selection, size: int) -> slice | Tensor:

@@ -32,7 +32,7 @@ SAMPLE = 256  # members of a tile that give the first threshold
 LARGEST_TRITON_K = 64 - SPARE  # of keys that its registers hold
 
 
-class Problem(NamedTuple):
+class Search(NamedTuple):
     """What is searched: every column is a sample, and a score is the product of two standardised columns."""
 
     traces: Tensor  # (T, m) as stored, perhaps memory-mapped
@@ -66,23 +66,24 @@ def checked_labels(labels: Tensor | Sequence[int], num_samples: int) -> Tensor:
         raise ValueError(
             f"exclude_same must hold a label for each of the m = {num_samples} samples, got shape {tuple(given.shape)}"
         )
-    return given.unique(return_inverse=True)[1].int()
+    groups: Tensor = given.unique(return_inverse=True)[1]
+    return groups.int()
 
 
 def search(
-    problem: Problem, k: int, rows: range, backend: str, progress: Callable[[int, int], None] | None
+    searched: Search, k: int, rows: range, backend: str, progress: Callable[[int, int], None] | None
 ) -> tuple[Tensor, Tensor]:
     """(indices (rows, k) int64, distances (rows, k) fp32), nearest first; -1 and infinity where there are fewer."""
     candidates = k + SPARE
     if backend == "triton":
-        keys = _triton_keys(problem, candidates, rows, progress)
+        keys = _triton_keys(searched, candidates, rows, progress)
     else:
-        keys = _torch_keys(problem, candidates, rows, progress)
-    indices = torch.empty(len(rows), k, dtype=torch.int64, device=problem.device)
-    distances = torch.empty(len(rows), k, dtype=torch.float32, device=problem.device)
+        keys = torch_keys(searched, candidates, rows, progress)
+    indices = torch.empty(len(rows), k, dtype=torch.int64, device=searched.device)
+    distances = torch.empty(len(rows), k, dtype=torch.float32, device=searched.device)
     for start in range(0, len(rows), FINISH):
         at = slice(start, min(start + FINISH, len(rows)))
-        indices[at], distances[at] = _finish(problem, rows[at], keys[at], k)
+        indices[at], distances[at] = _finish(searched, rows[at], keys[at], k)
     return indices, distances
 
 
@@ -109,24 +110,24 @@ def empty_keys(rows: int, width: int, device: torch.device) -> Tensor:
     return pack(score, torch.arange(width, device=device)).repeat(rows, 1)
 
 
-def _torch_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
+def torch_keys(searched: Search, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
     """(rows, width) keys. Every tile among the rows themselves serves its rows and its columns."""
-    keys = empty_keys(len(rows), width, problem.device)
-    samples, side = problem.traces.shape[1], PANEL.get(problem.device.type, PANEL["cuda"])
+    keys = empty_keys(len(rows), width, searched.device)
+    samples, side = searched.traces.shape[1], PANEL.get(searched.device.type, PANEL["cuda"])
     inside, below, above = (_panels(part, side) for part in (rows, range(rows.start), range(rows.stop, samples)))
     work = [(i, j) for i in inside for j in below]
     work += [(i, j) for i in inside for j in inside if i.start <= j.start]
     work += [(i, j) for i in inside for j in above]
     held, left = range(0), torch.empty(0)
-    with exact_products(problem.device):
+    with exact_products(searched.device):
         for done, (i, j) in enumerate(work, 1):
             if i != held:
-                held, left = i, _standardised(problem, i)
-            right = left if i == j else _standardised(problem, j)
+                held, left = i, _standardized(searched, i)
+            right = left if i == j else _standardized(searched, j)
             tile = left.t() @ right
             if i == j:
                 tile.fill_diagonal_(-math.inf)
-            allowed = None if problem.labels is None else _differ(problem.labels, i, j)
+            allowed = None if searched.labels is None else _differ(searched.labels, i, j)
             _take(keys[i.start - rows.start : i.stop - rows.start], tile, allowed, 0, j.start)
             if i != j and j.start in rows:
                 _take(keys[j.start - rows.start : j.stop - rows.start], tile, allowed, 1, i.start)
@@ -139,11 +140,11 @@ def _panels(samples: range, side: int) -> list[range]:
     return [samples[start : start + side] for start in range(0, len(samples), side)]
 
 
-def _standardised(problem: Problem, panel: range) -> Tensor:
+def _standardized(searched: Search, panel: range) -> Tensor:
     """Columns of mean 0 and norm 1 (0 for a constant sample), (T, panel) fp32."""
     at = slice(panel.start, panel.stop)
-    values = problem.traces[:, at].to(problem.device, torch.float32) - problem.mean[at].float()
-    return values.mul_(problem.scale[at].float())
+    values = searched.traces[:, at].to(searched.device, torch.float32) - searched.mean[at].float()
+    return values.mul_(searched.scale[at].float())
 
 
 def _differ(labels: Tensor, i: range, j: range) -> Tensor:
@@ -189,53 +190,53 @@ def _positions(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero()[:, 0]
 
 
-def _triton_keys(problem: Problem, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
+def _triton_keys(searched: Search, width: int, rows: range, progress: Callable[[int, int], None] | None) -> Tensor:
     """(rows, width') keys in no order, width' >= width. A program owns its rows, so nothing is shared by symmetry."""
     from harmonic_triton.losskernel.traces import neighbors_triton
 
-    draws, samples = problem.traces.shape
-    keys = empty_keys(len(rows), neighbors_triton.width_of(width), problem.device)
+    draws, samples = searched.traces.shape
+    keys = empty_keys(len(rows), neighbors_triton.width_of(width), searched.device)
     # Products of raw values: those of tiny losses would vanish, so each sample is first brought near a spread of 1.
-    power = torch.exp2((problem.scale * math.sqrt(draws)).log2().round().nan_to_num(neginf=0.0))
-    scale = (problem.scale / power).float()
-    mean = (problem.mean * problem.scale * math.sqrt(draws)).float()
+    power = torch.exp2((searched.scale * math.sqrt(draws)).log2().round().nan_to_num(neginf=0.0))
+    scale = (searched.scale / power).float()
+    mean = (searched.mean * searched.scale * math.sqrt(draws)).float()
 
     def loaded(panel: range) -> Tensor:
         """Columns of the traces times powers of two, (T, panel) on the device, rows of memory aligned."""
-        columns, factor = (part[..., panel.start : panel.stop] for part in (problem.traces, power))
-        room = columns.new_empty(draws, -(-len(panel) // ALIGNMENT) * ALIGNMENT, device=problem.device)
-        return torch.mul(columns.to(problem.device), factor.to(columns.dtype), out=room[:, : len(panel)])
+        columns, factor = (part[..., panel.start : panel.stop] for part in (searched.traces, power))
+        room = columns.new_empty(draws, -(-len(panel) // ALIGNMENT) * ALIGNMENT, device=searched.device)
+        return torch.mul(columns.to(searched.device), factor.to(columns.dtype), out=room[:, : len(panel)])
 
-    side = max(1, COLUMN_BYTES // (draws * problem.traces.element_size()))
+    side = max(1, COLUMN_BYTES // (draws * searched.traces.element_size()))
     work = [(i, j) for i in _panels(rows, ROW_PANEL) for j in _panels(range(samples), side)]
     held, left = range(0), torch.empty(0)
     for done, (i, j) in enumerate(work, 1):
         if i != held:
             held, left = i, loaded(i)
         at = slice(i.start - rows.start, i.stop - rows.start)
-        neighbors_triton.take(keys[at], left, loaded(j), i.start, j.start, scale, mean, problem.labels)
+        neighbors_triton.take(keys[at], left, loaded(j), i.start, j.start, scale, mean, searched.labels)
         if progress is not None:
             progress(done, len(work))
     return keys
 
 
-def _finish(problem: Problem, rows: range, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _finish(searched: Search, rows: range, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest among the candidates, by sqrt(2(1 - rho)) from direct differences in fp64.
 
     Draws are added one after the other: what a pair gets depends on nothing but the pair.
     """
-    samples = problem.traces.shape[1]
+    samples = searched.traces.shape[1]
     empty = unpack_score(keys) == -math.inf
     index = torch.where(empty, 0, unpack_index(keys))
     here = slice(rows.start, rows.stop)
-    shift, stretch = problem.mean[index], problem.scale[index]
-    squares = torch.zeros(index.shape, dtype=torch.float64, device=problem.device)
-    for draw in problem.traces:
-        draw = draw.to(problem.device)
-        values = ((draw[here].double() - problem.mean[here]) * problem.scale[here]).unsqueeze(1)
+    shift, stretch = searched.mean[index], searched.scale[index]
+    squares = torch.zeros(index.shape, dtype=torch.float64, device=searched.device)
+    for draw in searched.traces:
+        draw = draw.to(searched.device)
+        values = ((draw[here].double() - searched.mean[here]) * searched.scale[here]).unsqueeze(1)
         apart = draw[index].double().sub_(shift).mul_(stretch).sub_(values)
         squares.addcmul_(apart, apart)
-    constant = (stretch == 0) | (problem.scale[here] == 0).unsqueeze(1)
+    constant = (stretch == 0) | (searched.scale[here] == 0).unsqueeze(1)
     squares.masked_fill_(constant, 2.0).masked_fill_(empty, math.inf)
     index.masked_fill_(empty, samples)
     index, order = index.sort(1)

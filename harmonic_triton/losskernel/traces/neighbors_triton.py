@@ -1,7 +1,5 @@
 """Nearest samples by correlation: tiles of a product of traces, and a best k kept in registers as its epilogue."""
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -12,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harmonic_triton._common import copies
 from harmonic_triton._common.device import architecture
 from harmonic_triton._common.dispatch import interpreted
 
@@ -134,7 +133,8 @@ def take(
     scale, mean = scale.contiguous(), mean.contiguous()
     labels = None if labels is None else labels.contiguous()
     (draws, row_count), column_count = rows.shape, columns.shape[1]
-    config = CONFIGS[architecture(rows.device), rows.element_size()]
+    arch, size = architecture(rows.device), rows.element_size()
+    config = CONFIGS[arch, size]
     row_at, column_at = slice(first_row, first_row + row_count), slice(first_column, first_column + column_count)
     row_labels, column_labels = (None, None) if labels is None else (labels[row_at], labels[column_at])
     with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
@@ -143,7 +143,8 @@ def take(
             keys, row_count, column_count, draws, rows.stride(0), columns.stride(0), first_row, first_column,
             rows.stride(0), columns.stride(0),
             LABELS=labels is not None, WIDTH=keys.shape[1], BLOCK_P=config.block_p, BLOCK_Q=config.block_q,
-            BLOCK_T=config.block_t, UPCAST=interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_T=config.block_t, UPCAST=interpreted(), num_warps=config.num_warps,
+            num_stages=copies.stages(arch, config.num_stages, size), enable_fp_fusion=False,
         )  # fmt: skip
 
 

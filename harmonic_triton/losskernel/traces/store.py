@@ -83,7 +83,7 @@ class FileStore:
             self.run = self.found["run"]
             self.blocks.load_state_dict(self.found["blocks"])
             self.blocks.check_size()
-        self._stamp = _stamp(path)
+        self._stamp = stamp(path)
 
     def _check(self, found: dict[str, Any]) -> None:
         for name, here in (("num_samples", self.num_samples), ("dtype", str(self.dtype))):
@@ -124,7 +124,7 @@ class FileStore:
         name, size = str(self.blocks.path), count * self.num_samples
         if size == 0:
             return torch.empty(count, self.num_samples, dtype=self.dtype)
-        if _stamp(self.path) != self._stamp:  # another writer came: it added draws behind these, or began anew
+        if stamp(self.path) != self._stamp:  # another writer came: it added draws behind these, or began anew
             self.blocks.distrust()
         self.blocks.verify()
         return torch.from_file(name, shared=False, size=size, dtype=self.dtype).view(count, self.num_samples)
@@ -147,14 +147,14 @@ class FileStore:
         checkpoint.save(self.path / "state.pt", found, KIND)
         for old in ("header.json", "header.json.new", "state-0.npz", "state-1.npz"):  # of format 1, read when opened
             (self.path / old).unlink(missing_ok=True)
-        self._stamp = _stamp(self.path)
+        self._stamp = stamp(self.path)
 
     def _claimed(self) -> None:
         """The right to write, and draws.bin with the room that was asked for."""
         if self._claim is not None and self._claim.held:
             return
         self._claim = Claim(self.path / "lock")
-        if _stamp(self.path) != self._stamp:
+        if stamp(self.path) != self._stamp:
             self._claim.release()
             raise InUseError(f"path={str(self.path)!r}: another writer has added draws since; open it again")
         if self.capacity and hasattr(os, "posix_fallocate"):
@@ -180,7 +180,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return _read_format_1(path)
 
 
-def _stamp(path: Path) -> bytes | None:
+def stamp(path: Path) -> bytes | None:
     """The checksum of the state that is committed; None without one."""
     try:
         with open(path / "state.pt", "rb") as file:

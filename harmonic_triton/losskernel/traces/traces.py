@@ -7,28 +7,28 @@ For m >> T the T x m traces are smaller than the m x m matrix and hold as much.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import resolve
 from harmonic_triton._common.extras import needs
+from harmonic_triton._common.processes import rank_and_world
 from harmonic_triton.losskernel.draws import checked_chains, checked_draws, is_usable
 from harmonic_triton.losskernel.traces import neighbors
-from harmonic_triton.losskernel.traces.factor import Factor, Selection, moments, selection
+from harmonic_triton.losskernel.traces.factor import Factor, Selection, moments, selection, warn_of_drift
 from harmonic_triton.losskernel.traces.store import MEND, FileStore, MemoryStore, State, read_state
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
-NOISE = 1e-3  # share of a sample's variance that rounding may have before a warning
 
 
 class Neighbors(NamedTuple):
@@ -241,6 +241,25 @@ class LossTraces:
         """Let other objects and processes write to ``path``. The draws stay readable; an update takes the right again."""
         self._store.close()
 
+    def gathered(self, path: Path | None, dtype: torch.dtype, run: str) -> LossTraces:
+        """The draws of every process of ``torch.distributed``, chain by chain, in new traces; these ones are closed.
+
+        What ``path`` holds of an earlier call is dropped; the arguments are the new ones', as of the class.
+        """
+        union = LossTraces(self.num_samples, path=path, dtype=dtype, device=self.device, backend=self.backend, run=run)
+        union.reset()
+        mine, world = rank_and_world()
+        every: list[Any] = [None] * world
+        dist.all_gather_object(every, self.chain_counts)
+        for chain, rank in sorted((chain, rank) for rank, counts in enumerate(every) for chain in counts):
+            losses = torch.empty(every[rank][chain], self.num_samples, dtype=torch.float64, device=self.device)
+            if rank == mine:
+                losses.copy_(self.draws(self.chains == chain)).add_(self.reference)
+            dist.broadcast(losses, src=rank)
+            union.update(losses, chain=chain)
+        self.close()
+        return union
+
     # --- draws out -----------------------------------------------------------------------------------------------
 
     @property
@@ -302,7 +321,7 @@ class LossTraces:
     def variance(self) -> Tensor:
         """Variance of every sample's loss, (m,) fp64, divisor T - 1, from the losses before rounding."""
         self._need(2)
-        total, squares = self._state.sums
+        total, squares = self._state.sums.unbind()
         # exactly 0 for a constant: it lies a few last places of its fp64 mean off, and fp64 holds the squares of such
         return (squares - total.square() / self.count) / (self.count - 1)
 
@@ -310,15 +329,16 @@ class LossTraces:
         """A block of K, (rows, columns) fp32, divisor T - 1.
 
         Args:
-            rows: which samples, a slice, indices or a mask; columns: likewise, None for the same ones.
+            rows: which samples, a slice, indices or a mask.
+            columns: likewise, None for the same ones.
         """
-        products, row_scale, column_scale = self._factor().products(rows, columns)
+        products, row_scale, column_scale = self.factor().products(rows, columns)
         row_spread, column_spread = (torch.where(scale > 0, 1 / scale, 0.0) for scale in (row_scale, column_scale))
         return products.mul_(row_spread.unsqueeze(1)).mul_(column_spread).div_(self.count - 1).float()
 
     def correlation(self, rows: Selection, columns: Selection | None = None) -> Tensor:
         """A block of rho, (rows, columns) fp32 in [-1, 1]; 0 where either variance is 0. Arguments as in covariance."""
-        return self._factor().products(rows, columns)[0].clamp_(-1.0, 1.0).float()
+        return self.factor().products(rows, columns)[0].clamp_(-1.0, 1.0).float()
 
     def matvec(self, v: Tensor, *, correlation: bool = False, centered: bool = False) -> Tensor:
         """K v, in one pass over the draws, (m,) or (m, p) fp64 like v.
@@ -335,7 +355,7 @@ class LossTraces:
             raise ValueError(
                 f"v must be floating, (m,) or (m, p) with m = {self.num_samples}, got {validate.describe(v)}"
             )
-        return self._factor().matvec(v.detach(), correlation, centered)
+        return self.factor().matvec(v.detach(), correlation, centered)
 
     def linear_operator(self, *, correlation: bool = True, centered: bool = False) -> LinearOperator:
         """The products of :meth:`matvec` for ``scipy.sparse.linalg``: ``eigsh(traces.linear_operator(), k=5)``.
@@ -403,12 +423,10 @@ class LossTraces:
                     " backend='auto' falls back"
                 )
             backend = "torch"
-        problem = neighbors.Problem(self._stored(), *self._moments(), labels)
+        searched = neighbors.Search(*self.factor(), labels)
         if progress is True:
-            return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(problem, k, chosen, backend, report)))
-        return Neighbors(*neighbors.search(problem, k, chosen, backend, progress or None))
-
-    # --- stored values -------------------------------------------------------------------------------------------
+            return Neighbors(*neighbors.with_bar(lambda report: neighbors.search(searched, k, chosen, backend, report)))
+        return Neighbors(*neighbors.search(searched, k, chosen, backend, progress or None))
 
     def _stored(self) -> Tensor:
         """(count, m) as stored."""
@@ -423,24 +441,10 @@ class LossTraces:
         self._need(2)
         if self._moments_of_stored is None:
             mean, scale, ratio = moments(self._stored(), self.device)
-            self._warn_of_drift(ratio)
+            warn_of_drift(ratio, self.dtype, self.num_samples)
             self._moments_of_stored = mean, scale
         return self._moments_of_stored
 
-    def _factor(self) -> Factor:
+    def factor(self) -> Factor:
         """What products are taken from."""
         return Factor(self._stored(), *self._moments())
-
-    def _warn_of_drift(self, ratio: Tensor) -> None:
-        """``ratio``: mean square over variance of the stored values; rounding adds about eps^2/12 of the former."""
-        noise = ratio * torch.finfo(self.dtype).eps ** 2 / 12
-        noisy = int((noise > NOISE).sum())
-        if noisy:
-            warnings.warn(
-                f"the losses of {noisy} of {self.num_samples} samples have drifted from their reference by up to"
-                f" {float(ratio.max()) ** 0.5:.3g} standard deviations, and {self.dtype} rounds away up to"
-                f" {float(noise.max()):.1%} of their variance; burn in longer, begin with a larger batch of draws,"
-                " or store float32",
-                RuntimeWarning,
-                stacklevel=4,
-            )

@@ -10,9 +10,8 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from harmonic_triton.losskernel import estimators
+from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.kernel import LossKernel
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
 from harmonic_triton.losskernel.run import loss_kernel
 
 from . import figures
@@ -21,7 +20,7 @@ from .experiment import Clock, Settings
 
 
 @dataclass(frozen=True)
-class Mislabelled(Settings):
+class Mislabeled(Settings):
     """Data, training and probe."""
 
     flipped: float = 0.1
@@ -35,10 +34,10 @@ class Mislabelled(Settings):
 
 
 SETTINGS = {
-    "quick": Mislabelled(
+    "quick": Mislabeled(
         nbeta=20, localization=4000, lr=1e-4, num_chains=4, num_draws=200, num_burnin_steps=50, batch_size=256
     ),
-    "paper": Mislabelled(
+    "paper": Mislabeled(
         nbeta=20, localization=4000, lr=1e-4, num_chains=8, num_draws=1000, num_burnin_steps=100, batch_size=256
     ),
 }
@@ -66,7 +65,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         return (model(images).argmax(1) == labels).float().mean().item()
 
 
-def run(settings: Mislabelled, out: Path, clock: Clock) -> dict[str, Any]:
+def run(settings: Mislabeled, out: Path, clock: Clock) -> dict[str, Any]:
     """Train on the wrong labels as if they were right, sample over the training set, compare variances."""
     images, labels, wrong = digits(settings.flipped, settings.seed)
     with clock("training"):
@@ -109,7 +108,7 @@ def run(settings: Mislabelled, out: Path, clock: Clock) -> dict[str, Any]:
 
 
 def draw(
-    kernel: LossKernel, labels: Tensor, wrong: Tensor, settings: Mislabelled, out: Path, measured: dict[str, Any]
+    kernel: LossKernel, labels: Tensor, wrong: Tensor, settings: Mislabeled, out: Path, measured: dict[str, Any]
 ) -> None:
     """Variance and control side by side; the embedding with flipped samples marked (paper, Figure D.3)."""
     names = ("clean", "flipped")
