@@ -1,5 +1,7 @@
 """The loss kernel's two kernels as compiled: rank-k updates of the covariance, and the search of nearest samples."""
 
+import re
+
 import emulation
 import pytest
 import torch
@@ -74,3 +76,13 @@ def test_nearest_samples(arch, dtype, labelled, panels, options, monkeypatch):
         part = neighbors.search(searched, k, range(20, 60), "triton", None)
     for one, other, some in zip(got, wanted, part, strict=True):
         assert torch.equal(one, other) and torch.equal(some, other[20:60])
+
+
+def test_a_planted_fault_is_seen():
+    """Without their barriers kernels race."""
+    from ptx_emulator import MemoryFault
+
+    triangle = Triangle(60, gap=rank_k_triton.GAP, dtype=torch.float32, device=CPU)
+    parted = lambda name, ptx: re.sub(r"\n\s*bar\.sync[^\n]*", "", ptx)
+    with emulation.on_gpu(80, edit=parted), pytest.raises(MemoryFault, match="race: read of what another thread wrote"):
+        rank_k_triton.rank_k_(triangle, torch.randn(5, 60), torch.zeros(60), "fast")
