@@ -23,7 +23,7 @@ from torch import Tensor
 from harmonic_triton._common.precision import full_fp32
 from harmonic_triton.fused.center import center_of
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
-from harmonic_triton.fused.results import COLUMNS, TokenResults, TokenWeights, Unfinished, Upstream, upstream_of
+from harmonic_triton.fused.results import COLUMNS, TokenResults, TokenWeights, Unfinished, Upstream, scaled, upstream_of
 from harmonic_triton.fused.strategy import chunk_tokens, one_pass_serves, unfinished_shapes
 from harmonic_triton.fused.triton import backward as backward_kernels
 from harmonic_triton.fused.triton import forward as forward_kernels
@@ -219,8 +219,14 @@ def backward(
     operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, Tensor]:
     """(dX, dW), distances computed again."""
+    return _recompute(operands, results, upstream, problem, wanted, operands.x.dtype)
+
+
+def _recompute(
+    operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     x, w = operands.x, operands.w
-    dx, dw = x.new_empty(x.shape if wanted.x else 0), w.new_empty(w.shape if wanted.w else 0)
+    dx, dw = x.new_empty(x.shape if wanted.x else 0, dtype=dtype), w.new_empty(w.shape if wanted.w else 0, dtype=dtype)
     if not len(x):
         return dx, dw.zero_()
     used = (operands.target != problem.ignore_index) & upstream.used()
@@ -290,8 +296,11 @@ def forward_backward(
         if not (wanted.x or wanted.w):
             _forward_in_chunks(whole, out, problem)
             return out, unfinished
-        if not one_pass_serves(operands):
-            raise ValueError(f"one pass takes bfloat16 without smoothing, got {x.dtype}; recompute takes everything")
+        if not one_pass_serves(operands):  # nobody asks for it but who calls the operator himself
+            _forward_in_chunks(whole, out, problem)
+            upstream = upstream_of(out, weights, problem.mix, classes)
+            dx, dw = _recompute(operands, out, upstream, problem, wanted, torch.float32)
+            return out, unfinished._replace(x=dx, w=dw)
         center = unfinished.center.copy_(_center(whole, w))
         size = _chunk(tokens, chunk_tokens(tokens, classes, problem.budget, x.device), whole.config.block_n)
         entries = x.new_empty((min(size, tokens), triton.cdiv(classes, 64) * 64))[:, :classes]
@@ -317,6 +326,9 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """(dX, dW) in the operands' dtype from the products of ``forward_backward`` and the upstream gradient (): rounded once."""
     x, w = operands.x, operands.w
+    if not one_pass_serves(operands):
+        dx, dw = scaled((unfinished.x, unfinished.w), finishing.g, finishing.last)
+        return dx.to(x.dtype), dw.to(w.dtype)
     dx, dw = x.new_empty(x.shape if wanted.x else 0), w.new_empty(w.shape if wanted.w else 0)
     if not len(x):
         return dx, dw.zero_()
