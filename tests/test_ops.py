@@ -1015,3 +1015,20 @@ assert state() == before, (state(), before)
 """
     run = fresh.run(code)
     assert run.returncode == 0, run.stderr
+
+
+# Few tokens keep their coefficients, several chunks their gradients; the last backward pass hands those out as they are.
+@pytest.mark.parametrize("budget", [None, 4 * 9 * 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_kept_graph_has_given_is_not_written_over(backend, budget):
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+    leaves = x.requires_grad_(), w.requires_grad_()
+    loss = ht.linear_harmonic_loss(*leaves, target, n=n, backend=backend, memory_budget=budget)
+    once = torch.autograd.grad(loss, leaves, torch.tensor(1.0), retain_graph=True)
+    before = [gradient.clone() for gradient in once]
+    thrice = torch.autograd.grad(loss, leaves, torch.tensor(3.0), retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, torch.tensor(1.7))
+    for first, kept, three, other in zip(once, before, thrice, last, strict=True):
+        assert torch.equal(first, kept)
+        torch.testing.assert_close(three, 3 * first, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(other, 1.7 * first, rtol=1e-5, atol=1e-7)
