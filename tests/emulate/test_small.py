@@ -55,6 +55,6 @@ def test_nearest_samples():
 def test_every_kernel_was_executed(request):
     """By the tests above: a kernel that this harness cannot reach would be checked by nothing."""
     here = [item for item in request.session.items if item.path == request.path]
-    if len(here) < 5:
-        pytest.skip("a part of this file was chosen")
+    if len(here) < 5 or hasattr(request.config, "workerinput"):
+        pytest.skip("a part of this file runs in this process; tests/test_emulated.py runs all of it in one")
     assert set(kernels()) == _seen
