@@ -23,8 +23,7 @@ from harmonic_triton.tools import verify
 SHORT = ("bf16", "fp16", "fp32")
 ERRORS = ("up", "down", "random")
 CPU = torch.device("cpu")
-ONE_PASS = "one pass" if hasattr(strategies, "one_pass_serves") else "chunks"
-WAYS = [("bf16", "recompute"), ("bf16", ONE_PASS), ("fp16", "recompute"), ("fp32", "recompute")]  # dtype, strategy
+WAYS = [("bf16", "recompute"), ("bf16", "one pass"), ("fp16", "recompute"), ("fp32", "recompute")]  # dtype, strategy
 LINES = [  # reduction, n, inputs, loss, shape, multiprocessors
     ("none", None, "far", "harmonic", (37, 72, 301), 0), ("sum", None, "far", "harmonic", (37, 72, 301), 0),
     ("none", None, "loss 1e-10", "harmonic", (24, 128, 140), 1), ("sum", 2.0, "wrong 0.3", "harmonic", (24, 128, 140), 1),
@@ -79,7 +78,7 @@ def compare(x, w, target, n, strategy, layout=None, **options):
         options["class_weight"] = 0.1 + torch.rand(len(w), generator=torch.Generator().manual_seed(1))
     function = ht.linear_harmonic_loss if n is not None else ht.linear_cross_entropy
     given = {"n": n, **options} if n is not None else options
-    bounds = lambda g: oracle(x, w, target, torch.full((len(x),), g), n=n, stored=strategy == "chunks", **options)
+    bounds = lambda g: oracle(x, w, target, torch.full((len(x),), g), n=n, **options)
     upstream, truth = -0.75, bounds(-0.75)
     biggest = max(truth.dx.abs().max().item(), truth.dw.abs().max().item())
     if (
