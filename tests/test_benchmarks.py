@@ -644,7 +644,9 @@ def test_predictions_follow_counts_and_limits():
         2 * unit + special + rest
     )  # the special functions take 4 ms, one product 2 ms, memory 8 us
     assert worst == pytest.approx(3 * unit + special + rest)
-    slow = replace(machine_, cache=1e9)  # operands of tiles of 128 x 256 come from the L2 cache
+    slow = inner_loops.Machine(
+        products=1e12, copy=1e12, cache=1e9, special=1e9, issue=1e10
+    )  # operands of tiles of 128 x 256 come from the L2 cache
     loads = 2 * 500 * 1000 * 2000 * (1 / 128 + 1 / 256) / 1e9
     assert inner_loops.predict(strategy, "dot", {("k", "dot"): loops}, (1000, 500, 2000), slow)[1] == pytest.approx(
         2 * unit + loads + special + rest
