@@ -639,8 +639,18 @@ def test_predictions_follow_counts_and_limits():
     best, worst = inner_loops.predict(strategy, "dot", {("k", "dot"): loops}, (1000, 500, 2000), machine_)
     unit = 2 * 1000 * 500 * 2000 / 1e12
     special = 2 * 1000 * 2000 / 1e9
-    assert best == pytest.approx(2 * unit + special)  # the special functions take 4 ms, one product 2 ms, memory 8 us
-    assert worst == pytest.approx(3 * unit + special)
+    rest = (8 * (1000 + 2000) * 500 + 2 * 2000 * 500) / 1e12 + inner_loops.LAUNCHES
+    assert best == pytest.approx(
+        2 * unit + special + rest
+    )  # the special functions take 4 ms, one product 2 ms, memory 8 us
+    assert worst == pytest.approx(3 * unit + special + rest)
+    slow = inner_loops.Machine(
+        products=1e12, copy=1e12, cache=1e9, special=1e9, issue=1e10
+    )  # operands of tiles of 128 x 256 come from the L2 cache
+    loads = 2 * 500 * 1000 * 2000 * (1 / 128 + 1 / 256) / 1e9
+    assert inner_loops.predict(strategy, "dot", {("k", "dot"): loops}, (1000, 500, 2000), slow)[1] == pytest.approx(
+        2 * unit + loads + special + rest
+    )
 
 
 def test_occupancy_is_what_registers_and_shared_memory_leave():
