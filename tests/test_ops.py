@@ -163,17 +163,20 @@ def test_gradcheck(reduction, option):
     assert torch.autograd.gradcheck(loss, (x, w, n), **GRADCHECK)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("budget", [None, 150])  # few tokens; several chunks
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("option", ["plain", "label_smoothing"])
-def test_batched_upstream_gradients(reduction, option):
+def test_batched_upstream_gradients(reduction, option, budget, keep):
     """``is_grads_batched``, as ``torch.autograd.functional.jacobian(vectorize=True)`` uses it: a loop's gradients."""
     x, w, target, n = inputs(dtype=torch.float32)
-    out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, **OPTIONS[option])
+    options = {"reduction": reduction, "memory_budget": budget, **OPTIONS[option]}
+    out = ht.linear_harmonic_loss(x, w, target, n=n, **options)
     ups = torch.stack([upstream(out), upstream(out).flip(0) if out.dim() else 2 * upstream(out)])
-    batched = torch.autograd.grad(out, (x, w, n), ups, is_grads_batched=True, retain_graph=True)
-    for i, up in enumerate(ups):
-        wanted = torch.autograd.grad(out, (x, w, n), up, retain_graph=True)
-        assert all(relative(mine[i], value) < 1e-6 for mine, value in zip(batched, wanted, strict=True))
+    wanted = [torch.autograd.grad(out, (x, w, n), up, retain_graph=True) for up in ups]
+    batched = torch.autograd.grad(out, (x, w, n), ups, is_grads_batched=True, retain_graph=keep)
+    for i, single in enumerate(wanted):
+        assert all(relative(mine[i], value) < 1e-6 for mine, value in zip(batched, single, strict=True))
 
 
 @pytest.mark.parametrize("wanted", ["x", "w", "n", "xw", "xn", "wn"])
