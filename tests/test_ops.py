@@ -8,6 +8,7 @@ the gradients themselves. Upstream gradients vary from token to token, or are 0.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import fresh
@@ -177,6 +178,17 @@ def test_batched_upstream_gradients(reduction, option, budget, keep):
     batched = torch.autograd.grad(out, (x, w, n), ups, is_grads_batched=True, retain_graph=keep)
     for i, single in enumerate(wanted):
         assert all(relative(mine[i], value) < 1e-6 for mine, value in zip(batched, single, strict=True))
+
+
+@pytest.mark.parametrize("up", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("budget", [None, 150])
+@pytest.mark.parametrize("loss", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+def test_an_upstream_gradient_that_is_no_number_leaves_none(loss, budget, up):
+    """A gradient scaler that overflowed finds it in every gradient."""
+    x, w, target, _ = inputs(dtype=torch.float32)
+    found = torch.autograd.grad(loss(x, w, target, memory_budget=budget), (x, w), torch.tensor(up))
+    counted = target != -100
+    assert not found[0][counted].isfinite().any() and not found[1].isfinite().any()
 
 
 @pytest.mark.parametrize("wanted", ["x", "w", "n", "xw", "xn", "wn"])
