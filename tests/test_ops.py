@@ -896,6 +896,22 @@ def test_compiled_head():
         assert all(torch.equal(*pair) for pair in zip(mine_grads, wanted_grads, strict=True))
 
 
+@pytest.mark.parametrize("asked", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_gradient_of_torch_func(reduction, asked):
+    """``torch.compile`` of ``torch.func.grad``, whose class vectors no operation has touched before the loss."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+
+    def loss(x, w, n):
+        out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction)
+        return (out * upstream(out)).sum()
+
+    compiled = torch.compile(grad(loss, asked), fullgraph=True, backend="aot_eager")
+    pairs = zip(compiled(x, w, n), grad(loss, asked)(x, w, n), strict=True)
+    assert all(wanted.norm() > 0 and relative(mine, wanted) < 1e-6 for mine, wanted in pairs)
+
+
 FIRST_CALL = """
     import sys
     import torch
