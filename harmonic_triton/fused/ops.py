@@ -369,7 +369,7 @@ class ForwardFunction(torch.autograd.Function):
         return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, need)
 
 
-_IN_BATCHES = torch._C._parse_dispatch_key("Batched")  # of tensors that ``is_grads_batched`` hands in: not torch.func's
+_IN_BATCHES = "Batched"  # the dispatch key of tensors that ``is_grads_batched`` hands in: not torch.func's
 
 
 def _last_backward(g: Tensor) -> bool:

@@ -53,7 +53,7 @@ class Terms(NamedTuple):
             return terms
         limit = torch.finfo(table.dtype).max / 32  # what is multiplied by more is 0
         scale, target, rival, on_x, on_center = (term * g for term in terms[:5])
-        scale = scale.clamp(-limit, limit) + 0 * g  # NaN where g is no number to multiply by: a gradient scaler must see it
+        scale = scale.clamp(-limit, limit) + 0 * g  # NaN where g is not finite: a gradient scaler must see it
         return cls(scale, target, rival, on_x, on_center, terms.far)
 
 
