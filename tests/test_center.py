@@ -93,3 +93,20 @@ def test_a_common_mean_costs_no_digits(mean, dtype, function, reduction, budget)
         assert abs(loss.double() - truth.loss.sum()) <= truth.loss_bound.sum()
         truth.check_rows("dX", leaves[0].grad, truth.dx, truth.dx_bound)
         truth.check_rows("dW", leaves[1].grad, truth.dw, truth.dw_bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_below_the_floor_beside_a_common_mean(dtype):
+    """The floor is of the norms as they are, whatever was taken from the vectors: every class keeps it, not the rival alone."""
+    generator = torch.Generator().manual_seed(0)
+    offset = 1e6 * torch.randn(2, generator=generator, dtype=torch.float64)
+    w, x = (
+        (scale * torch.randn(count, 2, generator=generator, dtype=torch.float64) + offset).to(dtype)
+        for scale, count in ((1.0, 300), (0.5, 50))
+    )
+    target = torch.randint(300, (50,), generator=generator)
+    found, wanted = (
+        ht.linear_harmonic_loss(x, w, target, reduction="none", backend=backend).double()
+        for backend in ("torch", "reference")
+    )
+    assert ((found - wanted).abs() <= 1e-6 * wanted).all()

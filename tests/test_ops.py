@@ -8,6 +8,7 @@ the gradients themselves. Upstream gradients vary from token to token, or are 0.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import fresh
@@ -163,17 +164,31 @@ def test_gradcheck(reduction, option):
     assert torch.autograd.gradcheck(loss, (x, w, n), **GRADCHECK)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("budget", [None, 150])  # few tokens; several chunks
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("option", ["plain", "label_smoothing"])
-def test_batched_upstream_gradients(reduction, option):
+def test_batched_upstream_gradients(reduction, option, budget, keep):
     """``is_grads_batched``, as ``torch.autograd.functional.jacobian(vectorize=True)`` uses it: a loop's gradients."""
     x, w, target, n = inputs(dtype=torch.float32)
-    out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction, **OPTIONS[option])
+    options = {"reduction": reduction, "memory_budget": budget, **OPTIONS[option]}
+    out = ht.linear_harmonic_loss(x, w, target, n=n, **options)
     ups = torch.stack([upstream(out), upstream(out).flip(0) if out.dim() else 2 * upstream(out)])
-    batched = torch.autograd.grad(out, (x, w, n), ups, is_grads_batched=True, retain_graph=True)
-    for i, up in enumerate(ups):
-        wanted = torch.autograd.grad(out, (x, w, n), up, retain_graph=True)
-        assert all(relative(mine[i], value) < 1e-6 for mine, value in zip(batched, wanted, strict=True))
+    wanted = [torch.autograd.grad(out, (x, w, n), up, retain_graph=True) for up in ups]
+    batched = torch.autograd.grad(out, (x, w, n), ups, is_grads_batched=True, retain_graph=keep)
+    for i, single in enumerate(wanted):
+        assert all(relative(mine[i], value) < 1e-6 for mine, value in zip(batched, single, strict=True))
+
+
+@pytest.mark.parametrize("up", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("budget", [None, 150])
+@pytest.mark.parametrize("loss", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+def test_an_upstream_gradient_that_is_no_number_leaves_none(loss, budget, up):
+    """A gradient scaler that overflowed finds it in every gradient."""
+    x, w, target, _ = inputs(dtype=torch.float32)
+    found = torch.autograd.grad(loss(x, w, target, memory_budget=budget), (x, w), torch.tensor(up))
+    counted = target != -100
+    assert not found[0][counted].isfinite().any() and not found[1].isfinite().any()
 
 
 @pytest.mark.parametrize("wanted", ["x", "w", "n", "xw", "xn", "wn"])
@@ -879,6 +894,22 @@ def test_compiled_head():
     for (mine, mine_grads), (wanted, wanted_grads) in (losses, logits):
         assert torch.equal(mine, wanted)
         assert all(torch.equal(*pair) for pair in zip(mine_grads, wanted_grads, strict=True))
+
+
+@pytest.mark.parametrize("asked", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_gradient_of_torch_func(reduction, asked):
+    """``torch.compile`` of ``torch.func.grad``, whose class vectors no operation has touched before the loss."""
+    x, w, target, n = (tensor.detach() for tensor in inputs(dtype=torch.float32))
+
+    def loss(x, w, n):
+        out = ht.linear_harmonic_loss(x, w, target, n=n, reduction=reduction)
+        return (out * upstream(out)).sum()
+
+    compiled = torch.compile(grad(loss, asked), fullgraph=True, backend="aot_eager")
+    pairs = zip(compiled(x, w, n), grad(loss, asked)(x, w, n), strict=True)
+    assert all(wanted.norm() > 0 and relative(mine, wanted) < 1e-6 for mine, wanted in pairs)
 
 
 FIRST_CALL = """

@@ -74,6 +74,8 @@ def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
         options = replace(options, num_items=ops.positive(options.num_items, "num_items must be finite and > 0"))
     n = exponent_tensor(options.n, input.shape[-1], input.device, dtype) if harmonic else None
     x, w, class_weight = input.reshape(-1, input.shape[-1]), linear_weight, options.class_weight
+    if torch.compiler.is_compiling():
+        w = w.view_as(w)  # dynamo does not see that torch.func.grad differentiates what is no operation's result
     if backend != "reference":
         x, w, n, class_weight = ops.without_tangents(x, w, n, class_weight)
     smooth_weight = None

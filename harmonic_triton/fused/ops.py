@@ -369,9 +369,14 @@ class ForwardFunction(torch.autograd.Function):
         return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, need)
 
 
-def _last_backward() -> bool:
-    """Whether the graph is not kept and nothing traces or transforms this backward pass: nobody comes after it."""
+_IN_BATCHES = "Batched"  # the dispatch key of tensors that ``is_grads_batched`` hands in: not torch.func's
+
+
+def _last_backward(g: Tensor) -> bool:
+    """Whether the graph is not kept and nothing traces, transforms or repeats this backward pass: nobody comes after it."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._dispatch_keys(g).has(_IN_BATCHES):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -404,7 +409,7 @@ class ForwardBackwardFunction(torch.autograd.Function):
         need = _needed(ctx)
         if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
             raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
-        finishing = Finishing(rival, g, _last_backward())
+        finishing = Finishing(rival, g, _last_backward(g))
         dx, dw = torch.ops.harmonic_triton.finish(*operands, *unfinished, *finishing, *ctx.problem, *need)
         dx, dw, dn = _first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None)
         return _slots(ctx.arguments, dx, dw, dn, need)

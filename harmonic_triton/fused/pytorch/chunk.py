@@ -53,7 +53,8 @@ class Terms(NamedTuple):
             return terms
         limit = torch.finfo(table.dtype).max / 32  # what is multiplied by more is 0
         scale, target, rival, on_x, on_center = (term * g for term in terms[:5])
-        return cls(scale.clamp(-limit, limit), target, rival, on_x, on_center, terms.far)
+        scale = scale.clamp(-limit, limit) + 0 * g  # NaN where g is not finite: a gradient scaler must see it
+        return cls(scale, target, rival, on_x, on_center, terms.far)
 
 
 def part(values: Any, tile: slice | Tensor) -> Any:

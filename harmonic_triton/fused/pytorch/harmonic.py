@@ -40,8 +40,11 @@ class HarmonicChunk(Chunk):
         self.products(centered * column_of(-2 * inverse, dtype))
         self.inverse = column_of(inverse, dtype)
         self.shift = column_of((self.x_sq - reference) * inverse, dtype)
-        # below this the expansion is rounding noise
-        self.noise = column_of(at_least(self.x_sq * inverse, 1.0) * noise_share(dtype) - 1.0, dtype)
+        # below this the expansion is rounding noise; the floor is that of classes as near as it, of x's own norm
+        x_sq = self.x_sq if head.center is None else squared_norms(self.exact_x)
+        floor = (2 * NEAREST_SHARE * x_sq + NEAREST_SQ) * inverse
+        noise = at_least(at_least(self.x_sq * inverse, 1.0) * noise_share(dtype), floor)
+        self.noise = column_of(noise - 1.0, dtype)
         # Far from both, sum_j A_j cancels: there it is taken in its r-form and the class vectors without x.
         self.far = self.by_target & (self.target_sq > self.norms_of(target))
         self.some_far = per_token.any_of(self.far)
