@@ -40,6 +40,26 @@ def call(x, w, target, g=None, **options):
     return loss.detach(), *torch.autograd.grad(loss, (x, w), torch.ones_like(loss) if g is None else g)
 
 
+@pytest.mark.parametrize("which", ["one class", "expanded tokens", "overlapping tokens"])
+@pytest.mark.parametrize("strategy", ["recompute", "one pass"])
+def test_strides_that_no_descriptor_is_told_of(strategy, which):
+    """A single row whose stride is 1, rows on top of each other: the numbers of a copy, to the bit."""
+    x, w, target = (tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in inputs(width=64))
+    if which == "one class":
+        w, target = w[:1].as_strided((1, 64), (1, 1)), torch.zeros_like(target)
+    else:
+        x = x[:1].expand(6, 64) if which == "expanded tokens" else x.as_strided((6, 64), (16, 1))
+    found = []
+    for operands in ((x, w), (x.contiguous(), w.clone(memory_format=torch.contiguous_format).reshape(len(w), 64))):
+        aligned = [_launch._aligned(operand) for operand in operands]
+        assert all(len(one) == 1 or one.stride(0) >= 64 for one in aligned)
+        leaves = [operand.detach().requires_grad_() for operand in operands]
+        with strategies.force(strategy):
+            loss = ht.linear_harmonic_loss(*leaves, target, reduction="sum", backend="triton")
+        found.append((loss, *torch.autograd.grad(loss, leaves, torch.full_like(loss, -0.3))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # Whole tiles and a last tile with a class that is nobody's target; a target that is bad itself.
 @pytest.mark.parametrize("where", ["first", "last", "target"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])
