@@ -40,6 +40,46 @@ def call(x, w, target, g=None, **options):
     return loss.detach(), *torch.autograd.grad(loss, (x, w), torch.ones_like(loss) if g is None else g)
 
 
+@pytest.mark.parametrize("which", ["one class", "expanded tokens", "overlapping tokens"])
+@pytest.mark.parametrize("strategy", ["recompute", "one pass"])
+def test_strides_that_no_descriptor_is_told_of(strategy, which):
+    """A single row whose stride is 1, rows on top of each other: the numbers of a copy, to the bit."""
+    x, w, target = (tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in inputs(width=64))
+    if which == "one class":
+        w, target = w[:1].as_strided((1, 64), (1, 1)), torch.zeros_like(target)
+    else:
+        x = x[:1].expand(6, 64) if which == "expanded tokens" else x.as_strided((6, 64), (16, 1))
+    found = []
+    for operands in ((x, w), (x.contiguous(), w.clone(memory_format=torch.contiguous_format).reshape(len(w), 64))):
+        aligned = [_launch._aligned(operand) for operand in operands]
+        assert all(len(one) == 1 or one.stride(0) >= 64 for one in aligned)
+        leaves = [operand.detach().requires_grad_() for operand in operands]
+        with strategies.force(strategy):
+            loss = ht.linear_harmonic_loss(*leaves, target, reduction="sum", backend="triton")
+        found.append((loss, *torch.autograd.grad(loss, leaves, torch.full_like(loss, -0.3))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e7])
+@pytest.mark.parametrize("strategy", ["recompute", "one pass"])
+def test_the_rival_leaves_no_noise_far_from_all_classes(strategy, scale):
+    """Gaps of 1/scale, and few classes: what the rival adds to their sum and loses again must not multiply x."""
+    generator = torch.Generator().manual_seed(3)
+    w, x = (torch.randn(rows, 64, generator=generator).bfloat16().to(DEVICE) for rows in (3, 9))
+    x, target = x * scale, torch.randint(3, (9,), generator=generator).to(DEVICE)
+    leaf, truth = x.clone().requires_grad_(), x.double().requires_grad_()
+    with strategies.force(strategy):
+        loss = ht.linear_harmonic_loss(
+            leaf, w.clone().requires_grad_(), target, n=8.0, reduction="sum", backend="triton"
+        )
+    (dx,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, -0.75 * scale))
+    exact = reference.linear_harmonic_loss(truth, w.double(), target, n=8.0, reduction="sum")
+    (wanted,) = torch.autograd.grad(exact, truth, torch.full_like(exact, -0.75 * scale))
+    assert (
+        (dx.double() - wanted).norm(dim=1) <= 2.0**-7 * wanted.norm(dim=1)
+    ).all()  # A and dX are rounded by 2^-9 each
+
+
 # Whole tiles and a last tile with a class that is nobody's target; a target that is bad itself.
 @pytest.mark.parametrize("where", ["first", "last", "target"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])

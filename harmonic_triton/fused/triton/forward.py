@@ -277,7 +277,8 @@ def finish_kernel(
         if not DOT:
             plain = partial_sums(a_sums_ptr, rows, N, COL_TILES, BLOCK_N)
             by_gap = partial_sums(a_sums_ptr + tl.full((), 1, tl.int64) * COL_TILES * N, rows, N, COL_TILES, BLOCK_N)
-            by_gap -= (rival_a * (nearest - 1.0)).to(tl.float64)
+            gap = (s_r - s_c) / s_c  # nearest - 1 has lost the digits of a small one, which matter far from all classes
+            by_gap -= rival_a.to(tl.float64) * tl.where(tl.abs(gap) < 0.5, gap, (nearest - 1.0).to(tl.float64))
             tl.store(by_gap_ptr + rows, tl.where(no_rival, 0.0, by_gap).to(tl.float32), mask=inside)
         plain = tl.where(no_rival, 0.0, plain - rival_a.to(tl.float64))
         tl.store(plain_ptr + rows, plain.to(tl.float32), mask=inside)

@@ -92,11 +92,13 @@ class Launch:
 def _aligned(operand: Tensor) -> Tensor:
     """(M, D) itself, or a copy padded with zero features where its rows are not ALIGNED.
 
-    A transposed operand stays as it is, however far apart its features are: its rows are next to each other.
+    A transposed operand stays as it is, however far apart its features are: its rows are next to each other. Descriptors
+    are told of no rows that overlap, as those of an expanded operand do, and of no stride of 1, which a single row may have.
     """
     rows, width = operand.shape
-    by_rows = operand.stride(1) == 1 and operand.stride(0) % ALIGNED == 0
-    if (by_rows or operand.stride(0) == 1) and width % ALIGNED == 0 and operand.data_ptr() % 16 == 0:
+    by_rows = operand.stride(1) == 1 and operand.stride(0) % ALIGNED == 0 and operand.stride(0) >= width
+    by_columns = operand.stride(0) == 1 and operand.stride(1) > 1
+    if (by_rows or by_columns) and width % ALIGNED == 0 and operand.data_ptr() % 16 == 0:
         return operand
     padded = operand.new_zeros(rows, triton.cdiv(width, ALIGNED) * ALIGNED)
     padded[:, :width] = operand
