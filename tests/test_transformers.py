@@ -152,6 +152,23 @@ def test_lazy_logits_have_their_gradient():
     assert_close(got, gradients(other), 1e-6)
 
 
+def test_logits_of_other_weights_are_refused():
+    """After a step, or outside of functional_call, they would be those of no forward pass."""
+    model, given = patched("llama").train(), batch()
+    output, early = model(**given), model(**given)
+    wanted = model(input_ids=given["input_ids"]).logits
+    formed = early.logits.detach().clone()
+    output.loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        output.logits.argmax(-1)
+    assert torch.equal(formed, wanted) and torch.equal(early.logits, wanted)
+    weights = {name: value.detach() + 1.0 for name, value in model.named_parameters()}
+    outside = torch.func.functional_call(model, weights, kwargs=given)
+    with pytest.raises(RuntimeError, match="no longer those"):
+        outside.logits.sum()
+
+
 def test_positions_of_the_output():
     model, given = patched("gpt2"), batch()
     output = model(**given)
