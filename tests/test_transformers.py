@@ -1,10 +1,12 @@
 """``integrations.transformers``: loss, gradients, sampling and files of patched models."""
 
 import copy
+import functools
 import json
 import pickle
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -148,6 +150,23 @@ def test_lazy_logits_have_their_gradient():
     other = patched("llama")
     other(input_ids=given["input_ids"]).logits.square().mean().backward()
     assert_close(got, gradients(other), 1e-6)
+
+
+def test_logits_of_other_weights_are_refused():
+    """After a step, or outside of functional_call, they would be those of no forward pass."""
+    model, given = patched("llama").train(), batch()
+    output, early = model(**given), model(**given)
+    wanted = model(input_ids=given["input_ids"]).logits
+    formed = early.logits.detach().clone()
+    output.loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        output.logits.argmax(-1)
+    assert torch.equal(formed, wanted) and torch.equal(early.logits, wanted)
+    weights = {name: value.detach() + 1.0 for name, value in model.named_parameters()}
+    outside = torch.func.functional_call(model, weights, kwargs=given)
+    with pytest.raises(RuntimeError, match="no longer those"):
+        outside.logits.sum()
 
 
 def test_positions_of_the_output():
@@ -493,6 +512,11 @@ class Bare(transformers.LlamaModel):
     pass
 
 
+def masked_model():
+    """The labels of its loss are not shifted: to shift them would be another loss, and none would notice."""
+    return transformers.EuroBertForMaskedLM(transformers.EuroBertConfig(**SIZES))
+
+
 def replaced(model, name, module):
     setattr(model, name, module)
     return model
@@ -515,6 +539,7 @@ def replaced(model, name, module):
         (lambda: replaced(build("llama"), "loss_function", print), TypeError, "has been given a loss function"),
         (lambda: replaced(build("llama"), "forward", print), TypeError, "forward has been replaced"),
         (lambda: replaced(build("llama"), "_tp_size", 2), TypeError, "without tp_plan"),
+        (masked_model, TypeError, "ForMaskedLMLoss, which does not shift"),
         (lambda: patched("llama"), ValueError, "is patched already, otherwise"),
         (lambda: apply_harmonic_loss(build("llama"), mode="cross_entropy"), ValueError, "is patched already"),
     ],
@@ -554,6 +579,28 @@ def test_a_head_that_is_exchanged():
         patched("llama").loss_function = print
     with pytest.raises(TypeError, match="without tp_plan"):
         replaced(patched("llama"), "_tp_size", 2)(**given)
+    with pytest.raises(TypeError, match="ForMaskedLMLoss"):
+        config = harmonic_class(transformers.EuroBertForMaskedLM).config_class(**SIZES)
+        config.harmonic_loss = {"n": N}
+        harmonic_class(transformers.EuroBertForMaskedLM)(config)
+
+
+@pytest.mark.parametrize("mode", ["harmonic", "cross_entropy"])
+def test_a_forward_that_takes_the_loss_away_is_refused(mode):
+    """As Liger's kernels put it on a model when Trainer is told to use them. One that wraps the model's own may stand."""
+    model, given = apply_harmonic_loss(build("llama"), mode=mode), batch()
+    wanted = model(**given).loss
+
+    def other(self, input_ids=None, labels=None, **_):
+        return type(self).patched_from.forward(self, input_ids=input_ids)
+
+    with pytest.raises(TypeError, match="use_liger_kernel=False"):
+        model.forward = types.MethodType(other, model)
+    assert torch.equal(model(**given).loss, wanted)
+    own = type(model).forward
+    model.forward = types.MethodType(functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs)), model)
+    model.forward = functools.update_wrapper(functools.partial(own, model), model.forward)
+    assert torch.equal(model(**given).loss, wanted)
 
 
 def test_weights_of_cross_entropy_warn(tmp_path):

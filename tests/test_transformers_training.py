@@ -108,6 +108,21 @@ def test_a_trainer_evaluates_saves_and_goes_on(tmp_path):
     assert rest[-4:] == pytest.approx(whole, rel=1e-6) and half == pytest.approx(whole[:2], rel=1e-6)
 
 
+def test_a_model_that_accelerate_gives_back():
+    """Without its wrapper for 16 bits it has its own forward, and the loss with it."""
+    accelerate = pytest.importorskip("accelerate")
+    model, given = patched("llama"), batch()
+    wanted = model(**given).loss
+    forget = accelerate.state.AcceleratorState._reset_state  # a process has one precision, once and for all
+    forget(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
+    assert torch.allclose(prepared(**given).loss, wanted, rtol=0.05)
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    forget(reset_partial_state=True)
+    assert torch.equal(model(**given).loss, wanted)
+
+
 def test_a_label_smoother_shifts(tmp_path):
     """Trainer's own smoothing takes the logits and decides by the class's name whether labels are to be shifted."""
     pytest.importorskip("accelerate")

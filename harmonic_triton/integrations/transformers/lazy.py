@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from harmonic_triton.integrations.transformers.head import LossHead
-from harmonic_triton.integrations.transformers.transform import Transform
+from harmonic_triton.integrations.transformers.transform import Transform, version
 
 _ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_meta",
                "is_sparse", "is_nested", "is_quantized")  # fmt: skip
@@ -26,6 +26,7 @@ class LazyLogits(Tensor):
     _head: LossHead
     _input: Tensor
     _transform: Transform
+    _weight: tuple[Tensor | None, int]
     _formed: Tensor | None
 
     @staticmethod
@@ -36,6 +37,7 @@ class LazyLogits(Tensor):
             LazyLogits, (*input.shape[:-1], head.weight.shape[0]), dtype=dtype, device=input.device
         )
         lazy._head, lazy._input, lazy._transform, lazy._formed = head, input, transform, None
+        lazy._weight = _state_of(head)
         return lazy
 
     def form(self) -> Tensor:
@@ -43,6 +45,13 @@ class LazyLogits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if self._formed is not None:
                 return self._formed
+            (weight, count), (now, count_now) = self._weight, _state_of(self._head)
+            if weight is not now or count != count_now:
+                raise RuntimeError(
+                    "logits beside a loss are formed when they are used, and the class vectors are no longer those of the forward"
+                    " pass: use them before the optimizer's step (output.logits.detach().clone() forms them), or call the model"
+                    " without labels"
+                )
             try:
                 formed = self._transform(self._head(self._input)).to(self.dtype)
             except TypeError as error:  # which a binary operator would take for "not my business"
@@ -73,3 +82,9 @@ class LazyLogits(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, device={self.device}): formed when used"
+
+
+def _state_of(head: LossHead) -> tuple[Tensor | None, int]:
+    """The weight that a head has, and how often it was written to; None where it lies elsewhere or is formed in every use."""
+    weight = head._parameters.get("weight")
+    return (None, 0) if weight is None or weight.is_meta else (weight, version(weight))

@@ -123,6 +123,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
         base.__init__(self, config, *args, **kwargs)
         loss = dict(getattr(config, ATTRIBUTE)) if mode == "harmonic" else {}
         settings = {name: loss.pop(name) for name in ("n", "eps") if name in loss}
+        _is_causal(self)
         _adopt(self.get_output_embeddings(), mode, settings, loss)
 
     @functools.wraps(base.forward)
@@ -131,6 +132,20 @@ def _patched_class(base: Any, mode: Mode) -> Any:
         if labels is None and mode == "cross_entropy":
             return base.forward(self, *args, **kwargs)
         return run(self, base.forward, labels is not None, args, kwargs)
+
+    del forward.__wrapped__  # accelerate would put it back in place of this one, where it takes off its own wrappers
+    vars(forward)["__signature__"] = inspect.signature(base.forward)
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "forward":
+            inner = inspect.unwrap(value)
+            if getattr(inner, "__func__", inner) is not forward:
+                raise TypeError(
+                    "the model's forward would be replaced by one that does not wrap it, and the loss with it (Liger's kernels do"
+                    " so: use_liger_kernel=False, or fused_linear_cross_entropy=False in its configuration); a wrapper says what"
+                    " it wraps by functools.wraps"
+                )
+        base.__setattr__(self, name, value)
 
     def set_output_embeddings(self: Any, new: Any) -> None:
         old = heads_of(self)[0]
@@ -153,6 +168,7 @@ def _patched_class(base: Any, mode: Mode) -> Any:
         "__doc__": base.__doc__,
         "__init__": build,
         "__reduce_ex__": reduce,
+        "__setattr__": set_attribute,
         "config_class": config_class(base) if mode == "harmonic" else base.config_class,
         "forward": forward,
         "loss_function": property(loss_function, no_other),
@@ -240,6 +256,7 @@ def _checked(model: Any) -> Any:
             )
         )
     _computes_loss(base)
+    _is_causal(model)
     if "_loss_function" in vars(model):
         raise TypeError("the model has been given a loss function; delete it first (del model._loss_function)")
     for name, module in (("model", model), ("output embedding", head)):
@@ -261,6 +278,17 @@ def _computes_loss(base: Any) -> None:
         raise TypeError(
             f"{base.__name__} computes its loss within its forward pass, or none; only models that call"
             " self.loss_function can be patched"
+        )
+
+
+def _is_causal(model: Any) -> None:
+    """Raise where a model's own loss is another than that of a causal language model, whose labels are shifted."""
+    losses = transformers.modeling_utils.LOSS_MAPPING
+    own = losses.get(model.loss_type, losses["ForCausalLM"])
+    if own is not losses["ForCausalLM"]:
+        raise TypeError(
+            f"the loss of {type(model).__name__} is {own.__name__}, which does not shift its labels as that of a causal language"
+            " model does; only causal language models can be patched"
         )
 
 
