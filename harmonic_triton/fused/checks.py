@@ -24,12 +24,12 @@ def known(target: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 def check_values(target: Tensor, classes: int, ignore_index: int, n: Tensor | None) -> None:
     """The checks that need values: at once on the CPU, by a device-side assert on a GPU."""
-    _check_targets(target, known(target, classes, ignore_index), classes, ignore_index)
+    check_targets(target, known(target, classes, ignore_index), classes, ignore_index)
     if n is not None:
         check_exponent(n)
 
 
-def _check_targets(target: Tensor, ok: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets(target: Tensor, ok: Tensor, classes: int, ignore_index: int) -> None:
     if target.device.type != "cpu":
         torch._assert_async(ok.all(), "harmonic_triton: target out of range")
     elif not bool(ok.all()):

@@ -106,13 +106,14 @@ def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> S
 
 
 def direct(problem: Problem, operands: Operands) -> bool:
-    """Whether the torch backend forms loss and gradients of every entry directly, in fp64: where nothing but the entries' number
-    would be gained by products, and no sums over the classes are asked for."""
+    """Whether the torch backend measures every class of a mean or sum directly: of so few entries, products save nothing."""
     x = operands.x
     return (
-        x.device.type == "cpu" and x.dtype != torch.float64 and not problem.budget
-        and not (problem.want_scores or operands.smoothing) and x.numel() * operands.w.shape[0] <= DIRECT_ENTRIES
-    )  # fmt: skip
+        x.device.type == "cpu"
+        and x.dtype != torch.float64
+        and not (problem.budget or operands.smoothing)
+        and x.numel() * operands.w.shape[0] <= DIRECT_ENTRIES
+    )
 
 
 def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:

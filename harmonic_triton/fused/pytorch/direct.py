@@ -38,14 +38,19 @@ def forward_backward(
     others = np.exp(z - best[:, None])
     nll = np.logaddexp(best + np.log(others.sum(1)), 0.0)
     rival = np.where(rival_score == -math.inf, target, rival)
-    empty = [operands.x.new_empty(0, dtype=dtype) for _ in range(6)]
+    to_prob = np.exp(best - nll)[:, None]
+    sums = [operands.x.new_empty(0, dtype=dtype) for _ in range(4 if problem.want_scores else 6)]
+    if problem.want_scores:
+        p = others * to_prob
+        mean = np.where(p == 0, 0.0, p * z).sum(1)
+        sums = [tensor_of(mean, dtype), tensor_of(nll - mean, dtype), *sums]
     results = TokenResults._make(
-        [tensor_of(nll, dtype), *empty, tensor_of(target_ref, dtype), tensor_of(rival_score, dtype),
+        [tensor_of(nll, dtype), *sums, tensor_of(target_ref, dtype), tensor_of(rival_score, dtype),
          torch.from_numpy(rival)]
     )  # fmt: skip
     upstream = upstream_of(results, weights, problem.mix, z.shape[1])
     g = values_of(upstream.nll)
-    coefficients = others * (g * np.exp(best - nll))[:, None]
+    coefficients = others * (g[:, None] * to_prob)
     coefficients[every, target] = g * np.expm1(-nll)
     if upstream.target_ref is not None:
         coefficients[every, target] += values_of(upstream.target_ref)
@@ -80,14 +85,12 @@ def _distances(operands: Operands, eps: float, target: Array, every: Array) -> t
     if at_floor is not None:
         factor[at_floor] = 0.0
     if on_target.any():  # nobody else has a share there, or a class at the same place has half
-        assert at_floor is not None or not on_target.any()
-        for i in on_target.nonzero()[0]:
-            there = at_floor[i] & (np.arange(len(w)) != target[i])
-            finite = ~np.isnan(z[i])
-            z[i, finite] = -math.inf
-            if there.any():
-                z[i, there.argmax()] = 0.0
-            factor[i] = 0.0
+        z[on_target] = np.where(np.isnan(z[on_target]), math.nan, -math.inf)
+        factor[on_target] = 0.0
+        if at_floor is not None:
+            at_floor[every, target] = False
+            twin = on_target & at_floor.any(1)
+            z[twin, at_floor.argmax(1)[twin]] = 0.0
     return z, target_ref, apart, factor
 
 
