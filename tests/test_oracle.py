@@ -171,12 +171,13 @@ def test_three_coinciding_classes(backend, away):
 @pytest.mark.parametrize("entries", ["measured directly", "by chunks"])
 @pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("n", [1.0, 28.0, None])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_weighted_sum_in_both_forms(place, n, tokens, entries, monkeypatch):
+def test_a_weighted_sum_in_both_forms(place, dtype, n, tokens, entries, monkeypatch):
     """Gradients formed in the forward pass, with an upstream gradient of their own: few entries and many, one token and several."""
     if entries == "by chunks":
         monkeypatch.setattr(strategy, "DIRECT_ENTRIES", 0)
-    x, w, target, g = inputs(tokens, 24, 30, torch.float32, place)
+    x, w, target, g = inputs(tokens, 24, 30, DTYPES[dtype], place)
     exponent = None if n is None else torch.tensor(n)
     operands, wanted = Operands(x, w, target, exponent, None), Wanted(True, True, False)
     problem = Problem(0.0, 0.0, -100, n is not None, "torch", 0)

@@ -101,11 +101,12 @@ def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options
         divisor = items.to(valid.device, dtype) if isinstance(items, Tensor) else items
     elif options.reduction == "mean":
         total = token.sum()
-        divisor = torch.where(total == 0, 1.0, total)
+        divisor = total + (total == 0)
     smoothing = options.label_smoothing
     smooth = valid * smoothing / divisor if smoothing else None
     log_sum = valid * options.z_loss / divisor if options.z_loss else None
-    return TokenWeights(token * (1 - smoothing) / divisor, smooth, log_sum)
+    nll = token * (1 - smoothing) if smoothing else token
+    return TokenWeights(nll / divisor, smooth, log_sum)
 
 
 def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
