@@ -18,8 +18,8 @@ from typing_extensions import Unpack
 from harmonic_triton._common import validate
 from harmonic_triton._common.precision import compute_dtype, full_fp32
 from harmonic_triton._common.transforms import forward_mode, in_transform
-from harmonic_triton.fused import ops
 from harmonic_triton.fused.call import autocast, exponent_tensor, loss_and_statistics
+from harmonic_triton.fused.checks import positive
 from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ
 from harmonic_triton.fused.options import (
     CROSS_ENTROPY,
@@ -313,7 +313,7 @@ def _checked_head(
 
 def _checked_value(n: float | Tensor | None) -> float | Tensor | None:
     """The same n; a tensor's value is checked, also inside a traced or transformed function."""
-    return ops.positive(n, "n must be a finite harmonic exponent > 0") if isinstance(n, Tensor) else n
+    return positive(n, "n must be a finite harmonic exponent > 0") if isinstance(n, Tensor) else n
 
 
 def _full_products() -> AbstractContextManager[None]:

@@ -11,6 +11,10 @@ from oracle import oracle
 
 from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
 from harmonic_triton import reference as ht_reference
+from harmonic_triton.fused import strategy
+from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
+from harmonic_triton.fused.pytorch import backend as torch_backend
+from harmonic_triton.fused.results import TokenWeights
 
 PLACES = ("far", "near", "very near", "on target", "on another", "near another", "duplicates", "identical pair",
           "hopeless", "zero")  # fmt: skip
@@ -162,6 +166,30 @@ def test_three_coinciding_classes(backend, away):
         assert (loss[target >= 0] - math.log(3)).abs().max() < (
             1e-3 if away == 0.1 else 0.05
         )  # what the other classes add
+
+
+@pytest.mark.parametrize("entries", ["measured directly", "by chunks"])
+@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize("n", [1.0, 28.0, None])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_weighted_sum_in_both_forms(place, dtype, n, tokens, entries, monkeypatch):
+    """Gradients formed in the forward pass, with an upstream gradient of their own: few entries and many, one token and several."""
+    if entries == "by chunks":
+        monkeypatch.setattr(strategy, "DIRECT_ENTRIES", 0)
+    x, w, target, g = inputs(tokens, 24, 30, DTYPES[dtype], place)
+    exponent = None if n is None else torch.tensor(n)
+    operands, wanted = Operands(x, w, target, exponent, None), Wanted(True, True, False)
+    problem = Problem(0.0, 0.0, -100, n is not None, "torch", 0)
+    assert strategy.direct(problem, operands) == (entries == "measured directly")
+    results, unfinished = torch_backend.forward_backward(operands, TokenWeights(g, None, None), problem, wanted)
+    finishing = Finishing(results.rival, torch.tensor(0.75), True)
+    gradients = torch_backend.finish(operands, unfinished, finishing, problem, wanted)
+    oracle(x, w, target, 0.75 * g, n=n).check(results.nll, *gradients)
+    p = torch.log_softmax(ht_reference.log_scores(x, w, target.clamp_min(0), n)[0], 1).exp() if n else None
+    if p is not None and place in ("far", "near"):
+        entropy = torch.where(target < 0, 0.0, -(p * p.log()).sum(1))
+        assert (results.entropy - entropy).abs().max() < 1e-4
 
 
 # --- cross-entropy ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from harmonic_triton._common import validate
 from harmonic_triton._common.dispatch import resolve
 from harmonic_triton._common.precision import compute_dtype
 from harmonic_triton._common.transforms import requires_grad
-from harmonic_triton.fused import ops, strategy
+from harmonic_triton.fused import checks, ops, strategy
 from harmonic_triton.fused.options import Options
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
 from harmonic_triton.fused.results import TokenResults, TokenWeights, token_losses
@@ -71,7 +71,7 @@ def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
     if shift:
         labels = F.pad(labels[..., shift:], (0, shift), value=options.ignore_index)
     if isinstance(options.num_items, Tensor):
-        options = replace(options, num_items=ops.positive(options.num_items, "num_items must be finite and > 0"))
+        options = replace(options, num_items=checks.positive(options.num_items, "num_items must be finite and > 0"))
     n = exponent_tensor(options.n, input.shape[-1], input.device, dtype) if harmonic else None
     x, w, class_weight = input.reshape(-1, input.shape[-1]), linear_weight, options.class_weight
     if torch.compiler.is_compiling():
@@ -103,11 +103,12 @@ def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options
         divisor = items.to(valid.device, dtype) if isinstance(items, Tensor) else items
     elif options.reduction == "mean":
         total = token.sum()
-        divisor = torch.where(total == 0, 1.0, total)
+        divisor = total + (total == 0)
     smoothing = options.label_smoothing
     smooth = valid * smoothing / divisor if smoothing else None
     log_sum = valid * options.z_loss / divisor if options.z_loss else None
-    return TokenWeights(token * (1 - smoothing) / divisor, smooth, log_sum)
+    nll = token * (1 - smoothing) if smoothing else token
+    return TokenWeights(nll / divisor, smooth, log_sum)
 
 
 def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -127,8 +128,8 @@ def _run_reference(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss by the dense fp64 form."""
     x, w, target, n, _ = call.operands
     eps, ignore_index, options = call.problem.eps, call.problem.ignore_index, call.options
-    ops.check_values(target, len(w), ignore_index, n)
-    target, bad = ops.inside(target, len(w), ignore_index)
+    checks.check_values(target, len(w), ignore_index, n)
+    target, bad = checks.inside(target, len(w), ignore_index)
     common: dict[str, Any] = {
         "class_weight": options.class_weight, "ignore_index": ignore_index, "reduction": options.reduction,
         "num_items": options.num_items, "label_smoothing": options.label_smoothing,

@@ -141,8 +141,10 @@ def mixed_nll(nll: Tensor, mix: float, classes: int) -> Tensor:
 
 def mixed_slope(nll: Tensor, mix: float, classes: int) -> Tensor | float:
     """d mixed_nll / d nll."""
+    if not mix:
+        return 1.0
     p = torch.exp(-nll)
-    return p / (p + mix / classes) if mix else 1.0
+    return p / (p + mix / classes)
 
 
 def scaled(values: Iterable[Tensor], g: Tensor, last: bool) -> list[Tensor]:
