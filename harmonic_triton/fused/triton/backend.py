@@ -267,6 +267,8 @@ def _recompute(
                 _add_rounded_sums(call, a, center, factors.rounded)
                 _product(a, w[first : first + width], product, add=first > 0)
             if wanted.w:
+                if x.dtype == torch.float16:  # one scale for all tokens: those whose A is 0 may not choose it
+                    right = RightOperand(call, factors.unscale, used & a.any(1), center)
                 slice_w = room_w[: a.shape[1]]
                 columns = None if call.dot else room_columns[: a.shape[1]]
                 right.multiply(a, slice_w, columns, add=False)
