@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import fresh
 
@@ -33,6 +35,16 @@ def test_what_one_leaves_behind_the_next_does_not_see():
     assert before.startswith("False None ")
     assert fresh.run(leaves).returncode == 0
     assert fresh.run(finds).stdout == before
+
+
+def test_neither_random_numbers_nor_the_search_path_are_shared(tmp_path, monkeypatch):
+    """Else a program that forgets its seed would repeat itself, and one would find modules that lie beside a test."""
+    shows = "import sys, torch; print(torch.rand(1).item()); print(sys.path)"
+    monkeypatch.syspath_prepend(tmp_path)
+    (first, path), (second, _) = (fresh.run(shows).stdout.splitlines() for _ in range(2))
+    assert first != second
+    alone = subprocess.run([sys.executable, "-c", shows], cwd=fresh.ROOT, capture_output=True, text=True)
+    assert path == alone.stdout.splitlines()[1]
 
 
 def test_errors_and_signals_are_its_exit_status():
