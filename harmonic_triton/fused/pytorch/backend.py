@@ -111,7 +111,9 @@ def _directly(
             results, dx, dw = direct.forward_backward(operands, weights, problem, wanted)
     else:
         out = _Results(operands, problem)
-        dx, dw = (t.new_zeros(t.shape if asked else 0, dtype=dtype) for t, asked in zip(operands[:2], wanted[:2], strict=True))
+        dx, dw = (
+            t.new_zeros(t.shape if asked else 0, dtype=dtype) for t, asked in zip(operands[:2], wanted[:2], strict=True)
+        )
         if count:
             some = operands._replace(x=operands.x[at], target=operands.target[at])
             with np.errstate(all="ignore"):
