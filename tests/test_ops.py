@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import harmonic_triton as ht
@@ -910,6 +911,29 @@ def test_compiled_gradient_of_torch_func(reduction, asked):
     compiled = torch.compile(grad(loss, asked), fullgraph=True, backend="aot_eager")
     pairs = zip(compiled(x, w, n), grad(loss, asked)(x, w, n), strict=True)
     assert all(wanted.norm() > 0 and relative(mine, wanted) < 1e-6 for mine, wanted in pairs)
+
+
+def test_who_looks_on_sees_operators():
+    """In plain eager mode their bodies run at once; a dispatch mode and the profiler still see the operators, with equal results."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    def step():
+        x, w, target, n = inputs(dtype=torch.float32)
+        loss = ht.linear_harmonic_loss(x, w, target, n=n, backend="torch")
+        return [loss, *torch.autograd.grad(loss, (x, w, n), torch.tensor(0.7))]
+
+    wanted, names = step(), []
+    with Seen():
+        seen = step()
+    with torch.profiler.profile() as profile:
+        profiled = step()
+    for got, seen_names in ((seen, names), (profiled, [event.key for event in profile.key_averages()])):
+        assert {"harmonic_triton::forward_backward", "harmonic_triton::finish"} <= set(seen_names)
+        assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
 
 
 FIRST_CALL = """

@@ -72,13 +72,15 @@ def _distances(operands: Operands, eps: float, target: Array, every: Array) -> t
     target_sq = s[every, target]
     on_target = target_sq == 0
     s[every, target] = 1.0
-    x_sq = torch.linalg.vecdot(x, x).numpy()[:, None]
+    x_sq = np.square(x.numpy()).sum(1)
     at_floor = None
-    if not bool((s > SAFE * x_sq + NEAREST_SQ).all()):
-        floor = NEAREST_SHARE * (x_sq + torch.linalg.vecdot(w.double(), w.double()).numpy()) + NEAREST_SQ
+    if not bool((s.min(1) > SAFE * x_sq + NEAREST_SQ).all()):  # nor where there is a NaN
+        floor = NEAREST_SHARE * (x_sq[:, None] + torch.linalg.vecdot(w.double(), w.double()).numpy()) + NEAREST_SQ
         at_floor = s <= floor
+        at_floor[every, target] = False
         s = np.where(at_floor, floor, s)
-    s[np.isinf(s)] = math.nan  # a vector that is not finite is at no distance
+    if not s.max() < math.inf:
+        s[np.isinf(s)] = math.nan  # a vector that is not finite is at no distance
     factor = -n / s
     z = np.log(s / np.where(on_target, 1.0, target_sq)[:, None]) * (-0.5 * n)
     factor[every, target] = -n / target_sq
@@ -88,7 +90,6 @@ def _distances(operands: Operands, eps: float, target: Array, every: Array) -> t
         z[on_target] = np.where(np.isnan(z[on_target]), math.nan, -math.inf)
         factor[on_target] = 0.0
         if at_floor is not None:
-            at_floor[every, target] = False
             twin = on_target & at_floor.any(1)
             z[twin, at_floor.argmax(1)[twin]] = 0.0
     return z, target_ref, apart, factor
