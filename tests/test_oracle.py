@@ -11,7 +11,6 @@ from oracle import oracle
 
 from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
 from harmonic_triton import reference as ht_reference
-from harmonic_triton.fused import strategy
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
 from harmonic_triton.fused.pytorch import backend as torch_backend
 from harmonic_triton.fused.results import TokenWeights
@@ -168,20 +167,16 @@ def test_three_coinciding_classes(backend, away):
         )  # what the other classes add
 
 
-@pytest.mark.parametrize("entries", ["measured directly", "by chunks"])
 @pytest.mark.parametrize(("tokens", "scale"), [(1, 1.0), (13, 1.0), (13, 1e8)])
 @pytest.mark.parametrize("n", [1.0, 28.0, None])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_weighted_sum_in_both_forms(place, dtype, n, tokens, scale, entries, monkeypatch):
-    """Gradients formed in the forward pass, with an upstream gradient of their own: few entries and many, one token and several."""
-    if entries == "by chunks":
-        monkeypatch.setattr(strategy, "DIRECT_ENTRIES", 0)
+def test_a_weighted_sum(place, dtype, n, tokens, scale):
+    """Coefficients kept by the forward pass, with an upstream gradient of their own: one token and several."""
     x, w, target, g = inputs(tokens, 24, 30, DTYPES[dtype], place, 1.0 if n is None else scale)
     exponent = None if n is None else torch.tensor(n)
     operands, wanted = Operands(x, w, target, exponent, None), Wanted(True, True, False)
     problem = Problem(0.0, 0.0, -100, n is not None, "torch", 0)
-    assert strategy.direct(problem, operands) == (entries == "measured directly")
     results, unfinished = torch_backend.forward_backward(operands, TokenWeights(g, None, None), problem, wanted)
     finishing = Finishing(results.rival, torch.tensor(0.75), True)
     gradients = torch_backend.finish(operands, unfinished, finishing, problem, wanted)

@@ -37,7 +37,6 @@ EPILOGUES = (
 LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of coefficients on a small GPU
 MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 coefficients at once
 TORCH_BUDGET = 64 * 2**20  # bytes of the torch backend's scores: 333 tokens at GPT-2's vocabulary
-DIRECT_ENTRIES = 2**17  # N V D of a call on a CPU whose class vectors are all measured directly
 LINE = 16  # entries in a cache line
 SIDE = 2  # partial sums take at most half a byte (1/SIDE) for each coefficient
 
@@ -96,24 +95,11 @@ def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> S
     if problem.backend == "triton":
         columns = (classes, COLUMNS) if wanted.w and operands.n is not None else (0,)
         return products._replace(tokens=(8, -(-tokens // 4) * 4), columns=columns, center=(width,))
-    if direct(problem, operands):
-        return products
     size = compute_dtype(operands.x.dtype).itemsize
     few = tokens <= torch_chunk(tokens, classes, size, problem.budget)
     if few and (wanted.x or wanted.w):
         return Shapes(tokens=(tokens, TOKEN_FACTORS), scores=(tokens, pitch(classes)), center=(width,))
     return products
-
-
-def direct(problem: Problem, operands: Operands) -> bool:
-    """Whether the torch backend measures every class of a mean or sum directly: of so few entries, products save nothing."""
-    x = operands.x
-    return (
-        x.device.type == "cpu"
-        and x.dtype != torch.float64
-        and not (problem.budget or operands.smoothing)
-        and x.numel() * operands.w.shape[0] <= DIRECT_ENTRIES
-    )
 
 
 def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonic_triton._common.precision import compute_dtype, full_fp32
+from harmonic_triton._common.precision import full_fp32
 from harmonic_triton.fused import strategy
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
-from harmonic_triton.fused.pytorch import direct, pages, per_token
+from harmonic_triton.fused.pytorch import pages, per_token
 from harmonic_triton.fused.pytorch.chunk import EVERY, Chunk, Terms, part
 from harmonic_triton.fused.pytorch.dot import DotChunk
 from harmonic_triton.fused.pytorch.gradients import Gradients
@@ -62,8 +62,6 @@ def forward_backward(
 ) -> tuple[TokenResults, Unfinished]:
     """Results, and of dX and dW of the weighted sum of the losses the coefficients of both products where those are few,
     else both, without the upstream gradient."""
-    if strategy.direct(problem, operands):
-        return _directly(operands, weights, problem, wanted)
     head = Head.of(operands, problem)
     results, gradients = _Results(operands, problem), wanted.x or wanted.w
     shapes = strategy.unfinished_shapes(problem, operands, wanted)
@@ -98,31 +96,6 @@ def forward_backward(
         scores[int(used.sum()) :] = 0
     center = scores.new_zeros(shapes.center) if head.center is None or not keeps else head.center
     return results.all, Unfinished(dx, dw, tokens, scores, dx.new_empty(0), center)
-
-
-def _directly(
-    operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
-) -> tuple[TokenResults, Unfinished]:
-    """The same of a call with few entries."""
-    dtype = compute_dtype(operands.x.dtype)
-    at, count = _tokens(_counted(operands, problem))
-    if count == len(operands.x) and count:
-        with np.errstate(all="ignore"):
-            results, dx, dw = direct.forward_backward(operands, weights, problem, wanted)
-    else:
-        out = _Results(operands, problem)
-        dx, dw = (
-            t.new_zeros(t.shape if asked else 0, dtype=dtype) for t, asked in zip(operands[:2], wanted[:2], strict=True)
-        )
-        if count:
-            some = operands._replace(x=operands.x[at], target=operands.target[at])
-            with np.errstate(all="ignore"):
-                found, dx_part, dw = direct.forward_backward(some, weights.select(at), problem, wanted)
-            out.store(at, found)
-            if wanted.x:
-                dx[at] = dx_part
-        results = out.all
-    return results, Unfinished(dx, dw, *(dx.new_empty(0) for _ in range(4)))
 
 
 def finish(
