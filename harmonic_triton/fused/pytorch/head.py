@@ -70,12 +70,8 @@ class Head:
         )
 
     def _norms(self) -> Tensor:
-        if self.plain:
-            norms: Tensor = torch.linalg.vector_norm(self.w, dim=1).square_()
-            return norms
-        blocks = [torch.linalg.vector_norm(self.block(classes), dim=1) for classes in self.blocks()]
-        together: Tensor = torch.cat(blocks).square_()
-        return together
+        """Each block while it is in cache; ``sum`` adds in pairs, which a norm does not: five roundings fewer in fp64."""
+        return torch.cat([self.block(classes).square().sum(1) for classes in self.blocks()])
 
     @property
     def plain(self) -> bool:
