@@ -8,6 +8,7 @@ not launch a kernel: on a GPU its tensors would be on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -56,7 +57,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def sources() -> str:
+    """A hash of the package: what Inductor keeps of a compiled graph knows an operator's name and not what it returns."""
+    files = sorted((Path(TESTS).parent / "harmonic_triton" / "fused").rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (cache := getattr(config, "cache", None)) is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.mkdir("inductor-" + sources()))
     if config.getoption("--pretend-gpu"):
         import pretend_gpu
 

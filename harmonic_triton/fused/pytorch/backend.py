@@ -12,7 +12,7 @@ from torch import Tensor
 from harmonic_triton._common.precision import full_fp32
 from harmonic_triton.fused import strategy
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
-from harmonic_triton.fused.pytorch import pages, per_token
+from harmonic_triton.fused.pytorch import per_token
 from harmonic_triton.fused.pytorch.chunk import EVERY, Chunk, Terms, part
 from harmonic_triton.fused.pytorch.dot import DotChunk
 from harmonic_triton.fused.pytorch.gradients import Gradients
@@ -67,7 +67,7 @@ def forward_backward(
     shapes = strategy.unfinished_shapes(problem, operands, wanted)
     keeps = len(shapes.scores) > 1
     out = Gradients(head, len(operands.x), Wanted(False, False, False) if keeps else wanted)
-    scores = pages.empty(head.w, *shapes.scores, dtype=head.dtype)
+    scores = head.w.new_empty(shapes.scores, dtype=head.dtype)
     tokens = head.w.new_zeros(shapes.tokens, dtype=head.dtype)
     with _settings():
         used = _counted(operands, problem)
@@ -170,7 +170,7 @@ def _chunks(
     count = -(-tokens // most)
     size = -(-tokens // count)
     tile = min(size, max(1, TILE_ELEMENTS // classes)) if used.device.type == "cpu" else size
-    gap = pages.empty(head.w, size, strategy.pitch(classes), dtype=head.dtype) if room is None else room
+    gap = head.w.new_empty(size, strategy.pitch(classes), dtype=head.dtype) if room is None else room
     kind = HarmonicChunk if head.harmonic else DotChunk
     gap, work = gap[:, :classes], head.w.new_empty(2, tile, classes, dtype=head.dtype)
     for start in range(0, tokens, size):

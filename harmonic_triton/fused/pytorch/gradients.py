@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.problem import Wanted
-from harmonic_triton.fused.pytorch import pages
 from harmonic_triton.fused.pytorch.chunk import Terms
 from harmonic_triton.fused.pytorch.head import Head
 
@@ -21,7 +20,7 @@ class Gradients:
         self.head, self.wanted = head, wanted
         classes, width = head.w.shape
         self.tokens, self.dx = tokens, head.w.new_empty(0, dtype=head.dtype)
-        self.dw = pages.empty(head.w, *((classes, width) if wanted.w else (0,)), dtype=head.dtype)
+        self.dw = head.w.new_empty((classes, width) if wanted.w else (0,), dtype=head.dtype)
         self.first = True
 
     def add(self, at: Tensor | slice, x: Tensor, target: Tensor, rival: Tensor, a: Tensor, terms: Terms) -> None:
