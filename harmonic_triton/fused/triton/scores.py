@@ -160,7 +160,7 @@ def scores_kernel(
                     gap = tl.fma(part_dot, factor[:, None] + zeros, shifted)
                     nearness = tl.maximum(1.0 + gap, least[:, None])
                 counted = ((target - begin)[:, None] != lanes[None, :]) & (lanes < width - begin)[None, :]
-                if DOT:
+                if DOT or UPCAST:  # a maximum drops NaN, but for the interpreter of Triton 3.6
                     counted = counted & valid[:, None]
                 if RECOMPUTE:
                     counted = counted & ((rival - begin)[:, None] != lanes[None, :])
