@@ -29,11 +29,8 @@ COPY = 4.3e12  # bytes a second
 CACHE = 8.2e12  # bytes a second from the L2 cache to the multiprocessors, as the best published product implies
 ISSUE = 132 * 128 * 1.75e9  # instructions of one thread a second
 TILE = (128, 256)  # tokens and classes of a tile
-EPILOGUES = (
-    19.0,
-    26.0,
-    23.0,
-)  # instructions of an entry outside of the product: forward, coefficients, both in one pass
+# instructions of an entry outside of the product: forward, coefficients, both in one pass
+EPILOGUES = (19.0, 26.0, 23.0)
 LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of coefficients on a small GPU
 MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 coefficients at once
 TORCH_BUDGET = 64 * 2**20  # bytes of the torch backend's scores: 333 tokens at GPT-2's vocabulary

@@ -17,6 +17,8 @@ from harmonic_triton.fused.pytorch.per_token import Values, at_least, column_of,
 class HarmonicChunk(Chunk):
     """Gap r_j = s_j/s_ref - 1, log-scores -(n/2) log1p(r_j); the products take s_ref G_j/s_j."""
 
+    measured: tuple[Values, Values] | None = None  # the rivals' distances and floors, where all were measured at once
+
     def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Tensor) -> None:
         super().__init__(head, x, target, gap, work)
         centered, dtype = head.centered(x), x.dtype
@@ -103,7 +105,7 @@ class HarmonicChunk(Chunk):
         self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Tensor | None]
     ) -> Tensor:
         n, s_c = 2 * self.head.half_n, self.target_sq
-        s_r, floor = self.measured if hasattr(self, "measured") else self.rival_distance(self.rival, EVERY)
+        s_r, floor = self.measured or self.rival_distance(self.rival, EVERY)
         skip_rival = (s_r <= floor) | self.no_rival(self.rival, EVERY)
         if self.some_on_target:
             skip_rival = skip_rival | self.on_target
@@ -111,8 +113,7 @@ class HarmonicChunk(Chunk):
         factor = self.off_target(per_token.at_most(at_least(n / self.scale * upstream, -largest), largest))
         a_target = self.off_target(n * g_others / s_c)
         a_rival = where(skip_rival, 0.0, -n * g_rival / s_r)
-        total = torch.cat([part for part in sums if part is not None]) if len(sums) > 1 else sums[0]
-        assert total is not None
+        total = torch.cat([part for part in sums if part is not None])
         on_x, far = -factor * values_of(total[:, :1]), self.far
         if self.some_far:
             far = far & (s_r > self.norms_of(self.rival))

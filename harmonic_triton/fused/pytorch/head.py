@@ -14,9 +14,7 @@ from harmonic_triton.fused.center import center_of
 from harmonic_triton.fused.floors import NormRange
 from harmonic_triton.fused.problem import Operands, Problem
 
-BLOCK_ELEMENTS = (
-    2**18
-)  # of class vectors in one product x @ W.T on a CPU: 1.3 times the rate of the whole width at once
+BLOCK_ELEMENTS = 2**18  # of class vectors in one product x @ W.T on a CPU: they stay in cache
 GPU_BLOCK_ELEMENTS = 2**26  # there a block is what is copied where the class vectors are moved or converted
 MEAN_ROWS = 64  # enough to see that there is no common mean; a center is then not looked for
 MEAN_SHARE = 0.25  # of the median squared norm: a mean below it costs less than half of a digit
@@ -33,9 +31,8 @@ class Head:
     eps: float
     mix: float  # alpha of the uniform mix, for the smoothing term
     smooth_weight: Tensor  # (V,) v_j, empty where there is no smoothing
-    half_n: Any = (
-        0.0  # half of the harmonic exponent: as the other numbers here, on a GPU a tensor () that nobody waits for
-    )
+    # numbers: on a GPU tensors () that nobody waits for
+    half_n: Any = 0.0  # half of the harmonic exponent
     norms: Tensor = field(default_factory=lambda: torch.empty(0))  # (V,) ||w_j - center||^2
     smallest: Any = 0.0  # of the norms
     median: Any = 0.0
@@ -70,7 +67,7 @@ class Head:
         )
 
     def _norms(self) -> Tensor:
-        """Each block while it is in cache; ``sum`` adds in pairs, which a norm does not: five roundings fewer in fp64."""
+        """Each block while it is in cache; ``sum`` adds in pairs, which ``vector_norm`` does not, at the price of digits."""
         return torch.cat([self.block(classes).square().sum(1) for classes in self.blocks()])
 
     @property

@@ -12,11 +12,10 @@ from harmonic_triton.fused.triton.tile import (
     NOISE_SHARE,
     base_of,
     difference_sq,
-    dot_product,
     exp2_of,
     log2_of,
+    measured,
     reference_of,
-    squared_difference,
     target_sq_of,
 )
 
@@ -59,12 +58,12 @@ def geometry_kernel(
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     valid = target >= 0
     if DOT:
-        apart = dot_product(
-            x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
+        apart = measured(
+            x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_D
         )
         tl.store(offset_ptr + rows, (apart * LOG2E).to(tl.float32), mask=rows < N)
     else:
-        apart, target_offset, _, x_sq = difference_sq(
+        apart, target_offset, x_sq = difference_sq(
             x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
         )
         smallest = tl.load(smallest_ptr).to(tl.float64)
@@ -73,9 +72,8 @@ def geometry_kernel(
         scale, shift = reference_of(
             apart, target_offset.to(tl.float64), x_sq.to(tl.float64), smallest, median, largest, eps
         )
-        scale = tl.where(
-            largest == largest, scale, float("nan")
-        )  # a class vector that is not finite shows in every token
+        # a class vector that is not finite shows in every token
+        scale = tl.where(largest == largest, scale, float("nan"))
         scale = tl.where(valid, scale, 1.0).to(tl.float32)
         inverse = 1.0 / scale
         least = tl.maximum(x_sq, scale) * NOISE_SHARE * inverse  # below it the expansion is noise
@@ -162,16 +160,10 @@ def nearest_of(
     for k in range(BLOCK_V // NEAR):
         candidate = (tile + (column - tile) % NEAR + NEAR * k).to(tl.int64)
         counted = (candidate < V) & (candidate != target) & (target >= 0)
-        if DOT:
-            here = dot_product(
-                x_ptr, w_ptr, rows, candidate, counted, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
-            )
-            better = counted & (here > best)
-        else:
-            here = squared_difference(
-                x_ptr, w_ptr, rows, candidate, counted, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
-            )
-            better = counted & (here < best)
+        here = measured(
+            x_ptr, w_ptr, rows, candidate, counted, D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_D
+        )
+        better = counted & ((here > best) if DOT else (here < best))
         rival = tl.where(better, candidate, rival)
         best = tl.where(better, here, best)
     return rival, best

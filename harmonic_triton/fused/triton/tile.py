@@ -77,13 +77,12 @@ def difference_sq(
     x_ptr, w_ptr, rows, index, valid, D, stride_xn, stride_xd, stride_wv, stride_wd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(||x - w_index||^2 in fp64, ||w_index||^2 - 2 x.w_index, ||w_index||^2, ||x||^2), each summed by itself, (BLOCK_N,).
+    """(||x - w_index||^2 in fp64, ||w_index||^2 - 2 x.w_index, ||x||^2), each summed by itself, (BLOCK_N,).
 
     fp64 because far from all classes the rival's and the target's distances differ by less than fp32 resolves.
     """
     apart = tl.zeros((BLOCK_N,), dtype=tl.float64)
     expanded = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    w_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
     x_sq = tl.zeros((BLOCK_N,), dtype=tl.float32)
     features = tl.arange(0, BLOCK_D).to(tl.int64)
     for start in range(0, D, BLOCK_D):
@@ -94,17 +93,16 @@ def difference_sq(
         diff = x.to(tl.float64) - w.to(tl.float64)
         apart += tl.sum(diff * diff, 1)
         expanded += tl.sum(w * (w - 2.0 * x), 1)
-        w_sq += tl.sum(w * w, 1)
         x_sq += tl.sum(x * x, 1)
-    return apart, expanded, w_sq, x_sq
+    return apart, expanded, x_sq
 
 
 @triton.jit
-def squared_difference(
+def measured(
     x_ptr, w_ptr, rows, index, valid, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """||x - w_index||^2 (BLOCK_N,) in fp64."""
+    """||x - w_index||^2, or with DOT x.w_index, (BLOCK_N,) in fp64: of two large ones the difference counts."""
     total = tl.zeros((BLOCK_N,), dtype=tl.float64)
     features = tl.arange(0, BLOCK_D).to(tl.int64)
     for start in range(0, D, BLOCK_D):
@@ -112,22 +110,6 @@ def squared_difference(
         offset = (start + features)[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xn + offset * stride_xd, mask=inside, other=0.0).to(tl.float64)
         w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float64)
-        total += tl.sum((x - w) * (x - w), 1)
-    return total
-
-
-@triton.jit
-def dot_product(
-    x_ptr, w_ptr, rows, index, valid, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """x.w_index (BLOCK_N,) in fp64: of two large logits the difference counts."""
-    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    features = tl.arange(0, BLOCK_D).to(tl.int64)
-    for start in range(0, D, BLOCK_D):
-        inside = valid[:, None] & (features < D - start)[None, :]
-        offset = (start + features)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xn + offset * stride_xd, mask=inside, other=0.0).to(tl.float64)
-        w = tl.load(w_ptr + index[:, None] * stride_wv + offset * stride_wd, mask=inside, other=0.0).to(tl.float64)
-        total += tl.sum(x * w, 1)
+        term = x * w if DOT else (x - w) * (x - w)
+        total += tl.sum(term, 1)
     return total
