@@ -52,15 +52,15 @@ def tensors(**named: Any) -> None:
             raise ValueError(f"{name} is on meta and holds no values; give it some first (to_empty, then initialise)")
 
 
-def features(input: Tensor, linear_weight: Tensor) -> None:
-    """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device."""
+def features(input: Tensor, linear_weight: Tensor, least_rows: int = 1) -> None:
+    """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device; V is at least ``least_rows``."""
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"{name} must be bfloat16, float16, float32 or float64, got {describe(value)}; cast it first"
             )
-    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0 or linear_weight.shape[1] == 0:
-        raise ValueError(f"linear_weight must be (V, D) with V, D >= 1, got {describe(linear_weight)}")
+    if linear_weight.dim() != 2 or linear_weight.shape[0] < least_rows or linear_weight.shape[1] == 0:
+        raise ValueError(f"linear_weight must be (V, D) with V >= {least_rows}, D >= 1, got {describe(linear_weight)}")
     if input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"input must be (..., D) with D = {linear_weight.shape[1]} as in linear_weight"
@@ -203,6 +203,18 @@ def budget(value: Any) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if value is not None and not (whole and 0 < value < 2**63):
         raise ValueError(f"memory_budget must be a positive number of bytes below 2^63, or None, got {describe(value)}")
+
+
+def process_group(group: Any) -> None:
+    """None, or a ProcessGroup of ``torch.distributed`` that this process belongs to."""
+    if group is None:
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be None or a torch.distributed.ProcessGroup, got {describe(group)};"
+            " torch.distributed.new_group() or DeviceMesh.get_group() make one (of a mesh, or of all: dist.group.WORLD)"
+        )
 
 
 def dimension(dim: Any, tensor: Tensor) -> None:
