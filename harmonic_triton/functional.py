@@ -21,7 +21,7 @@ from harmonic_triton._common.transforms import forward_mode, in_transform
 from harmonic_triton.fused.call import autocast, exponent_tensor, loss_and_statistics
 from harmonic_triton.fused.checks import positive
 from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ
-from harmonic_triton.fused.parallel.dtensor import localized
+from harmonic_triton.fused.parallel.dtensor import as_given, localized
 from harmonic_triton.fused.parallel.predictions import behind, best_of_all, copied
 from harmonic_triton.fused.parallel.shard import shard_of
 from harmonic_triton.fused.options import (
@@ -194,7 +194,8 @@ def harmonic_logits(
         input: (..., D).
         linear_weight: (V, D).
         n, eps: as in :func:`linear_harmonic_loss`.
-        process_group: of whom each has some rows of the class vectors, as there; each gets the log-probabilities of its own.
+        process_group: of whom each has some rows of the class vectors, as there; each gets the log-probabilities of its own
+            rows. (A DTensor of class vectors gives a DTensor of log-probabilities, sharded on the last dimension.)
 
     Returns:
         (..., V), float32 (float64 for float64 input).
@@ -220,7 +221,8 @@ def harmonic_logits(
                 scores = scores - F.softplus(others, threshold=50.0)
             else:
                 scores = scores - behind(highest, others, local.group)
-    return scores.reshape(*input.shape[:-1], len(w))
+    scores = scores.reshape(*local.input.shape[:-1], len(w))
+    return scores if local.group is None else as_given(scores, linear_weight)
 
 
 def harmonic_topk(

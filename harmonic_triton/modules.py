@@ -84,7 +84,8 @@ class HarmonicHead(nn.Module):
     ) -> Tensor | tuple[Tensor, HarmonicStats]:
         """Log-probabilities, or the loss where a target is given (``options`` override the module's)."""
         if target is None:
-            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps)
+            group = {**self.loss_options, **options}.get("process_group")
+            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps, process_group=group)
         every = cast(Any, {**self.loss_options, **options})
         loss: Tensor | tuple[Tensor, HarmonicStats]
         loss = linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **every)

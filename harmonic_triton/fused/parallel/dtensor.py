@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from harmonic_triton._common import validate
@@ -66,3 +67,16 @@ def localized(input: Tensor, linear_weight: Tensor, target: Tensor | None, group
         target = target.redistribute(mesh, [Replicate()]).to_local()  # type: ignore[attr-defined]
     weight = linear_weight.to_local()  # type: ignore[attr-defined]
     return Local(input, weight, target, mesh.get_group() if sharded else None, reduce_input)
+
+
+def as_given(scores: Tensor, linear_weight: Tensor) -> Tensor:
+    """This process's scores (..., rows), as a DTensor where the class vectors are one."""
+    if not is_dtensor(linear_weight):
+        return scores
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh: Any = linear_weight.device_mesh  # type: ignore[attr-defined]
+    shape = torch.Size((*scores.shape[:-1], linear_weight.shape[0]))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = [Shard(len(shape) - 1)]
+    return DTensor.from_local(scores, mesh, placements, run_check=False, shape=shape, stride=stride)

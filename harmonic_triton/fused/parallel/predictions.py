@@ -67,8 +67,8 @@ def behind(nearest: Tensor, others: Tensor, group: Any) -> Tensor:
     with together(group, "find the nearest classes"):
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
     own = (exact - highest).exp() * (1 + rest.exp())
-    scale = (highest - exact).exp().masked_fill(exact == -torch.inf, 0.0)  # a process without classes
-    elsewhere = (added(own, group) - own).clamp_min(0.0) * scale
+    apart = torch.where(exact == -torch.inf, 0.0, highest - exact)  # where this process has no classes
+    elsewhere = (added(own, group) - own).clamp_min(0.0) * apart.exp()
     return torch.log1p(rest.exp() + elsewhere).to(nearest.dtype)
 
 
