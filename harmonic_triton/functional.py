@@ -21,9 +21,6 @@ from harmonic_triton._common.transforms import forward_mode, in_transform
 from harmonic_triton.fused.call import autocast, exponent_tensor, loss_and_statistics
 from harmonic_triton.fused.checks import positive
 from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ
-from harmonic_triton.fused.parallel.dtensor import as_given, localized
-from harmonic_triton.fused.parallel.predictions import behind, best_of_all, copied
-from harmonic_triton.fused.parallel.shard import shard_of
 from harmonic_triton.fused.options import (
     CROSS_ENTROPY,
     HARMONIC,
@@ -32,6 +29,9 @@ from harmonic_triton.fused.options import (
     collect,
     signature,
 )
+from harmonic_triton.fused.parallel.dtensor import as_given, localized
+from harmonic_triton.fused.parallel.predictions import behind, best_of_all, copied
+from harmonic_triton.fused.parallel.shard import shard_of
 
 TOPK_CHUNK = 2**24  # bytes of the part of the N x V matrix held at a time
 
@@ -98,7 +98,10 @@ def linear_harmonic_loss(
             k >= 0 for the token k further, input[..., :-k, :] against target[..., k:]. The sequence must have k tokens
             at least; one of just k has nothing to predict.
         return_stats: return ``(loss, HarmonicStats)``, from the same pass.
-        process_group: reserved for vocabulary-parallel weights; must be None.
+        process_group: a ``torch.distributed`` group whose processes each have some of the rows of linear_weight, in the order of
+            their ranks; input and target are the same in all, and so is the result. The gradient of input is added up over
+            them. A DTensor sharded on its rows says so by itself, and input may then be one too (sequence parallelism). Gradients
+            take the recompute strategy; not under torch.func's transforms.
         backend: "auto", "triton", "torch" or "reference". Only "auto" falls back.
         memory_budget: bytes of scratch for the chunk of the N x V matrix that is held at a time; None chooses.
 
@@ -206,7 +209,9 @@ def harmonic_logits(
     validate.flag("normalize", normalize)
     local = localized(input, linear_weight, None, process_group)
     if local.group is not None and not normalize:
-        raise ValueError("normalize=False is relative to the nearest class of one process; leave it True with process_group")
+        raise ValueError(
+            "normalize=False is relative to the nearest class of one process; leave it True with process_group"
+        )
     x, w, n = _checked_head(local.input, local.linear_weight, n, eps, local.group)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
         if local.group is not None:
@@ -250,7 +255,11 @@ def harmonic_topk(
     """
     local = localized(input, linear_weight, None, process_group)
     x, w, n = _checked_head(local.input, local.linear_weight, n, eps, local.group)
-    shard = None if local.group is None else shard_of(local.group, len(w), x.device, {"input.shape": tuple(x.shape), "k": k})
+    shard = (
+        None
+        if local.group is None
+        else shard_of(local.group, len(w), x.device, {"input.shape": tuple(x.shape), "k": k})
+    )
     classes = len(w) if shard is None else shard.classes
     validate.integer("k", k)
     if not 1 <= k <= classes:

@@ -104,7 +104,7 @@ CALLS = [
     ((X, W, TARGET), {"reduction": np.array(["sum", "mean"])}, ValueError, r"reduction must be.*got ndarray of shape \(2,\)"),
     ((X, list(range(10**6)), TARGET), {}, TypeError, r"linear_weight must be a torch.Tensor, got .{1,60}$"),
     ((X, W, "a" * 10**6), {}, TypeError, r"target must be a torch.Tensor, got .{1,250}$"),
-    ((X, W, TARGET), {"process_group": object()}, ValueError, "process_group: vocabulary-parallel"),
+    ((X, W, TARGET), {"process_group": object()}, TypeError, "process_group must be None or a torch.distributed.ProcessGroup"),
     ((X, W, TARGET), {"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'auto'"),
     ((X.double(), W.double(), TARGET), {"backend": "triton"}, ValueError, "cannot serve this call: .*float64 is computed"),
     ((X, W, TARGET), {"backend": "triton", "uniform_mix": 0.1, "label_smoothing": 0.1}, ValueError, "cannot serve.*together"),

@@ -60,7 +60,8 @@ def features(input: Tensor, linear_weight: Tensor, least_rows: int = 1) -> None:
                 f"{name} must be bfloat16, float16, float32 or float64, got {describe(value)}; cast it first"
             )
     if linear_weight.dim() != 2 or linear_weight.shape[0] < least_rows or linear_weight.shape[1] == 0:
-        raise ValueError(f"linear_weight must be (V, D) with V >= {least_rows}, D >= 1, got {describe(linear_weight)}")
+        sizes = "V, D >= 1" if least_rows else "D >= 1"  # a process may have none of the rows
+        raise ValueError(f"linear_weight must be (V, D) with {sizes}, got {describe(linear_weight)}")
     if input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"input must be (..., D) with D = {linear_weight.shape[1]} as in linear_weight"

@@ -67,7 +67,8 @@ def _facts(input: Tensor, target: Tensor, options: Options, harmonic: bool) -> d
             value = (tuple(value.shape), value.tolist() if value.numel() == 1 and value.device.type == "cpu" else None)
         facts[name] = value
     if target.device.type == "cpu":
-        facts["target"] = (tuple(target.shape), int(target.sum()))
+        order = torch.arange(1, target.numel() + 1)
+        facts["target"] = (tuple(target.shape), int((target.flatten() * order).sum()))
     return facts
 
 

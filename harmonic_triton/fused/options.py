@@ -127,9 +127,13 @@ def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> O
     check_name(options.backend)
     validate.process_group(options.process_group)
     if options.process_group is not None and options.backend == "reference":
-        raise ValueError("backend='reference' is dense and of one process; pass process_group=None and the full weights")
+        raise ValueError(
+            "backend='reference' is dense and of one process; pass process_group=None and the full weights"
+        )
     if options.process_group is not None and options.uniform_mix and options.label_smoothing:
-        raise ValueError("label_smoothing together with uniform_mix needs every class in one process: choose one of both")
+        raise ValueError(
+            "label_smoothing together with uniform_mix needs every class in one process: choose one of both"
+        )
     return options
 
 

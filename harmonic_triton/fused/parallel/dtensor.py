@@ -55,7 +55,7 @@ def localized(input: Tensor, linear_weight: Tensor, target: Tensor | None, group
         raise ValueError("process_group: linear_weight is a DTensor and brings the group of its mesh; pass None")
     sharded = placements[0] == Shard(0)
     for name, value in (("input", input), ("target", target)):
-        if is_dtensor(value) and value.device_mesh != mesh:  # type: ignore[attr-defined]
+        if is_dtensor(value) and value.device_mesh != mesh:  # type: ignore[union-attr]
             raise ValueError(f"{name} is on another mesh than linear_weight; redistribute one of them")
     if is_dtensor(input):
         parts = [Partial()] if sharded else [Replicate()]
@@ -64,7 +64,7 @@ def localized(input: Tensor, linear_weight: Tensor, target: Tensor | None, group
     else:
         reduce_input = True
     if is_dtensor(target):
-        target = target.redistribute(mesh, [Replicate()]).to_local()  # type: ignore[attr-defined]
+        target = target.redistribute(mesh, [Replicate()]).to_local()  # type: ignore[union-attr]
     weight = linear_weight.to_local()  # type: ignore[attr-defined]
     return Local(input, weight, target, mesh.get_group() if sharded else None, reduce_input)
 

@@ -45,13 +45,13 @@ class _Added(torch.autograd.Function):
 
 def copied(group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, whose gradients are added up over the group; differentiable any number of times."""
-    out: tuple[Tensor, ...] = _Copied.apply(group, *tensors)
+    out: tuple[Tensor, ...] = _Copied.apply(group, *tensors)  # type: ignore[no-untyped-call]
     return out
 
 
 def added(tensor: Tensor, group: Any) -> Tensor:
     """The sum over the group, as often differentiable."""
-    out: Tensor = _Added.apply(tensor, group)
+    out: Tensor = _Added.apply(tensor, group)  # type: ignore[no-untyped-call]
     return out
 
 

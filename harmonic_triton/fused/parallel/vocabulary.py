@@ -39,6 +39,8 @@ class Found(NamedTuple):
     target_ref: Tensor  # of ``TokenResults`` where the target is here, else -inf
     log_sum: Tensor  # S_r
     others: Tensor  # the same without the target
+    rival: Tensor  # the best class beside the target, counted over all
+    rival_score: Tensor  # its log-score, -inf where there is none or none was asked for
 
 
 class Shares(NamedTuple):
@@ -61,7 +63,8 @@ def forward(
         want_rival: whether ``rival`` and ``rival_score`` are wanted, which takes a reduction more.
         reduce_input: whether dX is added up over the processes, rather than left as this process's part.
     """
-    return TokenResults._make(_Vocabulary.apply(*operands, problem, shard, want_rival, reduce_input))
+    flat = (*operands, problem, shard, want_rival, reduce_input)
+    return TokenResults._make(_Vocabulary.apply(*flat))  # type: ignore[no-untyped-call]
 
 
 class _Vocabulary(torch.autograd.Function):
@@ -70,7 +73,7 @@ class _Vocabulary(torch.autograd.Function):
         given = Operands._make(flat[:GIVEN])
         ctx.problem, ctx.shard, want_rival, ctx.reduce_input = flat[GIVEN:]
         local = _local(given, ctx.problem, ctx.shard)
-        found = _find(given, local, ctx.problem, ctx.shard) if ctx.shard.own else None
+        found = _find(given, local, ctx.problem, ctx.shard, want_rival) if ctx.shard.own else None
         results, shares = _combine(given, ctx.problem, ctx.shard, found, want_rival)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
@@ -128,20 +131,21 @@ def _own(values: Tensor, shard: Shard) -> Tensor:
     return values[shard.first : shard.first + shard.own]
 
 
-def _find(given: Operands, local: Operands, problem: Problem, shard: Shard) -> Found:
+def _find(given: Operands, local: Operands, problem: Problem, shard: Shard, want_rival: bool) -> Found:
     """Results of this process's classes, and what they weigh together."""
     counted = given.target != problem.ignore_index
     owned = (given.target >= shard.first) & (given.target < shard.first + shard.own) & counted
     results = TokenResults._make(ops.perform("forward", *local, *problem))
-    measured, floor = _measured(local, torch.where(counted, local.target, 0))
-    score = measured
-    if local.n is not None:
-        distance_sq = measured + problem.eps
-        distance_sq = torch.where(owned, distance_sq, torch.maximum(distance_sq, floor))  # a target alone has none
-        score = _log_score(distance_sq, local.n, results.nll.dtype)
+    measured, score = _measured(local, torch.where(counted, local.target, 0), owned, problem.eps)
+    best, rival, rival_score = torch.full_like(score, -math.inf), results.rival, results.rival_score
+    if want_rival:  # measured here: equal class vectors of two processes have equal scores
+        rival = torch.where(~owned & (rival_score <= 0) & counted, local.target, rival)
+        best = _measured(local, rival, owned & False, problem.eps)[1]
+        best = best.masked_fill((owned & (rival == local.target)) | ~counted, -math.inf)
     nll = results.nll.double()
     others = torch.where(owned, _before_softplus(nll), nll) + score
-    return Found(results, owned, score, measured.masked_fill(~owned, -math.inf), nll + score, others)
+    target_ref = measured.masked_fill(~owned, -math.inf)
+    return Found(results, owned, score, target_ref, nll + score, others, rival + shard.first, best)
 
 
 def _log_score(distance_sq: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,21 +153,25 @@ def _log_score(distance_sq: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
     return distance_sq.clamp_min(divisor_floors(dtype).least).log() * (-0.5 * n.double())
 
 
-def _measured(local: Operands, index: Tensor) -> tuple[Tensor, Tensor]:
-    """||x - w_index||^2, or x.w_index with dot products, and the floor of a class that is not the target: fp64 (N,)."""
-    x, w = local.x, local.w
+def _measured(local: Operands, index: Tensor, is_target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """||x - w_index||^2, or x.w_index with dot products, and the log-score; fp64 (N,). Only a target's distance has no floor."""
+    x, w, n = local.x, local.w, local.n
     measured = torch.empty(len(x), dtype=torch.float64, device=x.device)
     floor = torch.zeros_like(measured)
     step = max(1, MEASURED_AT_ONCE // x.shape[1])
     for start in range(0, len(x), step):
         at = slice(start, start + step)
         vectors, rows = x[at].double(), w.index_select(0, index[at]).double()
-        if local.n is None:
+        if n is None:
             measured[at] = torch.linalg.vecdot(vectors, rows)
         else:
             measured[at] = (vectors - rows).square().sum(1)
             floor[at] = NEAREST_SHARE * (vectors.square().sum(1) + rows.square().sum(1)) + NEAREST_SQ
-    return measured, floor
+    if n is None:
+        return measured, measured
+    distance_sq = measured + eps
+    distance_sq = torch.where(is_target, distance_sq, torch.maximum(distance_sq, floor))
+    return measured, _log_score(distance_sq, n, compute_dtype(x.dtype))
 
 
 def _before_softplus(nll: Tensor) -> Tensor:
@@ -180,8 +188,7 @@ def _combine(
     nothing = torch.zeros(len(given.x), dtype=torch.float64, device=given.x.device)
     nobody = nothing - math.inf
 
-    best = _best_other(found) if want_rival and found is not None else nobody
-    here = [nobody, nobody, best]
+    here = [nobody, nobody, nobody if found is None else found.rival_score]
     if found is not None:  # a maximum drops NaN: infinity stands for it, and becomes NaN below
         unsound = found.others.isnan() | found.score.isnan()
         here[:2] = found.others.masked_fill(unsound, math.inf), found.target_ref.nan_to_num(nan=-math.inf)
@@ -209,7 +216,7 @@ def _combine(
     without = on_target | ignored
     shares = Shares(rho.masked_fill(without, 0.0), elsewhere.masked_fill(without, 0.0), (~without).to(dtype))
 
-    fields = {name: nothing[:0] for name in TokenResults._fields}
+    fields = dict.fromkeys(TokenResults._fields, nothing[:0])
     sums = _sums(given, problem, shard, found, rho, lower, score)
     if sums:
         added = shard.all_reduce(torch.stack(list(sums.values())), dist.ReduceOp.SUM, "add up statistics")
@@ -221,7 +228,7 @@ def _combine(
     rounded = {name: field.masked_fill(ignored, 0.0) if len(field) else field for name, field in fields.items()}
     rival = torch.zeros_like(given.target)
     if want_rival:
-        rival = _rival(given, shard, found, best, best_of_all).masked_fill(ignored, 0)
+        rival = _rival(given, shard, found, best_of_all).masked_fill(ignored, 0)
     results = TokenResults(**{name: field.to(dtype) for name, field in rounded.items() if name != "rival"}, rival=rival)
     return results, shares
 
@@ -253,19 +260,11 @@ def _sums(
     return mine
 
 
-def _best_other(found: Found) -> Tensor:
-    """The log-score of this process's best class beside the target."""
-    best = found.results.rival_score.double()
-    return torch.where(found.owned, best, best.clamp_min(0.0)) + found.score
-
-
-def _rival(given: Operands, shard: Shard, found: Found | None, best: Tensor, best_of_all: Tensor) -> Tensor:
+def _rival(given: Operands, shard: Shard, found: Found | None, best: Tensor) -> Tensor:
     """The first class with the best log-score beside the target; the target where there is no other."""
     rival = torch.full_like(given.target, shard.classes)
     if found is not None:
-        reference = torch.arange(len(rival), device=rival.device) % shard.own
-        mine = torch.where(~found.owned & (found.results.rival_score <= 0), reference, found.results.rival)
-        rival = torch.where((best == best_of_all) & (best > -math.inf), mine + shard.first, rival)
+        rival = torch.where((found.rival_score == best) & (best > -math.inf), found.rival, rival)
     rival = shard.all_reduce(rival, dist.ReduceOp.MIN, "find the rivals")
     return torch.where(rival == shard.classes, given.target, rival)
 
@@ -280,16 +279,16 @@ def _local_upstream(
     the gradient of its log-score; where it is not the target that is as much again, and the backends subtract the
     two exactly.
     """
-    dtype, own, counted = g.dtype, 0.0, shares.counted
-    together_ = (g * counted).double()
-    missing = torch.zeros_like(together_)
+    dtype, counted = g.dtype, shares.counted
+    whole = (g * counted).double()
+    own = missing = torch.zeros_like(whole)
     if smooth_weight is not None and g_smooth is not None:
         g_smooth = g_smooth * counted
         exact, mass = g_smooth.double(), _own(smooth_weight, shard).double().sum()
         total = smooth_weight.double().sum()
-        together_, own, missing = together_ + exact * total, exact * mass, exact * (total - mass)
-    missing = missing - together_ * shares.elsewhere
+        whole, own, missing = whole + exact * total, exact * mass, exact * (total - mass)
+    missing = missing - whole * shares.elsewhere
     if g_score is not None:
         missing = missing + g_score.double()
-    nll = (shares.rho * together_ - own).to(dtype)
+    nll = (shares.rho * whole - own).to(dtype)
     return Upstream(nll, g_smooth, torch.where(owned, missing.to(dtype), nll))
