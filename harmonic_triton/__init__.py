@@ -26,6 +26,7 @@ from harmonic_triton.losskernel.sampling.stream import sample_losses
 from harmonic_triton.losskernel.sampling.tuning import tune
 from harmonic_triton.losskernel.traces.traces import LossTraces
 from harmonic_triton.modules import HarmonicHead, LinearHarmonicLoss
+from harmonic_triton.settings import init_last_norm_
 
 __all__ = [
     "CovarianceResult",
@@ -40,6 +41,7 @@ __all__ = [
     "harmax",
     "harmonic_logits",
     "harmonic_topk",
+    "init_last_norm_",
     "linear_cross_entropy",
     "linear_harmonic_loss",
     "log_harmax",

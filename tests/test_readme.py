@@ -105,7 +105,7 @@ def test_what_the_changed_model_samples_from_is_what_it_was_trained_on(briefly):
 
 def test_the_initialisation_of_the_change_helps(briefly):
     """The whole gap after 60 steps is about a nat; see the slow test for how long it lasts."""
-    assert briefly[1] < trained(changed(without="ln_f.weight"), 60)[1] - 0.5
+    assert briefly[1] < trained(changed(without="init_last_norm_"), 60)[1] - 0.5
 
 
 def test_the_state_of_the_changed_model_holds_n_and_eps(briefly):
@@ -121,7 +121,7 @@ def test_the_state_of_the_changed_model_holds_n_and_eps(briefly):
 @pytest.mark.slow
 def test_the_changed_model_trains_as_cross_entropy_does():
     """300 steps: half a nat better than without its initialisation, and at least as good as before the change."""
-    (_, loss), (_, plain) = (trained(changed(without), 300) for without in ("", "ln_f.weight"))
+    (_, loss), (_, plain) = (trained(changed(without), 300) for without in ("", "init_last_norm_"))
     _, before = trained((ROOT / "tests" / "small_gpt.py").read_text(encoding="utf-8"), 300)
     assert loss < plain - 0.3
     assert loss < before + 0.05
