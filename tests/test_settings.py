@@ -23,6 +23,28 @@ class Scale(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+def test_the_exponent_is_the_papers_where_classes_are_few():
+    assert ht.recommend(128, 2).n == pytest.approx(128**0.5)
+    assert ht.recommend(4096, 50304).n == pytest.approx(64)
+    assert ht.recommend(128, 2048) == (pytest.approx(3.5 * math.log(2048)), pytest.approx(3.6e-3))
+    assert ht.recommend(768, 50257).lr == pytest.approx(6e-4)
+    assert ht.HarmonicHead(1, 1, n=ht.recommend(1, 1).n).n == 1  # never 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((0, 5), ValueError, "width must be at least 1"),
+        ((128.0, 5), TypeError, "width must be an int"),
+        ((128, -1), ValueError, "num_classes must be at least 1"),
+        ((128, True), TypeError, "num_classes must be an int"),
+    ],
+)
+def test_sizes_are_checked(sizes, error, message):
+    with pytest.raises(error, match=message):
+        ht.recommend(*sizes)
+
+
 NORMS = {
     "LayerNorm": lambda: nn.LayerNorm(48),
     "RMSNorm": lambda: nn.RMSNorm(48),
@@ -118,3 +140,24 @@ def test_zeros_and_nans_are_refused():
     nn.init.constant_(head.weight, math.nan)
     with pytest.raises(ValueError, match="of size nan"):
         ht.init_last_norm_(nn.LayerNorm(48), head)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "Gemma2"])
+def test_models_of_transformers(name):
+    """Before or after they are patched; Gemma stores its gain as the difference from 1, GPT-2's norm has a bias."""
+    transformers = pytest.importorskip("transformers")
+    from harmonic_triton.integrations.transformers import apply_harmonic_loss
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    if name == "GPT2":
+        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2}
+    elif name == "Gemma2":
+        sizes |= {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": None}
+    config = getattr(transformers, f"{name}Config")(vocab_size=100, bos_token_id=0, eos_token_id=0, **sizes)
+    model = apply_harmonic_loss(transformers.AutoModelForCausalLM.from_config(config))
+    norm = model.transformer.ln_f if name == "GPT2" else model.model.norm
+    head = model.get_output_embeddings()
+    ht.init_last_norm_(norm, head)
+    ids = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0))
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    assert length(hidden) == pytest.approx(length(head.weight), rel=1e-2)
