@@ -21,6 +21,7 @@ import torch
 import harmonic_triton as ht
 from benchmarks import autotune, static_cost
 from harmonic_triton.fused import strategy as strategies
+from harmonic_triton.fused.problem import Operands
 
 configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")  # needs triton
 
@@ -118,6 +119,27 @@ def test_instructions_of_an_entry():
     harmonic, dot = map(float, lines)
     assert harmonic <= 35
     assert dot <= 24
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_the_bare_product_is_that_of_the_scores(layout):
+    """Every tile once, whatever the order: several bands of token tiles, the last of each side not full."""
+    from benchmarks import bare_product
+    from harmonic_triton.fused.triton import launch
+
+    generator = torch.Generator().manual_seed(0)
+    tile = configs.CONFIGS["interpreter", 2]
+    rows, classes = tile.block_n * configs.GROUP + 41, 2 * tile.block_v + 22
+    x, w = (torch.randn(k, 48, generator=generator).bfloat16() for k in (rows, classes))
+    if layout == "transposed":
+        w = w.t().contiguous().t()
+    target = torch.zeros(rows, dtype=torch.int64)
+    call = launch.Launch(Operands(x, w, target, None, None), target >= 0, 0.0).measure()
+    wanted = torch.stack([(x.double() @ part.double().t()).sum(1) for part in w.split(call.config.block_v)])
+    sums = torch.full_like(wanted, float("nan"), dtype=torch.float32)
+    bare_product.launch_product(call, sums)
+    assert (sums.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_nothing_is_copied_ahead_without_a_fence():
