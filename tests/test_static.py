@@ -59,17 +59,19 @@ def test_every_stored_configuration_is_covered():
     assert len(jobs) == wanted
 
 
-@pytest.mark.slow  # minutes; a few of the builds are in the tests below
+@pytest.mark.slow  # one to three minutes each where nothing else runs; a few of the builds are in the tests below
+@pytest.mark.parametrize("dtype", static_cost.DTYPES)
 @pytest.mark.parametrize("arch", static_cost.TARGETS)
-def test_compiles_within_limits(arch):
-    """Every kernel x switches x dtype at its stored configuration: no spills, matrix instructions, shared memory."""
+def test_compiles_within_limits(arch, dtype):
+    """Every kernel x switches at its stored configuration: no spills, matrix instructions, shared memory."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1", "--arch", arch]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1"]
+    command += ["--arch", arch, "--dtype", dtype]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
-    assert len(costs) == len(static_cost.jobs([arch]))
-    assert {cost.arch for cost in costs} == {arch}
+    assert len(costs) == len(static_cost.jobs([arch], [dtype]))
+    assert {(cost.arch, cost.dtype) for cost in costs} == {(arch, dtype)}
     by_products = {products: [cost for cost in costs if cost.products == products] for products in (False, True)}
     assert {cost.kernel for cost in by_products[True]} == {"scores_kernel"}
     assert not [cost for cost in costs if cost.spills > PARKED * cost.products]
