@@ -24,11 +24,11 @@ class HarmonicHead(nn.Module):
     Args:
         in_features: D.
         out_features: V.
-        n: harmonic exponent on the distance, None for sqrt(D).
+        n: harmonic exponent on the distance, None for sqrt(D); :func:`harmonic_triton.recommend` has one for many classes.
         eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
         learnable_n: make n a parameter of shape (1,), initialised with the value given.
         std: standard deviation of the initial class vectors (GPT-2's 0.02). HarMax ignores a *common* scale of x and w
-            only: training starts well where x is of the size of w (a last LayerNorm whose weight starts at ``std``).
+            only: training starts well where x is of the size of w (:func:`harmonic_triton.init_last_norm_`).
         device, dtype: of the weight.
         loss_options: further options of :func:`linear_harmonic_loss` for ``head(x, target=t)``.
 
