@@ -79,7 +79,7 @@ def _check(
     validate.tensors(input=input, linear_weight=linear_weight, target=target)
     input, linear_weight = autocast(input, linear_weight)
     validate.features(input, linear_weight, least_rows=0 if is_part else 1)
-    validate.labels(input, target, validate.offset(options.shift))
+    validate.labels(input, linear_weight, target, validate.offset(options.shift))
     if not is_part:
         validate.class_weight(options.class_weight, linear_weight.shape[0], linear_weight.device)
     return [input, linear_weight]
@@ -104,7 +104,7 @@ def _prepare(
     if shift:
         labels = F.pad(labels[..., shift:], (0, shift), value=options.ignore_index)
     if isinstance(options.num_items, Tensor):
-        options = replace(options, num_items=checks.positive(options.num_items, "num_items must be finite and > 0"))
+        options = replace(options, num_items=checks.positive(options.num_items, validate.NUM_ITEMS))
     n = exponent_tensor(options.n, input.shape[-1], input.device, dtype) if harmonic else None
     x, w, class_weight = input.reshape(-1, input.shape[-1]), linear_weight, options.class_weight
     if torch.compiler.is_compiling():
