@@ -55,6 +55,8 @@ class Docstrings(Extension):
 def markdown(docstring: str) -> str:
     """A docstring in the package's style, as Markdown."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"``\1``", docstring)
+    spans = re.split(r"(`[^`]+`)", text)  # outside of code w* is no emphasis
+    text = "".join(re.sub(r"(?<=w)\*", r"\\*", span) if i % 2 == 0 else span for i, span in enumerate(spans))
     parts: list[str] = []
     lines = text.splitlines()
     while lines:
