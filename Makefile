@@ -33,7 +33,7 @@ lint: $(VENV)/test ## linter, formatter and type checker
 	$(BIN)/mypy
 
 docs: $(VENV)/docs ## the documentation, into build/docs; a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict # with --quiet no warning would count
 
 doctor: $(VENV)/core ## versions, devices, which backend serves and why not the others
 	$(BIN)/python -m harmonic_triton doctor

@@ -190,6 +190,13 @@ def test_every_public_name_is_in_the_reference():
     assert set(ht.__all__) <= shown
 
 
+def test_the_build_is_strict():
+    """mkdocs counts the warnings that it prints: with --quiet a broken link passes."""
+    (recipe,) = re.findall(r"^docs: .*\n\t(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "mkdocs build --strict" in recipe and not {"-q", "--quiet"} & set(recipe.partition("#")[0].split())
+    assert "docs" in re.search(r"^make lint (.*) VENV", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)[1].split()
+
+
 def test_the_tools_of_the_build_are_an_extra_with_versions():
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
