@@ -189,6 +189,12 @@ def check_seal(file: IO[bytes], at: int) -> bool:
     return found == b"%08x" % _checksum(file, size, start=at + SEAL, checksum=checksum)
 
 
+def checksum(path: Path) -> str:
+    """CRC-32 of a whole file, in hex digits."""
+    with open(path, "rb") as file:
+        return f"{_checksum(file, file.seek(0, os.SEEK_END), start=0):08x}"
+
+
 def _checksum(file: IO[bytes], stop: int, *, start: int, checksum: int = 0) -> int:
     """CRC-32 of the bytes from start to stop, after those of ``checksum``."""
     file.seek(start)
