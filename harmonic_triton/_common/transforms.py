@@ -18,7 +18,8 @@ def in_transform() -> bool:
 
 def requires_grad(tensor: Tensor) -> bool:
     """Whether a gradient can flow, also to a tensor that ``vmap`` has wrapped: the wrapper says no."""
-    if not torch.compiler.is_compiling():
-        while not tensor.requires_grad and torch._C._functorch.is_batchedtensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+    while not tensor.requires_grad and torch._C._functorch.is_batchedtensor(tensor):
+        if torch.compiler.is_compiling():  # dynamo cannot look inside; what turns out not to be wanted is dropped
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad

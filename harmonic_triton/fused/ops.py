@@ -418,10 +418,32 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
+def _transformed(name: str, *flat: Any) -> tuple[Tensor, ...]:
+    """The Function of an operator, as a compiled transform of torch.func calls it."""
+    function = {"forward": ForwardFunction, "forward_backward": ForwardBackwardFunction}[name]
+    return tuple(function.apply(*flat))
+
+
+def _in_transform() -> bool:
+    """Whether a transform of torch.func is traced. Dynamo's own form of a Function has no rule for ``vmap`` there: in a graph
+    the Function stays as it is."""
+    active = torch._C._are_functorch_transforms_active()
+    if active:
+        torch.compiler.allow_in_graph(_transformed)
+    return active
+
+
+_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
     """Per-token results, with gradients or without."""
     flat = (*operands, *problem)
-    return TokenResults._make(_applied(ForwardFunction, *flat) if differentiable else _perform("forward", *flat))
+    if not differentiable:
+        return TokenResults._make(_perform("forward", *flat))
+    if torch.compiler.is_compiling() and _in_transform():
+        return TokenResults._make(_transformed("forward", *flat))
+    return TokenResults._make(_applied(ForwardFunction, *flat))
 
 
 def forward_backward(
@@ -433,5 +455,8 @@ def forward_backward(
         found: list[Tensor] = []
         loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, flat, found)
         return loss, TokenResults._make(found)
-    loss, *rest = _applied(ForwardBackwardFunction, *flat)
+    if torch.compiler.is_compiling() and _in_transform():
+        loss, *rest = _transformed("forward_backward", *flat)
+    else:
+        loss, *rest = _applied(ForwardBackwardFunction, *flat)
     return loss, TokenResults._make(rest[-len(TokenResults._fields) :])
