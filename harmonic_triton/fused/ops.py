@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._common.precision import compute_dtype
-from harmonic_triton._common.transforms import forward_mode
+from harmonic_triton._common.transforms import compiled_transform, forward_mode, whole
 from harmonic_triton.fused import checks, strategy
 from harmonic_triton.fused.problem import Backend, Finishing, Operands, Problem, Wanted, schema, unpack
 from harmonic_triton.fused.results import (
@@ -215,7 +215,7 @@ def _nobody_looks_on(flat: tuple[Any, ...]) -> bool:
 _LEGACY_BATCHED: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # of ``is_grads_batched``
 
 
-def _perform(name: str, *flat: Any) -> Any:
+def perform(name: str, *flat: Any) -> Any:
     """What the operator does; without the operator where nobody would see it, which is a tenth of a small call's time."""
     if _nobody_looks_on(flat):
         return _BODIES[name](*flat)
@@ -312,7 +312,7 @@ class ForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward", *flat)
+        return perform("forward", *flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -334,7 +334,7 @@ class ForwardFunction(torch.autograd.Function):
         upstream = Upstream(nll, smooth, given.target_ref)
         dx, dw = x.new_zeros(0), w.new_zeros(0)
         if need.x or need.w:
-            dx, dw = _perform("backward", *operands, *results, *upstream, *ctx.problem, *need)
+            dx, dw = perform("backward", *operands, *results, *upstream, *ctx.problem, *need)
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
@@ -361,7 +361,7 @@ class ForwardBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward_backward", *flat)
+        return perform("forward_backward", *flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -406,7 +406,7 @@ def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
         raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
     finishing = Finishing(rival, g, _last_backward(g))
-    dx, dw = _perform("finish", *operands, *unfinished, *finishing, *ctx.problem, *need)
+    dx, dw = perform("finish", *operands, *unfinished, *finishing, *ctx.problem, *need)
     return *_first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None), need
 
 
@@ -418,32 +418,17 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
-def _transformed(name: str, *flat: Any) -> tuple[Tensor, ...]:
-    """The Function of an operator, as a compiled transform of torch.func calls it."""
-    function = {"forward": ForwardFunction, "forward_backward": ForwardBackwardFunction}[name]
-    return tuple(function.apply(*flat))
-
-
-def _in_transform() -> bool:
-    """Whether a transform of torch.func is traced. Dynamo's own form of a Function has no rule for ``vmap`` there: in a graph
-    the Function stays as it is."""
-    active = torch._C._are_functorch_transforms_active()
-    if active:
-        torch.compiler.allow_in_graph(_transformed)
-    return active
-
-
-_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@whole
+def _whole(name: str, *flat: Any) -> tuple[Tensor, ...]:
+    return tuple({"forward": ForwardFunction, "forward_backward": ForwardBackwardFunction}[name].apply(*flat))
 
 
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
     """Per-token results, with gradients or without."""
     flat = (*operands, *problem)
-    if not differentiable:
-        return TokenResults._make(_perform("forward", *flat))
-    if torch.compiler.is_compiling() and _in_transform():
-        return TokenResults._make(_transformed("forward", *flat))
-    return TokenResults._make(_applied(ForwardFunction, *flat))
+    if differentiable and compiled_transform():
+        return TokenResults._make(_whole("forward", *flat))
+    return TokenResults._make(_applied(ForwardFunction, *flat) if differentiable else perform("forward", *flat))
 
 
 def forward_backward(
@@ -455,8 +440,6 @@ def forward_backward(
         found: list[Tensor] = []
         loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, flat, found)
         return loss, TokenResults._make(found)
-    if torch.compiler.is_compiling() and _in_transform():
-        loss, *rest = _transformed("forward_backward", *flat)
-    else:
-        loss, *rest = _applied(ForwardBackwardFunction, *flat)
+    transform = compiled_transform()
+    loss, *rest = _whole("forward_backward", *flat) if transform else _applied(ForwardBackwardFunction, *flat)
     return loss, TokenResults._make(rest[-len(TokenResults._fields) :])
