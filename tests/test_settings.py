@@ -26,8 +26,8 @@ class Scale(nn.Module):
 def test_the_exponent_is_the_papers_where_classes_are_few():
     assert ht.recommend(128, 2).n == pytest.approx(128**0.5)
     assert ht.recommend(4096, 50304).n == pytest.approx(64)
-    assert ht.recommend(128, 2048) == (pytest.approx(3.5 * math.log(2048)), pytest.approx(3.6e-3))
-    assert ht.recommend(768, 50257).lr == pytest.approx(6e-4)
+    assert ht.recommend(128, 2048) == (pytest.approx(3.5 * math.log(2048)), pytest.approx(2e-3))
+    assert ht.recommend(768, 50257) == (28, pytest.approx(2e-3 / 6))
     assert ht.HarmonicHead(1, 1, n=ht.recommend(1, 1).n).n == 1  # never 0
 
 
