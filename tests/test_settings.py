@@ -100,6 +100,14 @@ def test_it_draws_no_random_numbers_of_the_program():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_another_default_device_does_not_matter():
+    """Some programs build their model within ``with torch.device("cuda")``."""
+    norm, head = nn.LayerNorm(48), ht.HarmonicHead(48, 100)
+    with torch.device("meta"):
+        ht.init_last_norm_(norm, head)
+    assert length(norm.weight) == pytest.approx(length(head.weight), rel=1e-3)
+
+
 def test_a_tied_embedding_and_a_linear_layer_are_heads():
     for head in (nn.Embedding(100, 48), nn.Linear(48, 100, bias=False)):
         assert length(ht.init_last_norm_(nn.LayerNorm(48), head).weight) == pytest.approx(length(head.weight), rel=1e-3)
