@@ -22,7 +22,7 @@ DOCUMENTS = (
     "README.md",
     *PAGES,
     "CONTRIBUTING.md",
-    *(f"examples/{name}/README.md" for name in ("loss_kernel", "train_gpt")),
+    *(f"examples/{name}/README.md" for name in ("loss_kernel", "recommend", "train_gpt")),
 )
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: *(.*?) *-->\s*\Z", re.DOTALL)
