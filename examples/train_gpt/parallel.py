@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from .model import GPT
 
@@ -32,7 +32,7 @@ def mesh_of(device: torch.device, tensor_parallel: int) -> DeviceMesh:
 def spread(model: GPT, mesh: DeviceMesh, fsdp: bool) -> None:
     """Shard the parameters in place; every process must have the same ones before."""
     if mesh["tensor"].size() > 1:
-        plan = {f"blocks.{i}.{name}": style for i in range(len(model.blocks))
+        plan: dict[str, ParallelStyle] = {f"blocks.{i}.{name}": style for i in range(len(model.blocks))
                 for name, style in (("up", ColwiseParallel()), ("proj", RowwiseParallel()))}  # fmt: skip
         parallelize_module(model, mesh["tensor"], plan)
         whole = model.tokens.weight

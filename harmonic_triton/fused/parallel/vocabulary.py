@@ -105,7 +105,8 @@ class _Vocabulary(torch.autograd.Function):
         dx, dw, dn = x.new_zeros(x.shape if need.x else 0), w.new_zeros(w.shape if need.w else 0), None
         if owned is not None and (need.x or need.w):
             here = _local_upstream(g, g_smooth, given.target_ref, owned, shares, smooth_weight, ctx.shard)
-            dx, dw = ops.perform("backward", *local, *mine, *here, *ctx.problem, *Wanted(need.x, need.w, False))  # type: ignore[arg-type]
+            wanted = Wanted(need.x, need.w, False)  # type: ignore[arg-type]
+            dx, dw = ops.perform("backward", local, TokenResults._make(mine), here, ctx.problem, wanted)
         if need.x and ctx.reduce_input:
             dx = ctx.shard.all_reduce(dx.contiguous(), dist.ReduceOp.SUM, "add up the gradient of input")
         if need.n and local.n is not None:
@@ -135,7 +136,7 @@ def _find(given: Operands, local: Operands, problem: Problem, shard: Shard, want
     """Results of this process's classes, and what they weigh together."""
     counted = given.target != problem.ignore_index
     owned = (given.target >= shard.first) & (given.target < shard.first + shard.own) & counted
-    results = TokenResults._make(ops.perform("forward", *local, *problem))
+    results = TokenResults._make(ops.perform("forward", local, problem))
     measured, score = _measured(local, torch.where(counted, local.target, 0), owned, problem.eps)
     best, rival, rival_score = torch.full_like(score, -math.inf), results.rival, results.rival_score
     if want_rival:  # measured here: equal class vectors of two processes have equal scores
