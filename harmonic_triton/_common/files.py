@@ -42,8 +42,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: the directory cannot be written; the old file is untouched, as after any exception in the block.
+        ValueError: the name is a device's, a pipe's or a directory's, which a file must not take.
     """
     path = Path(path)
+    if path.exists() and not path.is_symlink() and not path.is_file():
+        raise ValueError(f"{path} is no regular file, and would be replaced by one: name a file")
     _sweep(path)
     beside, file = _created(path)
     try:
