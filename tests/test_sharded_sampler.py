@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import random
+import secrets
 import signal
 import time
 
@@ -115,22 +116,18 @@ def same_state(one, other):
 # --- the programs of the processes ---------------------------------------------------------------------------------------
 
 
-def work(rank, world, folder, job, *arguments):
+def work(rank, world, folder, meeting, job, *arguments):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet-{job}-{world}-{time.time_ns() // 10**12}",
-        rank=rank,
-        world_size=world,
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=world)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
     globals()[job](rank, mesh, folder, *arguments)
     torch.distributed.destroy_process_group()
 
 
 def start(world, folder, job, *arguments, join=True):
+    given = (world, str(folder), f"meeting-{secrets.token_hex(8)}", job, *arguments)
     method = fresh.CONTEXT.get_start_method()
-    return mp.start_processes(work, (world, str(folder), job, *arguments), nprocs=world, start_method=method, join=join)
+    return mp.start_processes(work, given, nprocs=world, start_method=method, join=join)
 
 
 def draw_with_every_method(rank, mesh, folder):
@@ -244,6 +241,194 @@ def numbers(found):
 
 def same_kernel(found, wanted):
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def passes_of(world):
+    """(up to the first draw's checkpoint, of a whole run) on each process; the losses of 11 samples are 3 blocks."""
+    read = math.ceil(3 / world)
+    return read + 24 + 3 + read, read + 24 + 2 * (5 + 3 * read)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["covariance", "traces"])
+@pytest.mark.parametrize("worlds", [(2, 4, 1), (4, 2)])
+def test_a_run_is_killed_twice_and_goes_on_with_other_numbers_of_processes(keep, worlds, tmp_path, one_thread):
+    for turn, world in enumerate(worlds[:-1]):
+        first, whole = passes_of(world)
+        with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+            start(world, tmp_path, "compute_kernels", [keep], first + 2 if turn == 0 else first + 4)
+    start(worlds[-1], tmp_path, "compute_kernels", [keep])
+    # traces meet, rounded once, where there are several processes or shards: a run that nothing stopped does, too
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    start(1, whole, "compute_kernels", [keep])
+    wanted = torch.load(whole / f"{keep}-of-0.pt")
+    for rank in range(worlds[-1]):
+        found = torch.load(tmp_path / f"{keep}-of-{rank}.pt")
+        same_kernel(found[:3], wanted[:3])
+        assert found[3] < passes_of(worlds[-1])[1]
+    plain = kernel(GPT(), keep=keep)
+    torch.testing.assert_close(wanted[0], plain.covariance, rtol=1e-5 if keep == "covariance" else 0.02, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_whole_model_goes_on_in_shards(tmp_path, one_thread):
+    stopped = []
+
+    def token_losses(model, batch):
+        stopped.append(0)
+        if len(stopped) == 3 + 24 + 3 + 3 + 1:
+            raise KeyboardInterrupt
+        return model(batch[:, :-1], batch[:, 1:])
+
+    token_losses.__qualname__ = "token_losses"
+    with pytest.raises(KeyboardInterrupt):
+        kernel(GPT(), tmp_path / "covariance", per_sample_loss=token_losses)
+    start(2, tmp_path, "compute_kernels", ["covariance"])
+    found = torch.load(tmp_path / "covariance-of-1.pt")
+    same_kernel(found[:3], numbers(kernel(GPT())))
+    assert found[3] < passes_of(2)[1]
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment(tmp_path, one_thread):
+    """Whole runs are killed at random moments, on 2, 1, 2, ... processes, until one ends."""
+    generator = random.Random(0)
+    for turn in range(40):
+        world = 1 + turn % 2
+        running = start(world, tmp_path, "compute_kernels", ["covariance"], join=False)
+        end = time.monotonic() + generator.uniform(2.0, 20.0)
+        while time.monotonic() < end and any(process.is_alive() for process in running.processes):
+            time.sleep(0.05)
+        if not any(process.is_alive() for process in running.processes):
+            assert all(process.exitcode == 0 for process in running.processes)
+            break
+        for process in running.processes:
+            process.kill()
+        for process in running.processes:
+            process.join()
+    else:
+        pytest.fail("no run ended")
+    same_kernel(torch.load(tmp_path / "covariance-of-0.pt")[:3], numbers(kernel(GPT())))
+
+
+# --- groups of processes, and what is refused ------------------------------------------------------------------------------
+
+
+def compute_in_groups(rank, mesh, folder):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("chains", "shards"))["shards"]
+    config = dataclasses.replace(KERNEL, num_chains=3)
+    found = kernel(sharded(mesh), f"{folder}/groups", config=config)
+    torch.save(numbers(found), f"{folder}/groups-of-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_groups_of_processes_share_the_chains(tmp_path, one_thread):
+    start(4, tmp_path, "compute_in_groups")
+    plain = kernel(GPT(), config=dataclasses.replace(KERNEL, num_chains=3))
+    first = torch.load(tmp_path / "groups-of-0.pt")
+    for rank in range(4):
+        same_kernel(torch.load(tmp_path / f"groups-of-{rank}.pt"), first)
+    assert torch.equal(first[2], plain.record.mean_loss)
+    torch.testing.assert_close(first[0], plain.covariance, rtol=1e-5, atol=1e-9)  # chains are added in another order
+    assert sorted(path.name for path in (tmp_path / "groups").glob("*.pt")) == ["kernel-0.pt", "kernel-1.pt"]
+
+
+def try_what_is_refused(rank, mesh, folder):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    def head_outside(model, batch):
+        model(batch[:, :-1], batch[:, 1:])
+        return batch[:, :1].float() @ model.head.n.reshape(1, 1)
+
+    with pytest.raises(ValueError, match="chain_group_size 2 needs torch.func.vmap over the weights"):
+        draws(sharded(mesh), dataclasses.replace(CONFIG, chain_group_size=2))
+    with pytest.raises(TypeError, match="reads weights that fully_shard has sharded outside of the forward"):
+        Sampler(sharded(mesh), head_outside, TRAIN, EVAL, CONFIG, seed=3)
+    with pytest.raises(
+        ValueError, match="process 1 of the 2 that hold the model was given another train data than process 0"
+    ):
+        Sampler(sharded(mesh), token_losses, TRAIN + rank, EVAL, CONFIG, seed=3)
+    with pytest.raises(ValueError, match="another seed than process 0"):
+        Sampler(sharded(mesh), token_losses, TRAIN, EVAL, CONFIG, seed=3 + rank)
+    with pytest.raises(ValueError, match="checkpoint_dir holds no stream of a model whose weights are sharded"):
+        ht.sample_losses(
+            sharded(mesh), token_losses, TRAIN, EVAL, CONFIG, seed=3, checkpoint_dir=f"{folder}/stream", progress=False
+        )
+    hsdp = fully_shard(GPT(), mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2)))
+    with pytest.raises(ValueError, match="a mesh of 2 dimensions; the sampler takes weights that fully_shard"):
+        draws(hsdp, CONFIG)
+    tensor_parallel = nn.Linear(4, 4)
+    tensor_parallel.weight = nn.Parameter(DTensor.from_local(torch.randn(2, 4), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="parameter 'weight' is sharded as"):
+        draws(tensor_parallel, CONFIG)
+    hooked = sharded(mesh)
+    hooked.wpe.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="'wpe.weight' has a hook that runs when its gradient is there"):
+        draws(hooked, CONFIG)
+    # damage is found by the first process and told to all
+    kernel(sharded(mesh), f"{folder}/damaged")
+    torch.distributed.barrier()
+    if rank == 0:
+        with open(f"{folder}/damaged/kernel-0.pt", "r+b") as file:
+            file.write(b"X")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="kernel-0.pt"):
+        kernel(sharded(mesh), f"{folder}/damaged")
+    # an interruption leaves the model as it was
+    model, passes = sharded(mesh), []
+    before = state_of(model)
+
+    def interrupted(model, batch):
+        passes.append(0)
+        if len(passes) == 12:
+            raise KeyboardInterrupt
+        return token_losses(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Sampler(model, interrupted, TRAIN, EVAL, CONFIG, seed=3).run(check_step_size=False))
+    same_state(state_of(model), before)
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_refused_on_every_process(tmp_path):
+    start(2, tmp_path, "try_what_is_refused")
+
+
+def draw_masked(rank, mesh, folder):
+    losses, sampler = draws(sharded(mesh), dataclasses.replace(CONFIG, method="sgnht"), mask=MASK)
+    torch.save((losses, sampler.fingerprint), f"{folder}/masked-{rank}.pt")
+
+
+MASK = {
+    "blocks.0.qkv.weight": torch.rand(3 * D, D, generator=torch.Generator().manual_seed(4)) < 0.5,
+    "head.n": True,
+    "wte.weight": torch.arange(V * D).view(V, D) % 3 == 0,
+}
+
+
+@pytest.mark.slow
+def test_masks_are_cut_as_the_weights_are(tmp_path, one_thread):
+    start(2, tmp_path, "draw_masked")
+    wanted, sampler = draws(GPT(), dataclasses.replace(CONFIG, method="sgnht"), mask=MASK)
+    for rank in range(2):
+        losses, fingerprint = torch.load(tmp_path / f"masked-{rank}.pt")
+        assert torch.equal(losses, wanted) and fingerprint == sampler.fingerprint
+
+
+@pytest.mark.slow
+def test_the_example_prints_the_same_bits_on_two_processes(tmp_path):
+    words = ["--steps", "5", "--draws", "3", "--chains", "2", "--modulus", "7", "--width", "16"]
+    program, environment = fresh.module("examples.loss_kernel.sharded"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = fresh.run(program, "--out", tmp_path / "one", *words, env=environment)
+    assert alone.returncode == 0, alone.stderr
+    started = ["--standalone", "--nproc-per-node", "2", "-m", "examples.loss_kernel.sharded"]
+    two = fresh.Started(
+        fresh.module("torch.distributed.run"), *started, "--out", tmp_path / "two", *words, env=environment
+    ).wait(timeout=600)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == alone.stdout and len(alone.stdout.splitlines()) == 2
 
 
 # --- what they are made of -----------------------------------------------------------------------------------------------
