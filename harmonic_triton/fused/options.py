@@ -23,7 +23,10 @@ class Options:
     n: float | Tensor | None = None
     eps: float = 0.0
     uniform_mix: float = 0.0
+    bias: Tensor | None = None
+    softcap: float | None = None
     z_loss: float = 0.0
+    token_scaling: bool = False
     class_weight: Tensor | None = None
     ignore_index: int = -100
     reduction: Reduction = "mean"
@@ -31,6 +34,7 @@ class Options:
     label_smoothing: float = 0.0
     shift: bool | int = False
     return_stats: bool = False
+    return_lse: bool = False
     process_group: object | None = None
     backend: BackendName = "auto"
     memory_budget: int | None = None
@@ -44,6 +48,7 @@ class LossOptions(TypedDict, total=False):
     reduction: Reduction
     num_items: float | Tensor | None
     label_smoothing: float
+    token_scaling: bool
     shift: bool | int
     process_group: object | None
     backend: BackendName
@@ -78,6 +83,8 @@ class ModuleOptions(HarmonicOptions, total=False):
 class CrossEntropyOptions(LossOptions, total=False):
     """The keyword arguments of cross-entropy."""
 
+    bias: Tensor | None
+    softcap: float | None
     z_loss: float
 
 
@@ -89,7 +96,7 @@ def names(options: type, *more: str) -> tuple[str, ...]:
 
 HARMONIC = names(ModuleOptions)
 HEAD = names(HeadOptions)
-CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats")
+CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats", "return_lse")
 
 
 def signature(function: Any, allowed: tuple[str, ...]) -> inspect.Signature:
@@ -118,10 +125,14 @@ def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> O
     validate.eps(options.eps)
     validate.between("uniform_mix", options.uniform_mix, 0.0, validate.FP32_LIMIT)
     validate.between("z_loss", options.z_loss, 0.0, validate.FP32_LIMIT)
+    validate.bias(options.bias)
+    validate.softcap(options.softcap)
+    validate.flag("token_scaling", options.token_scaling)
     validate.between("label_smoothing", options.label_smoothing, 0.0, 1.0)
     validate.class_weight(options.class_weight)
     validate.integer("ignore_index", options.ignore_index)
     validate.flag("return_stats", options.return_stats)
+    validate.flag("return_lse", options.return_lse)
     validate.reduction(options.reduction, options.num_items)
     validate.budget(options.memory_budget)
     check_name(options.backend)
@@ -141,5 +152,7 @@ def _check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) -
 _ABSENT = {
     "z_loss": " (HarMax has no logits whose scale could drift: a common factor of all distances changes nothing)",
     "deterministic": " (the fused backends give bitwise the same result on every run)",
-    "bias": " (distances have none: a class vector that is moved does what a bias would)",
+    "bias": " (distances have no bias, so leave it out, bias=False too: a class vector that is moved does what a bias would)",
+    "softcap": " (HarMax has no logits to cap: its log-scores -n log d_j are bounded by a smaller n, its loss by uniform_mix)",
+    "return_lse": " (a common factor of all distances changes the sum over the classes and nothing else; -log p_c is the loss)",
 }

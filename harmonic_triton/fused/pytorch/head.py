@@ -37,6 +37,8 @@ class Head:
     smallest: Any = 0.0  # of the norms
     median: Any = 0.0
     largest: Any = 0.0
+    bias: Tensor | None = None  # (V,) of the logits
+    softcap: float = 0.0  # of the logits, 0: none
 
     @classmethod
     def of(cls, operands: Operands, problem: Problem) -> Head:
@@ -46,6 +48,7 @@ class Head:
         center = center_of(w) if _may_have_a_center(w, dtype) else None
         v = w.new_empty(0, dtype=dtype) if smooth_weight is None else smooth_weight.to(dtype)
         head = cls(w, dtype, center, n is not None, problem.eps, problem.mix, v)
+        head.bias, head.softcap = operands.bias, problem.softcap
         if n is not None:
             number = Tensor.item if w.device.type == "cpu" else Tensor.double
             head.norms, head.half_n = head._norms(), 0.5 * number(n.to(dtype))
