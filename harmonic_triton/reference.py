@@ -55,21 +55,25 @@ def relative_logits(
 ) -> tuple[Tensor, Tensor]:
     """z_j = l_j - l_c, the log-scores of cross-entropy (paper, Eq. 1) relative to the target's, and l_c.
 
-    The logit l_j is a_j = x.w_j + b_j, or with a soft cap ``cap tanh(a_j/cap)``. A difference of capped logits is
-    cap sinh(u - v)/(cosh u cosh v), which keeps its digits where both are near the cap. Returns (N, V) and (N,), fp64.
+    The logit l_j is a_j = x.w_j + b_j, or with a soft cap ``cap tanh(a_j/cap)``. Returns (N, V) and (N,), fp64.
     """
     logits = x.double() @ w.double().t()
     if bias is not None:
         logits = logits + bias.double()
     target_logit = logits.gather(1, target.unsqueeze(1))
-    apart = logits - target_logit
     if softcap is None:
-        return apart, target_logit.squeeze(1)
-    u, v, d = logits / softcap, target_logit / softcap, apart / softcap
-    ends = ((-2 * u.abs()).exp() + 1) * ((-2 * v.abs()).exp() + 1)
-    size = torch.where(d >= 0, d, -d)  # whose derivative at 0 is 1, not 0
-    grown = -2 * torch.expm1(-2 * size) * (size - u.abs() - v.abs()).exp() / ends
-    return softcap * torch.where(d >= 0, grown, -grown), softcap * torch.tanh(v).squeeze(1)
+        return logits - target_logit, target_logit.squeeze(1)
+    whole, rest = tanh(logits / softcap)
+    own_whole, own_rest = tanh(target_logit / softcap)
+    return softcap * ((whole - own_whole) + (rest - own_rest)), softcap * (own_whole + own_rest).squeeze(1)
+
+
+def tanh(u: Tensor) -> tuple[Tensor, Tensor]:
+    """tanh u as the sum of 0, 1 or -1, and a rest that has all its digits, as its derivative has, however near 1 it is."""
+    small, size = u.abs() < 0.5, torch.where(u < 0, -u, u)
+    rest = 2 * torch.sigmoid(-2 * size)
+    whole = torch.where(small, 0.0, torch.where(u < 0, -1.0, 1.0))
+    return whole, torch.where(small, torch.tanh(u), torch.where(u < 0, rest, -rest))
 
 
 def negative_log_likelihood(z: Tensor, target: Tensor) -> Tensor:
