@@ -21,6 +21,7 @@ EXTRAS = {
     "analysis": ["matplotlib", "safetensors", "scikit-learn", "scipy", "tqdm", "umap-learn"],
     "zarr": ["zarr"],
     "transformers": ["accelerate", "transformers>=5.5"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],
     "test": ["hypothesis", "mpmath", "mypy", "peft", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
 }
 

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ def numbers_in(pattern: str, text: str) -> tuple[int, ...]:
 Job = tuple[str, dict[str, bool], str, str]
 
 
-def jobs(architectures: Iterable[str] = TARGETS) -> list[Job]:
+def jobs(architectures: Iterable[str] = TARGETS, dtypes: Iterable[str] = DTYPES) -> list[Job]:
     """Every kernel x switches x dtype x architecture that a call can have.
 
     fp16 alone has a scaled backward, bf16 alone one pass; descriptors serve 16 bits on GPUs that have them.
@@ -261,7 +261,7 @@ def jobs(architectures: Iterable[str] = TARGETS) -> list[Job]:
     found = []
     for name, (function, _) in kernels().items():
         for switches in variants(function.arg_names):
-            for dtype, arch in itertools.product(DTYPES, architectures):
+            for dtype, arch in itertools.product(dtypes, architectures):
                 scaled = switches.get("SCALED", dtype == "fp16") == (dtype == "fp16")
                 kept = not switches.get("KEEP") or dtype == "bf16"
                 if scaled and kept and (not switches.get("TMA") or described(arch, DTYPES[dtype])):
@@ -276,12 +276,11 @@ def run_job(job: Job) -> Cost:
     return compile_one(name, function, products, switches, dtype, arch)
 
 
-def compile_all(architectures: Iterable[str] = TARGETS, workers: int | None = None) -> Iterator[Cost]:
-    """Compile every job, in parallel processes."""
+def compile_all(todo: Sequence[Job], workers: int | None = None) -> Iterator[Cost]:
+    """Compile these jobs, in parallel processes."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    todo = jobs(architectures)
     if workers == 1:
         yield from map(run_job, todo)
         return
@@ -352,13 +351,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON line per compilation")
     parser.add_argument("--arch", action="append", choices=TARGETS, help="only this one (can be repeated)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one (can be repeated)")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set; the interpreter compiles nothing. Unset it")
     import triton
 
-    costs = compile_all(options.arch or TARGETS, options.workers)
+    costs = compile_all(jobs(options.arch or TARGETS, options.dtype or DTYPES), options.workers)
     if options.json:
         for cost in costs:
             print(json.dumps(asdict(cost)), flush=True)

@@ -21,6 +21,7 @@ import torch
 import harmonic_triton as ht
 from benchmarks import autotune, static_cost
 from harmonic_triton.fused import strategy as strategies
+from harmonic_triton.fused.problem import Operands
 
 configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")  # needs triton
 
@@ -58,17 +59,19 @@ def test_every_stored_configuration_is_covered():
     assert len(jobs) == wanted
 
 
-@pytest.mark.slow  # minutes; a few of the builds are in the tests below
+@pytest.mark.slow  # one to three minutes each where nothing else runs; a few of the builds are in the tests below
+@pytest.mark.parametrize("dtype", static_cost.DTYPES)
 @pytest.mark.parametrize("arch", static_cost.TARGETS)
-def test_compiles_within_limits(arch):
-    """Every kernel x switches x dtype at its stored configuration: no spills, matrix instructions, shared memory."""
+def test_compiles_within_limits(arch, dtype):
+    """Every kernel x switches at its stored configuration: no spills, matrix instructions, shared memory."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1", "--arch", arch]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1"]
+    command += ["--arch", arch, "--dtype", dtype]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
-    assert len(costs) == len(static_cost.jobs([arch]))
-    assert {cost.arch for cost in costs} == {arch}
+    assert len(costs) == len(static_cost.jobs([arch], [dtype]))
+    assert {(cost.arch, cost.dtype) for cost in costs} == {(arch, dtype)}
     by_products = {products: [cost for cost in costs if cost.products == products] for products in (False, True)}
     assert {cost.kernel for cost in by_products[True]} == {"scores_kernel"}
     assert not [cost for cost in costs if cost.spills > PARKED * cost.products]
@@ -118,6 +121,27 @@ def test_instructions_of_an_entry():
     harmonic, dot = map(float, lines)
     assert harmonic <= 35
     assert dot <= 24
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_the_bare_product_is_that_of_the_scores(layout):
+    """Every tile once, whatever the order: several bands of token tiles, the last of each side not full."""
+    from benchmarks import bare_product
+    from harmonic_triton.fused.triton import launch
+
+    generator = torch.Generator().manual_seed(0)
+    tile = configs.CONFIGS["interpreter", 2]
+    rows, classes = tile.block_n * configs.GROUP + 41, 2 * tile.block_v + 22
+    x, w = (torch.randn(k, 48, generator=generator).bfloat16() for k in (rows, classes))
+    if layout == "transposed":
+        w = w.t().contiguous().t()
+    target = torch.zeros(rows, dtype=torch.int64)
+    call = launch.Launch(Operands(x, w, target, None, None), target >= 0, 0.0).measure()
+    wanted = torch.stack([(x.double() @ part.double().t()).sum(1) for part in w.split(call.config.block_v)])
+    sums = torch.full_like(wanted, float("nan"), dtype=torch.float32)
+    bare_product.launch_product(call, sums)
+    assert (sums.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_nothing_is_copied_ahead_without_a_fence():

@@ -33,10 +33,13 @@ def check_targets(target: Tensor, ok: Tensor, classes: int, ignore_index: int) -
     if target.device.type != "cpu":
         torch._assert_async(ok.all(), "harmonic_triton: target out of range")
     elif not bool(ok.all()):
-        worst = target[~ok][0].item()
+        bad = target[~ok]
+        worst = bad[0].item()
+        mend = f"mark tokens to skip with ignore_index={ignore_index}"
+        if worst < 0 and bool((bad == worst).all()):  # one negative number is somebody's mark
+            mend = f"if it marks tokens to skip, pass ignore_index={worst} (it is {ignore_index} now)"
         raise ValueError(
-            f"target holds {worst}, outside 0 ... {classes - 1} (linear_weight has {classes} rows);"
-            f" mark tokens to skip with ignore_index={ignore_index}"
+            f"target holds {worst}, outside 0 ... {classes - 1} (linear_weight has {classes} rows); {mend}"
         )
 
 

@@ -217,7 +217,7 @@ def _nobody_looks_on(flat: tuple[Any, ...]) -> bool:
 _LEGACY_BATCHED: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # of ``is_grads_batched``
 
 
-def _perform(name: str, *flat: Any) -> Any:
+def perform(name: str, *flat: Any) -> Any:
     """What the operator does; without the operator where nobody would see it, which is a tenth of a small call's time."""
     if _nobody_looks_on(flat):
         return _BODIES[name](*flat)
@@ -317,7 +317,7 @@ class ForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward", *flat)
+        return perform("forward", *flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -339,7 +339,7 @@ class ForwardFunction(torch.autograd.Function):
         upstream = Upstream(nll, smooth, given.target_ref)
         dx, dw, db = x.new_zeros(0), w.new_zeros(0), results.nll.new_zeros(0)
         if need.x or need.w or need.bias:
-            dx, dw, db = _perform("backward", *operands, *results, *upstream, *ctx.problem, *need)
+            dx, dw, db = perform("backward", *operands, *results, *upstream, *ctx.problem, *need)
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
@@ -366,7 +366,7 @@ class ForwardBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward_backward", *flat)
+        return perform("forward_backward", *flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -420,7 +420,7 @@ def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
         raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
     finishing = Finishing(rival, g, _last_backward(g))
-    dx, dw, db = _perform("finish", *operands, *unfinished, *finishing, *ctx.problem, *need)
+    dx, dw, db = perform("finish", *operands, *unfinished, *finishing, *ctx.problem, *need)
     return *_first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
 
 
@@ -435,7 +435,7 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
     """Per-token results, with gradients or without."""
     flat = (*operands, *problem)
-    return TokenResults._make(_applied(ForwardFunction, *flat) if differentiable else _perform("forward", *flat))
+    return TokenResults._make(_applied(ForwardFunction, *flat) if differentiable else perform("forward", *flat))
 
 
 def forward_backward(

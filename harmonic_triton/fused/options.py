@@ -136,8 +136,15 @@ def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> O
     validate.reduction(options.reduction, options.num_items)
     validate.budget(options.memory_budget)
     check_name(options.backend)
-    if options.process_group is not None:
-        raise ValueError("process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first")
+    validate.process_group(options.process_group)
+    if options.process_group is not None and options.backend == "reference":
+        raise ValueError(
+            "backend='reference' is dense and of one process; pass process_group=None and the full weights"
+        )
+    if options.process_group is not None and options.uniform_mix and options.label_smoothing:
+        raise ValueError(
+            "label_smoothing together with uniform_mix needs every class in one process: choose one of both"
+        )
     return options
 
 

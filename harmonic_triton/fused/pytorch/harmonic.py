@@ -111,6 +111,8 @@ class HarmonicChunk(Chunk):
             skip_rival = skip_rival | self.on_target
         largest = torch.finfo(self.x.dtype).max / 32  # beyond it, what it multiplies is 0
         factor = self.off_target(per_token.at_most(at_least(n / self.scale * upstream, -largest), largest))
+        if g_ref is not None:  # of the target's log-score itself
+            g_others = g_others - g_ref
         a_target = self.off_target(n * g_others / s_c)
         a_rival = where(skip_rival, 0.0, -n * g_rival / s_r)
         total = torch.cat([part for part in sums if part is not None])
@@ -118,6 +120,8 @@ class HarmonicChunk(Chunk):
         if self.some_far:
             far = far & (s_r > self.norms_of(self.rival))
             r_form = where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
+            if g_ref is not None:
+                r_form = r_form - n * g_ref / s_c
             on_x = where(far, r_form + factor * values_of(total[:, 1:]), on_x)
         columns = [factor, a_target, a_rival, on_x, per_token.zeros_like(on_x), far]
         return per_token.table_of(columns, self.x.dtype)

@@ -53,6 +53,15 @@ def product_tile(
 
 
 @triton.jit
+def place_of(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
+    """(token tile, class tile): GROUP token tiles take one class tile after the other."""
+    band = tile // (GROUP * col_tiles)
+    height = min(row_tiles - band * GROUP, GROUP)
+    row_tile = band * GROUP + (tile % (GROUP * col_tiles)) % height
+    return row_tile, (tile % (GROUP * col_tiles)) // height
+
+
+@triton.jit
 def halves(block, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
     """Left and right half of a (BLOCK_N, WIDTH) tile, in registers."""
     return tl.split(tl.permute(tl.reshape(block, (BLOCK_N, 2, WIDTH // 2)), (0, 2, 1)))
@@ -101,10 +110,8 @@ def scores_kernel(
     if REPAIR:
         tiles = tl.where(tl.load(largest_anchor_ptr) > 0.0, tiles, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        band = tile // (GROUP * col_tiles)
-        height = min(row_tiles - band * GROUP, GROUP)
-        row = (band * GROUP + (tile % (GROUP * col_tiles)) % height) * BLOCK_N
-        col_tile = (tile % (GROUP * col_tiles)) // height
+        row_tile, col_tile = place_of(tile, row_tiles, col_tiles, GROUP)
+        row = row_tile * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         inside = rows < N
         wanted = True

@@ -135,7 +135,8 @@ class CrossEntropyLinear(LossHead):
     def loss(
         self, input: Tensor, labels: Tensor, *, transform: Transform, num_items: Any, ignore_index: int, shift: bool
     ) -> Tensor:
-        scaled, bias = input, self.bias
+        scaled: Tensor = input
+        bias: Tensor | None = self.bias
         if transform.scale != 1:
             scaled, bias = input * transform.scale, None if bias is None else bias * transform.scale
         result: Tensor = linear_cross_entropy(
