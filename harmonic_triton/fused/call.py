@@ -142,7 +142,7 @@ def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options
         divisor = items.to(valid.device, dtype) if isinstance(items, Tensor) else items
     elif options.reduction == "mean":
         total = token.sum()
-        divisor = total + (total == 0)
+        divisor = total.clamp_min(1.0) if class_weight is None else total + (total == 0)
     smoothing = options.label_smoothing
     smooth = valid * smoothing / divisor if smoothing else None
     log_sum = valid * options.z_loss / divisor if options.z_loss else None

@@ -107,7 +107,7 @@ class _Vocabulary(torch.autograd.Function):
         if owned is not None and (need.x or need.w or need.bias):
             here = _local_upstream(g, g_smooth, given.target_ref, owned, shares, smooth_weight, ctx.shard)
             wanted = Wanted(need.x, need.w, False, need.bias)  # type: ignore[arg-type]
-            dx, dw, db = ops.perform("backward", *local, *mine, *here, *ctx.problem, *wanted)
+            dx, dw, db = ops.perform("backward", local, TokenResults._make(mine), here, ctx.problem, wanted)
         if need.x and ctx.reduce_input:
             dx = ctx.shard.all_reduce(dx.contiguous(), dist.ReduceOp.SUM, "add up the gradient of input")
         if need.n and local.n is not None:
@@ -137,7 +137,7 @@ def _find(given: Operands, local: Operands, problem: Problem, shard: Shard, want
     """Results of this process's classes, and what they weigh together."""
     counted = given.target != problem.ignore_index
     owned = (given.target >= shard.first) & (given.target < shard.first + shard.own) & counted
-    results = TokenResults._make(ops.perform("forward", *local, *problem))
+    results = TokenResults._make(ops.perform("forward", local, problem))
     measured, score = _measured(local, torch.where(counted, local.target, 0), owned, problem)
     best, rival, rival_score = torch.full_like(score, -math.inf), results.rival, results.rival_score
     if want_rival:  # measured here: equal class vectors of two processes have equal scores

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, part
+from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, first, part
 from harmonic_triton.fused.pytorch.head import Head
 from harmonic_triton.fused.pytorch.per_token import Values, column_of, values_of
 
@@ -16,7 +16,7 @@ from harmonic_triton.fused.pytorch.per_token import Values, column_of, values_of
 class DotChunk(Chunk):
     """Gap a_c - a_j of logits a_j = x.w_j + b_j, z_j = -gap; the products take G_j."""
 
-    def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Tensor) -> None:
+    def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Rooms) -> None:
         super().__init__(head, x, target, gap, work)
         logit = self.direct(target, EVERY)
         self.target_ref = per_token.where(per_token.isinf(logit), math.nan, logit)  # as log-softmax has it
@@ -111,7 +111,7 @@ class CappedChunk(DotChunk):
         return per_token.where(self.no_rival(rival, tile), alone, score), part(self.on_target, tile)
 
     def to_coefficients(self, p: Tensor, tile: slice) -> Tensor | None:  # type: ignore[override]
-        gap, work = part(self.gap, tile), self.work[1, : len(p)]
+        gap, work = part(self.gap, tile), first(self.work[1], p.shape[0])
         torch.mul(gap, -2 / self.head.softcap, out=work).abs_().neg_().exp_()
         p.mul_(work).mul_(4)  # 1 - tanh^2 u = 4 e/(1 + e)^2 with e = exp(-2|u|)
         p.div_(work.add_(1).square_())
