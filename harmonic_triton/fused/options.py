@@ -126,14 +126,15 @@ def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> O
             check(value)
     options = Options(**given)
     validate.reduction(options.reduction, options.num_items)
-    if options.process_group is not None and options.backend == "reference":
-        raise ValueError(
-            "backend='reference' is dense and of one process; pass process_group=None and the full weights"
-        )
-    if options.process_group is not None and options.uniform_mix and options.label_smoothing:
-        raise ValueError(
-            "label_smoothing together with uniform_mix needs every class in one process: choose one of both"
-        )
+    if options.process_group is not None:
+        if options.backend == "reference":
+            raise ValueError(
+                "backend='reference' is dense and of one process; pass process_group=None and the full weights"
+            )
+        if options.uniform_mix and options.label_smoothing:
+            raise ValueError(
+                "label_smoothing together with uniform_mix needs every class in one process: choose one of both"
+            )
     return options
 
 
