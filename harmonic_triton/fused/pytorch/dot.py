@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, part
+from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, Sums, part
 from harmonic_triton.fused.pytorch.head import Head
 from harmonic_triton.fused.pytorch.per_token import Values, column_of, values_of
 
@@ -47,11 +47,12 @@ class DotChunk(Chunk):
         score = per_token.where(self.no_rival(rival, tile), alone, self.direct(rival, tile) - target_ref)
         return score, part(self.on_target, tile)
 
-    def to_coefficients(self, p: Tensor, tile: slice) -> None:
+    def to_coefficients(self, p: Tensor, tile: slice) -> Sums:
         part(self.gap, tile).copy_(p)
+        return ()
 
     def terms(
-        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Tensor | None]
+        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Sums]
     ) -> Tensor:
         zero = per_token.zeros_like(g_others)
         g_rival = per_token.where(self.no_rival(self.rival, EVERY), 0.0, g_rival)
