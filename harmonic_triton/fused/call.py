@@ -19,6 +19,7 @@ from harmonic_triton.fused import checks, ops, strategy
 from harmonic_triton.fused.options import Options
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
 from harmonic_triton.fused.results import TokenResults, TokenWeights, token_losses
+from harmonic_triton.fused.tangents import without_tangents
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
     if torch.compiler.is_compiling():
         w = w.view_as(w)  # dynamo does not see that torch.func.grad differentiates what is no operation's result
     if backend != "reference":
-        x, w, n, class_weight = ops.without_tangents(x, w, n, class_weight)
+        x, w, n, class_weight = without_tangents(x, w, n, class_weight)
     smooth_weight = None
     if options.label_smoothing:
         smooth_weight = (x.new_ones(len(w)) if class_weight is None else class_weight).to(dtype) / len(w)
