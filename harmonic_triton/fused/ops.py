@@ -410,6 +410,12 @@ def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     return *_first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None), need
 
 
+for _name, _function in (("forward", ForwardFunction), ("forward_backward", ForwardBackwardFunction)):
+    torch.library.register_autograd(  # for exported graphs, which hold operators alone
+        f"harmonic_triton::{_name}", _function.backward, setup_context=_function.setup_context, lib=_LIBRARY
+    )
+
+
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, in eager mode without its look at the signature, a sixth of a small call's time."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
