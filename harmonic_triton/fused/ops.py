@@ -27,6 +27,7 @@ from harmonic_triton.fused.results import (
     Unfinished,
     Upstream,
     exponent_gradient,
+    summed,
     token_losses,
     upstream_of,
 )
@@ -135,7 +136,7 @@ def _forward_backward(
     if bad is not None:
         results.nll.masked_fill_(bad, math.nan)
     dtype, classes = results.nll.dtype, operands.w.shape[0]
-    exact = results._replace(**{name: getattr(results, name).double() for name in _summed(weights)})
+    exact = results._replace(**{name: getattr(results, name).double() for name in summed(weights)})
     exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
     loss = token_losses(exact, exact_weights, problem.mix, classes, problem.token_scaling)
     dn = results.nll.new_zeros(())
@@ -143,13 +144,6 @@ def _forward_backward(
         upstream = upstream_of(exact, exact_weights, problem.mix, classes, problem.token_scaling)
         dn = exponent_gradient(exact, operands.n, upstream).to(dtype)
     return loss.sum().to(dtype), dn, unfinished, results
-
-
-def _summed(weights: TokenWeights) -> tuple[str, ...]:
-    """The results that a weighted loss is made of."""
-    if weights.smooth is None and weights.log_sum is None:
-        return ("nll",)
-    return DIFFERENTIABLE
 
 
 @_plainly
@@ -410,6 +404,12 @@ def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     finishing = Finishing(rival, g, _last_backward(g))
     dx, dw, db = perform("finish", operands, unfinished, finishing, ctx.problem, need)
     return *_first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
+
+
+for _name, _function in (("forward", ForwardFunction), ("forward_backward", ForwardBackwardFunction)):
+    torch.library.register_autograd(  # for exported graphs, which hold operators alone
+        f"harmonic_triton::{_name}", _function.backward, setup_context=_function.setup_context, lib=_LIBRARY
+    )
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -77,6 +77,13 @@ class Upstream(NamedTuple):
         return used
 
 
+def summed(weights: TokenWeights) -> tuple[str, ...]:
+    """The results that a weighted loss is made of."""
+    if weights.smooth is None and weights.log_sum is None:
+        return ("nll",)
+    return DIFFERENTIABLE
+
+
 COLUMNS = 8  # of the operand that column sums are made with: two in use, the least that a matrix unit takes
 TOKEN_FACTORS = 6  # of the torch backend
 
