@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -24,11 +25,11 @@ class HarmonicHead(nn.Module):
     Args:
         in_features: D.
         out_features: V.
-        n: harmonic exponent on the distance, None for sqrt(D).
+        n: harmonic exponent on the distance, None for sqrt(D); :func:`harmonic_triton.recommend` has one for many classes.
         eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
         learnable_n: make n a parameter of shape (1,), initialised with the value given.
         std: standard deviation of the initial class vectors (GPT-2's 0.02). HarMax ignores a *common* scale of x and w
-            only: training starts well where x is of the size of w (a last LayerNorm whose weight starts at ``std``).
+            only: training starts well where x is of the size of w (:func:`harmonic_triton.init_last_norm_`).
         device, dtype: of the weight.
         loss_options: further options of :func:`linear_harmonic_loss` for ``head(x, target=t)``.
 
@@ -63,6 +64,11 @@ class HarmonicHead(nn.Module):
         validate.between("std", std, 0.0, validate.FP32_LIMIT)
         if dtype is not None and dtype not in validate.FLOAT_DTYPES:
             raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
+        if "bias" in loss_options:
+            raise TypeError(
+                "HarmonicHead has no option 'bias' (distances have none: a class vector that is moved does what a bias"
+                " would); leave bias= out, False as well"
+            )
         validate.class_weight(collect("HarmonicHead", loss_options, HEAD).class_weight, out_features)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options
@@ -82,9 +88,15 @@ class HarmonicHead(nn.Module):
     def forward(
         self, input: Tensor, target: Tensor | None = None, **options: Unpack[HeadOptions]
     ) -> Tensor | tuple[Tensor, HarmonicStats]:
-        """Log-probabilities, or the loss where a target is given (``options`` override the module's)."""
+        """Log-probabilities, or the loss where a target is given (``options`` override the module's).
+
+        Options without a target are allowed, and checked: ``head(x, target=target_or_none, shift=True)`` is one line.
+        """
+        if options and (target is None or any(name not in HEAD for name in options)):
+            _check_call(options)
         if target is None:
-            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps)
+            group = {**self.loss_options, **options}.get("process_group")
+            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps, process_group=group)
         every = cast(Any, {**self.loss_options, **options})
         loss: Tensor | tuple[Tensor, HarmonicStats]
         loss = linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **every)
@@ -133,6 +145,18 @@ class HarmonicHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, n={n:g}, eps={self.eps:g}"
 
 
+def _check_call(options: Mapping[str, Any]) -> None:
+    """Raise for what no call of a head takes; without a target nobody else would look at it."""
+    for name in options:
+        if name in ("label", "labels", "targets"):
+            raise TypeError(f"HarmonicHead takes the classes as target=, not {name}=")
+        if name in ("n", "eps"):
+            raise TypeError(
+                f"{name} belongs to the head and its weights: HarmonicHead(..., {name}=...), not a call of it"
+            )
+    collect("HarmonicHead", options, HEAD)
+
+
 def _read(state: Any) -> tuple[float, float] | None:
     """n and eps of a stored state, None where it does not tell."""
     if not isinstance(state, Tensor) or state.shape != (2,) or state.is_meta or type(state).__name__ == "FakeTensor":
@@ -159,6 +183,9 @@ def _arguments(n: float, eps: float) -> str:
 class LinearHarmonicLoss(nn.Module):
     """:func:`linear_harmonic_loss` with its options fixed; the class vectors are passed with every call.
 
+    ``loss(input=x, linear_weight=w, target=t)``: by name, for some libraries' modules begin with the weight and others with
+    the input, and where N = V nothing would tell that the two were swapped.
+
     Args:
         **options: keyword arguments of :func:`linear_harmonic_loss`.
     """
@@ -168,10 +195,23 @@ class LinearHarmonicLoss(nn.Module):
         collect("LinearHarmonicLoss", options, HARMONIC)
         self.options = options
 
-    def forward(self, linear_weight: Tensor, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, HarmonicStats]:
-        """The loss of input (..., D) against linear_weight (V, D) and target (...)."""
+    def forward(
+        self,
+        *unnamed: Tensor,
+        input: Tensor | None = None,
+        linear_weight: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, HarmonicStats]:
+        """The loss of input (..., D) against linear_weight (V, D) and target (...), each given by its name."""
+        if unnamed:
+            raise TypeError(
+                "LinearHarmonicLoss takes tensors by name, for input and linear_weight are easily swapped:"
+                " loss(input=x, linear_weight=w, target=t)"
+            )
         loss: Tensor | tuple[Tensor, HarmonicStats]
-        loss = linear_harmonic_loss(input, linear_weight, target, **cast(Any, self.options))
+        loss = linear_harmonic_loss(
+            cast(Tensor, input), cast(Any, linear_weight), cast(Any, target), **cast(Any, self.options)
+        )
         return loss
 
     def extra_repr(self) -> str:

@@ -308,7 +308,7 @@ def test_the_value_of_a_tensor_num_items_is_checked_wherever_it_is_used(bad):
         lambda: compiled(items.float()),
         lambda: torch.vmap(loss)(torch.stack([good.cpu(), items.float()])),
     ):
-        with pytest.raises(ValueError, match="num_items must be finite and > 0, got"):
+        with pytest.raises(ValueError, match="num_items must be finite and > 0 .*got"):
             refused()
     _, slope = torch.func.jvp(loss, (good,), (torch.tensor(1.0),))
     torch.testing.assert_close(slope, -loss(7).detach() / 7)

@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from harmonic_triton.losskernel import estimators, figures
+from harmonic_triton.losskernel import estimators, figures, report
 from harmonic_triton.losskernel.about import About
 from harmonic_triton.losskernel.diagnostics import Diagnostics
 from harmonic_triton.losskernel.kernel import LossKernel
@@ -133,8 +133,79 @@ def test_the_chains_figure_marks_the_dead():
     sick = losses()
     sick[1, 50:] = math.inf
     axis = figures.chains_figure(kernel(sick)).axes[0]
-    assert "chain 1 died" in axis.get_legend_handles_labels()[1]
-    assert len([line for line in axis.lines if line.get_color() == figures.BLUE]) == 3
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "chain 0", "chain 2", "chain 3", "chain 1 died", "at w*, the trained weights",
+    ]  # fmt: skip
+    living = [line for line in axis.lines if str(line.get_label()) in ("chain 0", "chain 2", "chain 3")]
+    assert len({line.get_color() for line in living}) == len({line.get_linestyle() for line in living}) == 3
+    assert all(line.get_linewidth() >= 1.5 and (line.get_alpha() or 1) == 1 for line in living)
+
+
+def test_many_chains_are_one_kind_of_line_without_a_legend_each():
+    axis = figures.chains_figure(kernel(losses(chains=12, draws=8))).axes[0]
+    assert len([line for line in axis.lines if line.get_color() == figures.BLUE]) == 12
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["at w*, the trained weights"]
+
+
+@pytest.mark.parametrize("count", [3, 30, 61])
+def test_no_line_lies_over_the_heatmap_and_names_do_not_collide(count):
+    """One wide label and narrow ones beside it: a name wants room."""
+    labels = torch.arange(count).repeat_interleave(torch.tensor([3000 // count] + [1] * (count - 1)))
+    big = LossKernel.from_losses(losses()[:, :, torch.arange(len(labels)) % 60], labels=labels)
+    figure = figures.overview(big, method="pca")
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    assert not axis.lines and not axis.collections
+    assert len(axis.get_yticks(minor=True)) == len(axis.get_xticks(minor=True)) == (count - 1 if count <= 60 else 0)
+    boxes = [label.get_window_extent() for label in axis.get_yticklabels()]
+    assert boxes and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_dots_of_each_label_have_a_colour_and_a_marker_and_the_legend_lies_beside_them():
+    figure = figures.overview(kernel(labels=torch.arange(60) % 10), method="pca")
+    figure.canvas.draw()
+    axis = figure.axes[1]
+    dots = [collection for collection in axis.collections if len(collection.get_offsets())]
+    assert len(dots) == 10 == len({dot.get_paths()[0].vertices.tobytes() for dot in dots})
+    assert len({tuple(dot.get_facecolor()[0]) for dot in dots[:8]}) == 8
+    legend = axis.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [str(i) for i in range(10)]
+    assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+    many = figures.overview(kernel(labels=torch.arange(60) % 20), method="pca")
+    assert any(axis.get_ylabel() == "place of its label in their order" for axis in many.axes)  # its colour bar
+
+
+def test_labels_that_are_not_the_kernels_own_are_called_groups():
+    """The diagnostics speak of the kernel's labels, the pictures of those given: one word for both contradicted itself."""
+    assert figures.kind_of(kernel(), GROUPS) == figures.kind_of(kernel(labels=None), GROUPS) == "label"
+    assert figures.kind_of(kernel(), torch.arange(60) % 2) == "group"
+    texts = figures.correlations_figure(kernel(), torch.arange(60) % 2).axes[0].get_legend().get_texts()
+    assert [text.get_text().partition(",")[0] for text in texts] == ["other pairs", "same group"]
+    styles = {patch.get_linestyle() for patch in figures.correlations_figure(kernel(), GROUPS).axes[0].patches}
+    assert len(styles) == 2
+
+
+# --- words -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_explains_its_symbols():
+    text = report.summary(kernel()) + report.diagnostics_section(kernel())
+    for words in (
+        "w* are the trained weights", "about half the number of directions", "how much single losses move",
+        "as so many samples would", "The pull back to w*", "1 where they do", "The likeness of the kernels of two halves",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_the_report_says_what_to_conclude():
+    good = report.conclusion(kernel(losses(draws=400)))
+    assert "<b>The draws can be trusted:</b>" in good and "Not to be relied on" not in good
+    assert re.search(r"Mean correlation of pairs: same label 0\.[78]\d\d, others -?0\.0", good)
+    drifting = torch.randn(4, 30, 60, generator=torch.Generator().manual_seed(0)).cumsum(1) + 9
+    bad = report.conclusion(kernel(drifting))
+    assert "<b>Not to be relied on yet.</b> split R̂" in bad and "can be trusted:" not in bad
+    few = report.conclusion(kernel(losses(1, 3), initial_losses=None))
+    assert "<b>Not known whether the draws suffice</b>" in few and "can be trusted:" not in few
 
 
 def test_plot_writes_a_picture(tmp_path):
@@ -190,6 +261,15 @@ def verdict(name, **changes):
 
 def all_at(value):
     return torch.full((60,), value, dtype=torch.float64)
+
+
+def test_a_row_names_what_its_numbers_are_of():
+    """ "0.998; above 1.01" was the mean loss's number beside the samples' verdict."""
+    found = verdict("split R̂", r_hat_mean_loss=0.998, r_hat=all_at(1.2))
+    assert found.name == "split R̂" and found.value == "mean loss 0.998; median sample 1.200, 95 % below 1.200"
+    assert found.words.startswith("R̂ of the median sample, 1.200, is above 1.01") and found.good is False
+    some = torch.cat([torch.ones(50), torch.full((10,), 1.4)]).double()
+    assert verdict("split R̂", r_hat=some).words.endswith("but for single samples.")
 
 
 @pytest.mark.parametrize("name", ["split R̂", "autocorrelation time"])

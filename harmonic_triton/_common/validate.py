@@ -9,30 +9,40 @@ import sys
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
 
 
 def describe(value: Any) -> str:
-    """Shape, dtype and device of a tensor, shape and dtype of another array, or the value itself, cut where it is long."""
-    name = type(value).__name__
+    """Shape, dtype and device of a tensor, shape and dtype of another array, or the value itself where it is short."""
+    name, shape = type(value).__name__, getattr(value, "shape", None)
     if isinstance(value, Tensor):
         return f"{name} of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
-        return f"{name} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(shape, tuple) and shape:
+        return f"{name} of shape {tuple(shape)}" + (f", {value.dtype}" if hasattr(value, "dtype") else "")
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print the longest
         return f"{name} of {value.bit_length()} bits"
-    text = reprlib.repr(value) if isinstance(value, (list, tuple, dict, set)) else repr(value)
+    if isinstance(value, (list, tuple, dict, set)):
+        text = reprlib.repr(value)
+        return text if len(text) <= 60 else f"{name} of length {len(value)}"
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _as_tensor(name: str, value: Any) -> str:
+    """How a value that is no tensor becomes one, where that is known."""
+    if isinstance(value, nn.Module):
+        return f"; pass its parameter, {name}.weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+    return f"; use torch.as_tensor({name})" if isinstance(value, (list, tuple)) or getattr(value, "shape", None) else ""
 
 
 def tensors(**named: Any) -> None:
     """Each argument is a dense tensor that holds values, and none is a DTensor among plain ones."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}{_as_tensor(name, value)}")
         if value.is_nested:  # whose shape cannot always be asked for
             raise TypeError(f"{name} is a nested tensor; pad it (to_padded_tensor)")
         if value.layout != torch.strided:
@@ -52,19 +62,30 @@ def tensors(**named: Any) -> None:
             raise ValueError(f"{name} is on meta and holds no values; give it some first (to_empty, then initialise)")
 
 
-def features(input: Tensor, linear_weight: Tensor) -> None:
-    """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device."""
+_SWAPPED = "; are input and linear_weight swapped? The order is input, linear_weight, target"
+
+
+def features(input: Tensor, linear_weight: Tensor, least_rows: int = 1) -> None:
+    """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device; V is at least ``least_rows``."""
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOAT_DTYPES:
+            whole = not (value.is_floating_point() or value.is_complex())
             raise TypeError(
                 f"{name} must be bfloat16, float16, float32 or float64, got {describe(value)}; cast it first"
+                + (" (class indices go into target)" if whole else "")
             )
-    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0 or linear_weight.shape[1] == 0:
-        raise ValueError(f"linear_weight must be (V, D) with V, D >= 1, got {describe(linear_weight)}")
+    if linear_weight.dim() != 2 or linear_weight.shape[0] < least_rows or linear_weight.shape[1] == 0:
+        swapped = linear_weight.dim() > 2 and input.dim() == 2 and input.shape[1] == linear_weight.shape[-1]
+        sizes = "V, D >= 1" if least_rows else "D >= 1"  # a process may have none of the rows
+        raise ValueError(
+            f"linear_weight must be (V, D) with {sizes}, got {describe(linear_weight)}{_SWAPPED if swapped else ''}"
+        )
     if input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
+        transposed = input.dim() > 0 and input.shape[-1] == linear_weight.shape[0]
         raise ValueError(
             f"input must be (..., D) with D = {linear_weight.shape[1]} as in linear_weight"
             f" {tuple(linear_weight.shape)}, got {describe(input)}"
+            + ("; if linear_weight is (D, V), pass linear_weight.t()" if transposed else "")
         )
     if input.device != linear_weight.device:
         raise ValueError(
@@ -84,14 +105,16 @@ def offset(shift: Any) -> int:
     return cast(int, shift)
 
 
-def labels(input: Tensor, target: Tensor, shift: int) -> None:
+def labels(input: Tensor, linear_weight: Tensor, target: Tensor, shift: int) -> None:
     """target (...) holds integer classes, one for each token of input, and at least as many in a row as it is shifted."""
+    tokens = input.shape[:-1]
     if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be int64 (or int32) class indices, got {describe(target)}")
-    if target.shape != input.shape[:-1]:
+        mend = "argmax(-1): probabilities are not served" if target.shape == (*tokens, len(linear_weight)) else "long()"
+        raise TypeError(f"target must be int64 (or int32) class indices, got {describe(target)}; use target.{mend}")
+    if target.shape != tokens:
         raise ValueError(
-            f"target must have the shape of input without its last dimension, {tuple(input.shape[:-1])},"
-            f" got {describe(target)}; flatten or reshape it"
+            f"target must have the shape of input without its last dimension, {tuple(tokens)},"
+            f" got {describe(target)}{_as_labels(input, linear_weight, target)}"
         )
     if target.device != input.device:
         raise ValueError(f"target is on {target.device} and input on {input.device}; move them to one device")
@@ -102,16 +125,31 @@ def labels(input: Tensor, target: Tensor, shift: int) -> None:
         )
 
 
+def _as_labels(input: Tensor, linear_weight: Tensor, target: Tensor) -> str:
+    """How a target of another shape than the tokens' becomes one of theirs."""
+    tokens, given = input.shape[:-1], target.shape
+    if given == linear_weight.shape[:-1]:
+        return _SWAPPED
+    if given == (*tokens, len(linear_weight)):
+        return "; of one-hot rows pass target.argmax(-1)"
+    if target.numel() == tokens.numel():
+        return f"; use target.reshape({tuple(tokens)})"
+    if len(given) == len(tokens) > 1 and given[:-1] == tokens[:-1] and given[-1] < tokens[-1]:
+        return "; for the next-token loss pass all tokens as target, and shift=True"
+    return "; it holds one class for each token"
+
+
 def exponent(n: Any) -> None:
     """n is None, a positive finite number, or a floating tensor (its value is checked when it is used) of shape () or (1,)."""
     if isinstance(n, Tensor):
         tensors(n=n)
         if not (n.dim() == 0 or n.shape == (1,)) or not n.is_floating_point():
-            raise ValueError(f"n must be a number or a floating tensor of shape () or (1,), got {describe(n)}")
+            mend = "; use n.float()" if n.numel() == 1 and not n.is_floating_point() else ""
+            raise ValueError(f"n must be a number or a floating tensor of shape () or (1,), got {describe(n)}{mend}")
     elif n is not None:
         number("n", n)
         if not 0 < n < math.inf:
-            raise ValueError(f"n must be a finite harmonic exponent > 0, got {n}")
+            raise ValueError(f"n must be a finite harmonic exponent > 0, got {n}; the paper recommends about sqrt(D)")
         in_fp32("n", n)
 
 
@@ -165,6 +203,9 @@ def eps(value: Any) -> None:
     between("eps", value, 0.0, FP32_LIMIT)
 
 
+NUM_ITEMS = "num_items must be finite and > 0 (the tokens that count; skip a batch without any)"
+
+
 def reduction(value: str, num_items: Any) -> None:
     """A known reduction; num_items divides a sum over tokens, so it makes no sense with 'none'."""
     if not isinstance(value, str) or value not in ("none", "mean", "sum"):
@@ -180,7 +221,7 @@ def reduction(value: str, num_items: Any) -> None:
     else:
         number("num_items", num_items)
         if not 0 < num_items < math.inf:
-            raise ValueError(f"num_items must be finite and > 0, got {num_items}")
+            raise ValueError(f"{NUM_ITEMS}, got {num_items}")
         in_fp32("num_items", num_items)
 
 
@@ -203,6 +244,18 @@ def budget(value: Any) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if value is not None and not (whole and 0 < value < 2**63):
         raise ValueError(f"memory_budget must be a positive number of bytes below 2^63, or None, got {describe(value)}")
+
+
+def process_group(group: Any) -> None:
+    """None, or a ProcessGroup of ``torch.distributed`` that this process belongs to."""
+    if group is None:
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be None or a torch.distributed.ProcessGroup, got {describe(group)};"
+            " torch.distributed.new_group() or DeviceMesh.get_group() make one (of a mesh, or of all: dist.group.WORLD)"
+        )
 
 
 def dimension(dim: Any, tensor: Tensor) -> None:

@@ -17,6 +17,9 @@ from harmonic_triton._common.precision import compute_dtype
 from harmonic_triton._common.transforms import requires_grad
 from harmonic_triton.fused import checks, ops, strategy
 from harmonic_triton.fused.options import Options
+from harmonic_triton.fused.parallel import vocabulary
+from harmonic_triton.fused.parallel.dtensor import localized
+from harmonic_triton.fused.parallel.shard import Shard, shard_of
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
 from harmonic_triton.fused.results import TokenResults, TokenWeights, token_losses
 
@@ -33,29 +36,59 @@ class Prepared:
     options: Options
     shape: torch.Size  # of target
     shift: int
+    shard: Shard | None = None  # of the class vectors, where other processes have the rest
+    reduce_input: bool = True  # whether dX is added up over them
 
 
 def loss_and_statistics(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, *, harmonic: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and, where asked for, the fields of its statistics."""
-    input, linear_weight = _check(input, linear_weight, target, options)
-    prepared = _prepare(input, linear_weight, target, options, harmonic)
+    local = localized(input, linear_weight, target, options.process_group)
+    input, linear_weight = _check(local.input, local.linear_weight, local.target, options, local.group is not None)
+    shard = None
+    if local.group is not None:
+        shard = shard_of(local.group, len(linear_weight), input.device, _facts(input, local.target, options, harmonic))
+        validate.class_weight(options.class_weight, shard.classes, linear_weight.device)
+    prepared = _prepare(input, linear_weight, local.target, options, harmonic, shard, local.reduce_input)
     losses, statistics = _run_reference(prepared) if prepared.backend == "reference" else _run_fused(prepared)
     return _reduce(prepared, losses, statistics)
 
 
-def _check(input: Tensor, linear_weight: Tensor, target: Tensor, options: Options) -> list[Tensor]:
+def _facts(input: Tensor, target: Tensor, options: Options, harmonic: bool) -> dict[str, Any]:
+    """What every process of a group must have been given; values only where they are at hand."""
+    facts: dict[str, Any] = {"loss": "harmonic" if harmonic else "cross-entropy", "input.shape": tuple(input.shape)}
+    facts["dtype"] = input.dtype
+    facts["requires_grad of input"] = input.requires_grad and torch.is_grad_enabled()
+    for name, value in vars(options).items():
+        if name in ("process_group", "memory_budget"):
+            continue
+        if isinstance(value, Tensor):
+            value = (tuple(value.shape), value.tolist() if value.numel() == 1 and value.device.type == "cpu" else None)
+        facts[name] = value
+    if target.device.type == "cpu":
+        order = torch.arange(1, target.numel() + 1)
+        facts["target"] = (tuple(target.shape), int((target.flatten() * order).sum()))
+    return facts
+
+
+def _check(
+    input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, is_part: bool = False
+) -> list[Tensor]:
     """Raise for whatever types, shapes and devices of tensors tell; returns the operands as autocast wants them."""
     validate.tensors(input=input, linear_weight=linear_weight, target=target)
     input, linear_weight = autocast(input, linear_weight)
-    validate.features(input, linear_weight)
-    validate.labels(input, target, validate.offset(options.shift))
-    validate.class_weight(options.class_weight, linear_weight.shape[0], linear_weight.device)
+    validate.features(input, linear_weight, least_rows=0 if is_part else 1)
+    validate.labels(input, linear_weight, target, validate.offset(options.shift))
+    if not is_part:
+        validate.class_weight(options.class_weight, linear_weight.shape[0], linear_weight.device)
     return [input, linear_weight]
 
 
-def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool) -> Prepared:
+def _prepare(
+    input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, harmonic: bool, shard: Shard | None,
+    reduce_input: bool,
+) -> Prepared:  # fmt: skip
     """Flatten, shift, choose the backend, and weigh the tokens."""
     if any(type(value) is not float for value in (options.eps, options.uniform_mix, options.z_loss)) or (
         type(options.label_smoothing) is not float
@@ -71,7 +104,7 @@ def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
     if shift:
         labels = F.pad(labels[..., shift:], (0, shift), value=options.ignore_index)
     if isinstance(options.num_items, Tensor):
-        options = replace(options, num_items=checks.positive(options.num_items, "num_items must be finite and > 0"))
+        options = replace(options, num_items=checks.positive(options.num_items, validate.NUM_ITEMS))
     n = exponent_tensor(options.n, input.shape[-1], input.device, dtype) if harmonic else None
     x, w, class_weight = input.reshape(-1, input.shape[-1]), linear_weight, options.class_weight
     if torch.compiler.is_compiling():
@@ -80,7 +113,8 @@ def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
         x, w, n, class_weight = ops.without_tangents(x, w, n, class_weight)
     smooth_weight = None
     if options.label_smoothing:
-        smooth_weight = (x.new_ones(len(w)) if class_weight is None else class_weight).to(dtype) / len(w)
+        classes = len(w) if shard is None else shard.classes
+        smooth_weight = (x.new_ones(classes) if class_weight is None else class_weight).to(dtype) / classes
     operands = Operands(x, w, labels.reshape(-1), n, smooth_weight)
     wanted = Wanted(*(t is not None and torch.is_grad_enabled() and requires_grad(t) for t in (x, w, n)))
     problem = Problem(
@@ -88,7 +122,7 @@ def _prepare(input: Tensor, linear_weight: Tensor, target: Tensor, options: Opti
         backend, options.memory_budget or 0,
     )  # fmt: skip
     weights = _token_weights(operands.target, class_weight, options, dtype)
-    return Prepared(operands, weights, problem, wanted, backend, options, target.shape, shift)
+    return Prepared(operands, weights, problem, wanted, backend, options, target.shape, shift, shard, reduce_input)
 
 
 def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options, dtype: torch.dtype) -> TokenWeights:
@@ -103,7 +137,7 @@ def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options
         divisor = items.to(valid.device, dtype) if isinstance(items, Tensor) else items
     elif options.reduction == "mean":
         total = token.sum()
-        divisor = total + (total == 0)
+        divisor = total.clamp_min(1.0) if class_weight is None else total + (total == 0)
     smoothing = options.label_smoothing
     smooth = valid * smoothing / divisor if smoothing else None
     log_sum = valid * options.z_loss / divisor if options.z_loss else None
@@ -115,7 +149,14 @@ def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss by a backend: gradients in the forward pass where that is possible and pays, else from the results."""
     operands, problem, wanted = call.operands, call.problem, call.wanted
     reduced = call.options.reduction != "none"
-    if reduced and any(wanted) and strategy.gradients_in_forward(problem, operands):
+    if call.shard is not None:
+        checks.check_values(operands.target, call.shard.classes, problem.ignore_index, operands.n)
+        results = vocabulary.forward(
+            operands, problem, call.shard, want_rival=call.options.return_stats, reduce_input=call.reduce_input
+        )
+        loss = token_losses(results, call.weights, problem.mix, call.shard.classes)
+        loss = loss.sum() if reduced else loss
+    elif reduced and any(wanted) and strategy.gradients_in_forward(problem, operands):
         loss, results = ops.forward_backward(operands, call.weights, problem, wanted)
     else:
         results = ops.forward(operands, problem, differentiable=any(wanted))

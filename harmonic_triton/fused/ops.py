@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from harmonic_triton._common.precision import compute_dtype
-from harmonic_triton._common.transforms import forward_mode
+from harmonic_triton._common.transforms import compiled_transform, forward_mode, whole
 from harmonic_triton.fused import checks, strategy
 from harmonic_triton.fused.problem import Backend, Finishing, Operands, Problem, Wanted, schema, unpack
 from harmonic_triton.fused.results import (
@@ -43,27 +44,34 @@ def backend_module(name: str) -> Backend:
 
 
 def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autograd, and without autocast, which would round the operands of every product inside.
-
-    Vectors arrive dense and, as numbers do, on a boundary of 16 bytes, whatever their strides were: a kernel reads one
-    entry after the other, and is compiled once more for every other alignment.
-    """
+    """Without autograd, and without autocast, which would round the operands of every product inside."""
 
     @functools.wraps(run)
-    def body(x: Tensor, *args: Any) -> Any:
-        args = tuple(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args)
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return run(x, *args)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return run(x, *args)
+    def body(operands: Operands, *parts: Any) -> Any:
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(operands.x.device.type):
+            return run(operands, *parts)
+        with torch.no_grad(), torch.autocast(operands.x.device.type, enabled=False):
+            return run(operands, *parts)
 
     return body
 
 
-def _dense(vector: Tensor) -> Tensor:
-    if not vector.is_contiguous():
-        return vector.contiguous()
-    return vector.clone() if vector.data_ptr() % 16 else vector
+def _dense(*parts: Any) -> list[Any]:
+    """Vectors dense and, as numbers are, on a boundary of 16 bytes, whatever their strides were: a kernel reads one entry
+    after the other, and is compiled once more for every other alignment."""
+    return [part._make(map(_dense_vector, part)) if any(map(_is_strange, part)) else part for part in parts]
+
+
+def _is_strange(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dim() > 1:
+        return False
+    return not value.is_contiguous() or value.data_ptr() % 16 != 0
+
+
+def _dense_vector(value: Any) -> Any:
+    if not _is_strange(value):
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _checked(operands: Operands, ignore_index: int) -> tuple[Operands, Tensor | None]:
@@ -99,37 +107,41 @@ _RETURNS = {
 
 
 @_plainly
-def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    operands, problem = unpack(flat, *_FORWARD)
+def _forward(operands: Operands, problem: Problem) -> TokenResults:
+    (operands,) = _dense(operands)
     operands, bad = _checked(operands, problem.ignore_index)
     results = backend_module(problem.backend).forward(operands, problem)
     if bad is not None:
         results.nll.masked_fill_(bad, math.nan)
-    return tuple(results)
+    return results
 
 
 @_plainly
-def _backward(*flat: Any) -> tuple[Tensor, Tensor]:
-    operands, results, upstream, problem, wanted = unpack(flat, *_BACKWARD)
+def _backward(
+    operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    operands, results, upstream = _dense(operands, results, upstream)
     operands, _ = _indexable(operands, problem.ignore_index)
     return backend_module(problem.backend).backward(operands, results, upstream, problem, wanted)
 
 
 @_plainly
-def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
-    operands, weights, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
+def _forward_backward(
+    operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor, Unfinished, TokenResults]:
+    operands, weights = _dense(operands, weights)
     operands, bad = _checked(operands, problem.ignore_index)
     results, unfinished = backend_module(problem.backend).forward_backward(operands, weights, problem, wanted)
     if bad is not None:
         results.nll.masked_fill_(bad, math.nan)
-    dtype, classes = results.nll.dtype, len(operands.w)
+    dtype, classes = results.nll.dtype, operands.w.shape[0]
     exact = results._replace(**{name: getattr(results, name).double() for name in _summed(weights)})
     exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
     loss = token_losses(exact, exact_weights, problem.mix, classes)
     dn = results.nll.new_zeros(())
     if wanted.n and operands.n is not None:
         dn = exponent_gradient(exact, operands.n, upstream_of(exact, exact_weights, problem.mix, classes)).to(dtype)
-    return loss.sum().to(dtype), dn, *unfinished, *results
+    return loss.sum().to(dtype), dn, unfinished, results
 
 
 def _summed(weights: TokenWeights) -> tuple[str, ...]:
@@ -140,8 +152,10 @@ def _summed(weights: TokenWeights) -> tuple[str, ...]:
 
 
 @_plainly
-def _finish(*flat: Any) -> tuple[Tensor, Tensor]:
-    operands, unfinished, finishing, problem, wanted = unpack(flat, *_FINISH)
+def _finish(
+    operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    operands, unfinished, finishing = _dense(operands, unfinished, finishing)
     operands, _ = _indexable(operands, problem.ignore_index)
     return backend_module(problem.backend).finish(operands, unfinished, finishing, problem, wanted)
 
@@ -179,47 +193,66 @@ def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _body, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _gradients_fake),
-    ("forward_backward", _forward_backward, _forward_backward_fake),
-    ("finish", _finish, _gradients_fake),
-):
-    _parts, _returned = _RETURNS[_name]
-    _LIBRARY.define(f"{_name}({schema(*_parts)}) -> ({_returned})")
-    _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
-    _operator = getattr(torch.ops.harmonic_triton, _name).default
-    torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_operator), lib=_LIBRARY)
+def _separate(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors one after the other; what is empty shares no memory with another, as an operator's results must not."""
+    for value in values:
+        if not isinstance(value, Tensor):
+            yield from _separate(value)
+        else:
+            yield value if value.numel() else value.new_empty(value.shape)
+
+
+def _operator(run: Callable[..., Any], parts: tuple[Any, ...]) -> Callable[..., Any]:
+    """The same function of the flat arguments that an operator has."""
+
+    def body(*flat: Any) -> tuple[Tensor, ...]:
+        return tuple(_separate(run(*unpack(flat, *parts))))
+
+    return body
 
 
 _BODIES = {"forward": _forward, "backward": _backward, "forward_backward": _forward_backward, "finish": _finish}
 
-
-_SEEN_THROUGH = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, type(None)})
-
-
-def _nobody_looks_on(flat: tuple[Any, ...]) -> bool:
-    """No compiler, transform, mode, profiler or subclass of Tensor, which all see operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
-        and all(type(value) in _SEEN_THROUGH for value in flat)
-        and not any(map(_LEGACY_BATCHED, (value for value in flat if isinstance(value, Tensor))))
-    )
+for _name, _fake in (
+    ("forward", _forward_fake),
+    ("backward", _gradients_fake),
+    ("forward_backward", _forward_backward_fake),
+    ("finish", _gradients_fake),
+):
+    _parts, _returned = _RETURNS[_name]
+    _LIBRARY.define(f"{_name}({schema(*_parts)}) -> ({_returned})")
+    _LIBRARY.impl(_name, _operator(_BODIES[_name], _parts), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
+    _called = getattr(torch.ops.harmonic_triton, _name).default
+    torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_called), lib=_LIBRARY)
 
 
+_SEEN_THROUGH = frozenset({Tensor, torch.nn.Parameter})
 _LEGACY_BATCHED: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # of ``is_grads_batched``
 
 
-def _perform(name: str, *flat: Any) -> Any:
+def _nobody_looks_on(*parts: tuple[Any, ...]) -> bool:
+    """No compiler, transform, mode, profiler or subclass of Tensor, which all see operators."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    for part in parts:
+        for value in part:
+            if isinstance(value, Tensor) and (type(value) not in _SEEN_THROUGH or _LEGACY_BATCHED(value)):
+                return False
+    return True
+
+
+def perform(name: str, *parts: tuple[Any, ...]) -> Any:
     """What the operator does; without the operator where nobody would see it, which is a tenth of a small call's time."""
-    if _nobody_looks_on(flat):
-        return _BODIES[name](*flat)
-    return getattr(torch.ops.harmonic_triton, name)(*flat)
+    if _nobody_looks_on(*parts):
+        return _BODIES[name](*parts)
+    return getattr(torch.ops.harmonic_triton, name)(*chain.from_iterable(parts))
 
 
 NO_TANGENT = (
@@ -312,7 +345,7 @@ class ForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward", *flat)
+        return tuple(_separate(perform("forward", *unpack(flat, *_FORWARD))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -334,7 +367,7 @@ class ForwardFunction(torch.autograd.Function):
         upstream = Upstream(nll, smooth, given.target_ref)
         dx, dw = x.new_zeros(0), w.new_zeros(0)
         if need.x or need.w:
-            dx, dw = _perform("backward", *operands, *results, *upstream, *ctx.problem, *need)
+            dx, dw = perform("backward", operands, results, upstream, ctx.problem, need)
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
@@ -361,7 +394,7 @@ class ForwardBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward_backward", *flat)
+        return tuple(_separate(perform("forward_backward", *unpack(flat, *_FORWARD_BACKWARD))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -385,12 +418,13 @@ class _PlainForwardBackward(torch.autograd.Function):
     """The same where nobody looks on, with one output: autograd's work of twenty is a tenth of a small call's time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, n: Tensor | None, flat: tuple[Any, ...], found: list[Tensor]) -> Tensor:  # type: ignore[override]
-        loss, dn, *rest = _forward_backward(*flat)
-        operands, _, ctx.problem, ctx.wanted = unpack(flat, *_FORWARD_BACKWARD)
-        found += rest[len(Unfinished._fields) :]
-        results = TokenResults._make(found)
-        ctx.save_for_backward(*operands, *rest[: len(Unfinished._fields)], results.rival, dn)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w: Tensor, n: Tensor | None, parts: tuple[Any, ...], found: list[TokenResults]
+    ) -> Tensor:
+        loss, dn, unfinished, results = _forward_backward(*parts)
+        operands, _, ctx.problem, ctx.wanted = parts
+        found.append(results)
+        ctx.save_for_backward(*operands, *unfinished, results.rival, dn)
         return cast(Tensor, loss)
 
     @staticmethod
@@ -402,11 +436,11 @@ class _PlainForwardBackward(torch.autograd.Function):
 def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Wanted]:
     """The gradients of a weighted sum, those of them that were known when they were formed."""
     *saved, rival, dn = ctx.saved_tensors
-    operands, unfinished = unpack(tuple(saved), Operands, Unfinished)
+    operands, unfinished = unpack(saved, Operands, Unfinished)
     if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
         raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
     finishing = Finishing(rival, g, _last_backward(g))
-    dx, dw = _perform("finish", *operands, *unfinished, *finishing, *ctx.problem, *need)
+    dx, dw = perform("finish", operands, unfinished, finishing, ctx.problem, need)
     return *_first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None), need
 
 
@@ -418,20 +452,29 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
+@whole
+def _whole(name: str, *flat: Any) -> tuple[Tensor, ...]:
+    return tuple({"forward": ForwardFunction, "forward_backward": ForwardBackwardFunction}[name].apply(*flat))
+
+
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
     """Per-token results, with gradients or without."""
+    if not differentiable:
+        return TokenResults._make(perform("forward", operands, problem))
     flat = (*operands, *problem)
-    return TokenResults._make(_applied(ForwardFunction, *flat) if differentiable else _perform("forward", *flat))
+    return TokenResults._make(_whole("forward", *flat) if compiled_transform() else _applied(ForwardFunction, *flat))
 
 
 def forward_backward(
     operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, TokenResults]:
     """The weighted sum of the losses, with gradients, and the results that it is made of, without."""
-    flat = (*operands, *weights, *problem, *wanted)
-    if _nobody_looks_on(flat):
-        found: list[Tensor] = []
-        loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, flat, found)
-        return loss, TokenResults._make(found)
-    loss, *rest = _applied(ForwardBackwardFunction, *flat)
+    parts = (operands, weights, problem, wanted)
+    if _nobody_looks_on(operands, weights):
+        found: list[TokenResults] = []
+        loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, parts, found)
+        return loss, found[0]
+    flat = tuple(chain.from_iterable(parts))
+    transform = compiled_transform()
+    loss, *rest = _whole("forward_backward", *flat) if transform else _applied(ForwardBackwardFunction, *flat)
     return loss, TokenResults._make(rest[-len(TokenResults._fields) :])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypedDict, get_type_hints
 
@@ -112,22 +113,39 @@ def collect(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> O
         ValueError: one has a wrong value.
     """
     _check_names(owner, given, allowed)
+    for name, value in given.items():
+        check = _CHECKS.get(name)
+        if check is not None:
+            check(value)
     options = Options(**given)
-    validate.offset(options.shift)
-    validate.exponent(options.n)
-    validate.eps(options.eps)
-    validate.between("uniform_mix", options.uniform_mix, 0.0, validate.FP32_LIMIT)
-    validate.between("z_loss", options.z_loss, 0.0, validate.FP32_LIMIT)
-    validate.between("label_smoothing", options.label_smoothing, 0.0, 1.0)
-    validate.class_weight(options.class_weight)
-    validate.integer("ignore_index", options.ignore_index)
-    validate.flag("return_stats", options.return_stats)
     validate.reduction(options.reduction, options.num_items)
-    validate.budget(options.memory_budget)
-    check_name(options.backend)
     if options.process_group is not None:
-        raise ValueError("process_group: vocabulary-parallel weights are not supported yet; gather linear_weight first")
+        if options.backend == "reference":
+            raise ValueError(
+                "backend='reference' is dense and of one process; pass process_group=None and the full weights"
+            )
+        if options.uniform_mix and options.label_smoothing:
+            raise ValueError(
+                "label_smoothing together with uniform_mix needs every class in one process: choose one of both"
+            )
     return options
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "n": validate.exponent,
+    "eps": validate.eps,
+    "uniform_mix": functools.partial(validate.between, "uniform_mix", low=0.0, high=validate.FP32_LIMIT),
+    "z_loss": functools.partial(validate.between, "z_loss", low=0.0, high=validate.FP32_LIMIT),
+    "class_weight": validate.class_weight,
+    "ignore_index": functools.partial(validate.integer, "ignore_index"),
+    "label_smoothing": functools.partial(validate.between, "label_smoothing", low=0.0, high=1.0),
+    "shift": validate.offset,
+    "return_stats": functools.partial(validate.flag, "return_stats"),
+    "process_group": validate.process_group,
+    "backend": check_name,
+    "memory_budget": validate.budget,
+}
+"""What an option tells alone; ``reduction`` and ``num_items`` only tell together. The defaults need no check."""
 
 
 def _check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) -> None:

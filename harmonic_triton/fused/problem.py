@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -93,10 +94,11 @@ def schema(*parts: type) -> str:
     )
 
 
-def unpack(flat: tuple[Any, ...], *parts: Any) -> list[Any]:
+def unpack(flat: Sequence[Any], *parts: Any) -> list[Any]:
     """The parts that were laid one after the other into ``flat``."""
     out, at = [], 0
     for part in parts:
-        out.append(part(*flat[at : at + len(part._fields)]))
-        at += len(part._fields)
+        end = at + len(part._fields)
+        out.append(part._make(flat[at:end]))
+        at = end
     return out

@@ -63,7 +63,7 @@ class Upstream(NamedTuple):
 
     nll: Tensor
     smooth: Tensor | None
-    target_ref: Tensor | None
+    target_ref: Tensor | None  # of the target's log-score: with dot products ``target_ref`` itself
 
     def select(self, index: Tensor | slice) -> Upstream:
         """Those of some of the tokens."""

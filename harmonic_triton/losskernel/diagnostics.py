@@ -82,17 +82,20 @@ class Diagnostics:
         return Verdict("chains", value, not (self.dead or self.skipped), " ".join(parts) or "No loss was non-finite.")
 
     def _r_hat(self) -> Verdict:
-        name = "split R̂ (mean loss)"
+        name = "split R̂"
         if math.isnan(self.r_hat_mean_loss):
             return Verdict(name, "–", None, f"{FOUR_DRAWS}, and a mean loss that varies.")
         median, worst = quantile(self.r_hat, 0.5), quantile(self.r_hat, 0.95)
-        value = f"{self.r_hat_mean_loss:.3f}; samples: median {digits(median, 3)}, 95 % below {digits(worst, 3)}"
+        value = (
+            f"mean loss {self.r_hat_mean_loss:.3f}; median sample {digits(median, 3)}, 95 % below {digits(worst, 3)}"
+        )
         high = above(R_HAT, 3, {"of the mean loss": self.r_hat_mean_loss, "of the median sample": median})
         words = (
             f"R̂ {high}, is above {R_HAT}: the chains, or their halves, sample different places. Longer burn-in, more draws, "
             "or a larger localization; the within-chain estimate leaves differences between chains out."
             if high
-            else "The chains agree with one another and with their own halves."
+            else "The chains agree with one another and with their own halves"
+            + (", but for single samples." if round(worst, 3) > R_HAT else ".")
         )
         return Verdict(name, value, not high, words)
 
@@ -101,7 +104,7 @@ class Diagnostics:
         name = "autocorrelation time (draws)"
         if math.isnan(tau):
             return Verdict(name, "–", None, f"{FOUR_DRAWS}, and losses that vary.")
-        value = f"{digits(self.autocorrelation_time_mean_loss, 1)}; samples: median {tau:.1f}"
+        value = f"mean loss {digits(self.autocorrelation_time_mean_loss, 1)}; median sample {tau:.1f}"
         high = above(TAU, 1, {"of the mean loss": self.autocorrelation_time_mean_loss, "of the median sample": tau})
         words = (
             f"{self.num_draws:,} draws are worth about {self.effective_draws:,.0f} independent ones, sample by sample. "

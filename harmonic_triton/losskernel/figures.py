@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmonic_triton._common import validate
 from harmonic_triton._common.extras import needs
+from harmonic_triton._common.palette import MARKERS, PALETTE, line_style
 from harmonic_triton.losskernel import estimators
 from harmonic_triton.losskernel.diagnostics import R_HAT, TAU
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from harmonic_triton.losskernel.kernel import LossKernel
 
 SHOWN = 1000  # samples along a side of the heatmap
-LEGEND = 10  # labels that get a colour of their own and a legend
+LEGEND = 10  # labels that get a colour and a marker of their own, and a legend
 CHAINS = 40  # chains drawn one by one
-BLUE, RED, GRAY = "#0b6e99", "#d1495b", "#8a8f98"
+NAMED_CHAINS = 8  # at most, where each has a line of its own kind and a legend
+NARROWEST = 0.022  # share of the heatmap's side that the name of a label needs
+BLUE, RED, GRAY = PALETTE[0], PALETTE[1], PALETTE[7]
 
 
 def overview(
@@ -67,20 +70,24 @@ def heatmap(axis: Axes, kernel: LossKernel, labels: Tensor | None, label_names: 
     image = axis.imshow(rho.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", rasterized=True)
     axis.figure.colorbar(image, ax=axis, fraction=0.045, pad=0.03, label="correlation ρ", extend="both")
     some = "" if len(shown) == kernel.num_samples else f"{len(shown):,} of "
-    axis.set(title=f"{some}{kernel.num_samples:,} samples, {'by label' if labels is not None else 'by cluster'}")
+    sorting = "cluster" if labels is None else kind_of(kernel, labels)
+    axis.set(title=f"{some}{kernel.num_samples:,} samples, by {sorting}")
     axis.grid(False)
     axis.set(xticks=[], yticks=[])
     if labels is None:
         return
     values, counts = labels[shown].unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)
-    if len(values) <= 60:
-        for end in ends[:-1].tolist():
-            axis.axhline(end - 0.5, color="black", linewidth=0.4, alpha=0.6)
-            axis.axvline(end - 0.5, color="black", linewidth=0.4, alpha=0.6)
-    if len(values) <= 30:
-        axis.set_yticks((ends - counts / 2).tolist(), [printable(label_name(int(v), label_names)) for v in values])
-        axis.tick_params(length=0, labelsize=8)
+    if len(values) <= 60:  # ticks beside the matrix: lines across would hide what they part
+        borders = (ends[:-1] - 0.5).tolist()
+        axis.set_xticks(borders, minor=True)
+        axis.set_yticks(borders, minor=True)
+        axis.tick_params(which="minor", length=7, width=0.8)
+    wide = counts >= NARROWEST * len(shown)
+    middles, named = (ends - counts / 2 - 0.5)[wide].tolist(), values[wide].tolist()
+    if len(named) <= 40:
+        axis.set_yticks(middles, [printable(label_name(value, label_names)) for value in named])
+        axis.tick_params(which="major", length=0, labelsize=8, pad=9)
 
 
 def sorted_samples(kernel: LossKernel, labels: Tensor | None) -> Tensor:
@@ -113,31 +120,40 @@ def scatter(
     labels: Tensor | None,
     label_names: Sequence[str] | None = None,
 ) -> None:
-    """The embedding, coloured by label, or by loss variance without labels."""
+    """The embedding: a colour and a marker for each label, a colour bar for many, or the spread of the loss without any."""
     points = embedding.float().cpu().numpy()
     style: dict[str, Any] = {
-        "s": min(14.0, max(0.5, 2e4 / len(points))),
+        "s": min(18.0, max(0.5, 2e4 / len(points))),
         "linewidths": 0,
         "alpha": 0.75,
         "rasterized": True,
     }
     values = labels.unique() if labels is not None else torch.empty(0)
     if labels is not None and len(values) <= LEGEND:
-        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
-        palette = needs("matplotlib").colormaps["tab10"].colors
-        colors = [palette[int(i)] for i in torch.searchsorted(values, labels[order])]
-        axis.scatter(points[order, 0], points[order, 1], color=colors, **style)
         for i, value in enumerate(values.tolist()):
-            axis.plot([], [], "o", color=palette[i], label=printable(label_name(value, label_names)), markersize=5)
-        axis.legend(frameon=False, fontsize=8, loc="best", handletextpad=0.2)
-        axis.set_title("by label")
+            part = points[(labels == value).numpy()]
+            axis.scatter(
+                part[:, 0], part[:, 1], color=PALETTE[i % len(PALETTE)], marker=MARKERS[i],
+                label=printable(label_name(value, label_names)), zorder=2 + (i * 7 % len(values)) / 100, **style,
+            )  # fmt: skip
+        legend = axis.legend(
+            frameon=False, fontsize=8, handletextpad=0.2, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.02)
+        )
+        for handle in legend.legend_handles:
+            handle.set(sizes=[28.0], alpha=1.0)  # type: ignore[union-attr]
+        axis.set_title(f"one dot a sample, by {kind_of(kernel, labels)}")
     elif labels is not None:
-        axis.scatter(points[:, 0], points[:, 1], c=torch.searchsorted(values, labels).numpy(), cmap="turbo", **style)
-        axis.set_title(f"colours: {len(values):,} labels in order")
+        places = torch.searchsorted(values, labels).numpy()
+        drawn = axis.scatter(points[:, 0], points[:, 1], c=places, cmap="viridis", **style)
+        axis.figure.colorbar(
+            drawn, ax=axis, fraction=0.045, pad=0.03, label=f"place of its {kind_of(kernel, labels)} in their order"
+        )
+        axis.set_title(f"one dot a sample, {len(values):,} {kind_of(kernel, labels)}s")
     else:
         spread = kernel.variance.clamp_min(0.0).sqrt().clamp_min(1e-12).log10().cpu().numpy()
         drawn = axis.scatter(points[:, 0], points[:, 1], c=spread, cmap="viridis", **style)
         axis.figure.colorbar(drawn, ax=axis, fraction=0.045, pad=0.03, label="log10 of the loss's standard deviation")
+        axis.set_title("one dot a sample")
     axis.set(xticks=[], yticks=[])
     low, high = (torch.from_numpy(points).quantile(q, 0).numpy() for q in (0.001, 0.999))
     margin = 0.08 * (high - low) + 1e-9
@@ -151,25 +167,31 @@ def chains_figure(kernel: LossKernel) -> Figure:
     traces, times, hats = figure.subplots(1, 3, width_ratios=[2.2, 1, 1])
     living = [chain for chain in range(kernel.num_chains) if chain not in record.dead]
     every = max(1, record.read.shape[1] // 1000)
-    for chain in living[:CHAINS]:
+    few = len(living) <= NAMED_CHAINS
+    for number, chain in enumerate(living[:CHAINS]):
         loss = record.mean_loss[chain].masked_fill(~record.finite[chain], math.nan)[::every]
-        traces.plot(range(0, every * len(loss), every), loss.numpy(), color=BLUE, linewidth=0.6, alpha=0.45)
+        style = line_style(number) if few else {"color": BLUE, "alpha": 0.5}
+        label = {"label": f"chain {chain}"} if few else {}
+        traces.plot(range(0, every * len(loss), every), loss.numpy(), linewidth=1.5 if few else 0.9, **style, **label)
     low, high = traces.get_ylim()
     for chain, death in record.dead.items():
         loss = record.mean_loss[chain, :death]
-        traces.plot(range(death), loss.numpy(), color=RED, linewidth=1, linestyle="--")
+        traces.plot(range(death), loss.numpy(), color=RED, linewidth=1.5, linestyle="--")
         level = loss[-1].clamp(low, high).item() if death else (low + high) / 2
         traces.plot([death], [level], "x", color=RED, markersize=8, clip_on=False, label=f"chain {chain} died")
     start = diagnostics.initial_loss
     if math.isfinite(start):
-        traces.axhline(start, color="black", linewidth=1, linestyle=":", label="at w*")
+        traces.axhline(start, color="black", linewidth=1.2, linestyle=":", label="at w*, the trained weights")
         low, high = min(low, start - 0.05 * (high - low)), max(high, start + 0.05 * (high - low))
     if living:
         traces.set_ylim(low, high)
     more = f", {CHAINS} of {len(living)} chains" if len(living) > CHAINS else ""
-    traces.set(title=f"mean loss of the chains{more}", xlabel="draw")
+    traces.set(title=f"mean loss of the chains{more}", xlabel="draw", ylabel="mean loss over the samples")
+    traces.xaxis.get_major_locator().set_params(integer=True)
     if traces.get_legend_handles_labels()[0]:
-        traces.legend(frameon=False, fontsize=8)
+        traces.legend(
+            frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17), handlelength=3
+        )
     for axis, values, limit, title in (
         (times, diagnostics.autocorrelation_time, TAU, "autocorrelation time (draws)"),
         (hats, diagnostics.r_hat, R_HAT, "split R̂"),
@@ -177,7 +199,8 @@ def chains_figure(kernel: LossKernel) -> Figure:
         values = values[values.isfinite()]
         if len(values):
             axis.hist(values.numpy(), bins=min(30, max(5, len(values) // 4)), color=BLUE, alpha=0.8)
-            axis.axvline(limit, color=RED, linewidth=1, linestyle="--")
+            axis.axvline(limit, color=RED, linewidth=1.5, linestyle="--", label=f"limit, {limit:g}")
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         axis.set(title=title, ylabel="samples")
     return figure
 
@@ -189,17 +212,22 @@ def correlations_figure(kernel: LossKernel, labels: Tensor | None) -> Figure:
     some = torch.randperm(kernel.num_samples, generator=torch.Generator().manual_seed(1))[:SHOWN]
     rho = kernel.block(some, some).cpu()
     pair = torch.ones_like(rho, dtype=torch.bool).triu(1)
-    kinds = [("all pairs", pair, GRAY)]
+    kinds = [("all pairs", pair, BLUE, "-")]
     if labels is not None:
         same = labels[some, None] == labels[some]
-        kinds = [("other pairs", pair & ~same, BLUE), ("same label", pair & same, RED)]
-    values = [(name, rho[which], color) for name, which, color in kinds if which.any()]
-    low = min((found.min().item() for _, found, _ in values), default=-1.0)
-    high = max((found.max().item() for _, found, _ in values), default=1.0)
-    for name, found, color in values:
-        left.hist(found.numpy(), bins=80, range=(low, high), density=True, histtype="step", color=color, label=name)
-        left.axvline(found.mean().item(), color=color, linewidth=1, linestyle=":")
-    left.set(title="correlations of pairs (dotted: means)", xlabel="ρ", ylabel="density (log)", yscale="log")
+        kinds = [("other pairs", pair & ~same, BLUE, "--"), (f"same {kind_of(kernel, labels)}", pair & same, RED, "-")]
+    values = [(name, rho[which], color, dashes) for name, which, color, dashes in kinds if which.any()]
+    low = min((found.min().item() for _, found, _, _ in values), default=-1.0)
+    high = max((found.max().item() for _, found, _, _ in values), default=1.0)
+    for name, found, color, dashes in values:
+        mean, named = found.mean().item(), f"{name}, mean {found.mean():.3f}"
+        left.hist(
+            found.numpy(), bins=80, range=(low, high), density=True, histtype="step", color=color, label=named,
+            linestyle=dashes, linewidth=1.5,
+        )  # fmt: skip
+        left.axvline(mean, color=color, linewidth=1, linestyle=":")
+    left.set(title="correlations of pairs (dotted: their means)", xlabel="correlation ρ", yscale="log")
+    left.set_ylabel("density (logarithmic)")
     if values:
         left.legend(frameon=False, fontsize=8)
     loss, spread = kernel.initial_losses.cpu(), kernel.variance.clamp_min(0.0).sqrt().cpu()
@@ -242,6 +270,11 @@ def labels_of(kernel: LossKernel, labels: Tensor | None) -> Tensor | None:
     return kernel.labels if labels is None else estimators.sample_labels("labels", labels, kernel.num_samples).cpu()
 
 
+def kind_of(kernel: LossKernel, labels: Tensor) -> str:
+    """What labels are called where they are shown: the diagnostics' are the kernel's own, others are groups."""
+    return "label" if kernel.labels is None or torch.equal(labels.cpu(), kernel.labels.cpu()) else "group"
+
+
 def label_name(value: int, names: Sequence[str] | None) -> str:
     """What a label is called."""
     return str(value) if names is None else names[value]
@@ -249,4 +282,5 @@ def label_name(value: int, names: Sequence[str] | None) -> str:
 
 def printable(text: str) -> str:
     """Text that matplotlib shows: a dollar sign would start a formula; an underscore, or nothing, hides a legend entry."""
-    return (" " * text.startswith("_") + text[:24]).replace("$", r"\$") or "–"
+    short = text if len(text) <= 24 else f"{text[:8]}…{text[-15:]}"  # the ends of paths differ
+    return (" " * short.startswith("_") + short).replace("$", r"\$") or "–"

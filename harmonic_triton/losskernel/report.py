@@ -22,6 +22,7 @@ from harmonic_triton.losskernel.figures import (
     chains_figure,
     check_label_names,
     correlations_figure,
+    kind_of,
     labels_of,
     overview,
 )
@@ -38,11 +39,23 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin: 2
 p { margin: .4rem 0 .8rem } img { width: 100%; height: auto } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0 }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #e3e6ea; vertical-align: top }
-th { font-weight: 600 } td { overflow-wrap: anywhere }
-.good { color: #1a7f37 } .bad { color: #b3261e; font-weight: 600 } .open { color: #656d76 }
-.warning { background: #fdf0ef; border-left: 4px solid #b3261e; padding: .6rem 1rem }
+th { font-weight: 600 } td { overflow-wrap: break-word } td small { color: #656d76; display: block }
+.good { color: #00664a } .bad { color: #a63a00; font-weight: 600 } .open { color: #656d76 }
+.good, .bad { white-space: nowrap } .conclusion { border-left: 4px solid #0072B2; padding: .2rem 1rem }
+.warning { background: #fdf3ec; border-left: 4px solid #a63a00; padding: .6rem 1rem }
 code { font-size: .86rem; background: #f4f6f8; padding: .08rem .25rem; border-radius: 3px; white-space: pre-wrap }
 """
+ASKS = {  # what each line of the diagnostics asks, by its name
+    "chains": "Did every chain stay finite?",
+    "split R̂": "Do the chains, and the halves of each, sample one place? R̂ compares the spread between them with that within: 1"
+    " where they do.",
+    "autocorrelation time (draws)": "After how many draws has a loss forgotten its value?",
+    "split-half CKA": "Would other draws give the same kernel? The likeness of the kernels of two halves, from 0 to 1.",
+    "excess loss of the chains": "How far did the chains climb above the loss at w*?",
+    "step size ε": "Is a step short enough for the steepest direction?",
+    "constant samples": "Are there losses that never move, of which nothing can be said?",
+    "same-label confound (mean ρ)": "Are correlations no more than samples having one label?",
+}
 
 
 # --- the report --------------------------------------------------------------------------------------------------------
@@ -92,18 +105,22 @@ def write(
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{esc(title)}</title><style>{CSS}</style><h1>{esc(title)}</h1>"
+        + conclusion(kernel)
         + summary(kernel)
         + diagnostics_section(kernel)
         + section(
             "Chains",
-            "Each line is a chain's mean loss over the samples. Histograms are of a random subset of the samples; the "
-            "dashed line is where a value becomes a warning.",
+            "Each line is a chain's mean loss over the samples: lines that wander about one level, over and through one another, "
+            "are as they should be. Histograms are of a random subset of the samples; beyond the dashed line a value is a "
+            "warning.",
             image(chains_figure(kernel), "mean loss of the chains, autocorrelation times and R-hat"),
         )
         + section(
             "Kernel and embedding",
-            f"Left: correlations of the samples' losses. Right: {layout}"
-            f"{', pairs with one label left out' if excluded else ''}. Axes of an embedding have no meaning.",
+            "Left: correlations of the samples' losses; red blocks are samples that the model treats alike"
+            f"{f', ticks part the {kind_of(kernel, labels)}s' if labels is not None else ''}. Right: {layout}"
+            f"{', pairs with one label left out' if excluded else ''}. Axes of an embedding have no meaning, and neither have "
+            "distances across it.",
             image(
                 overview(
                     kernel,
@@ -130,24 +147,85 @@ def write(
     return path
 
 
+def conclusion(kernel: LossKernel) -> str:
+    """What to make of the kernel, in two or three sentences."""
+    verdicts = kernel.diagnostics.verdicts()
+    confound = verdicts[-1]
+    failed = [verdict.name for verdict in verdicts[:-1] if verdict.good is False]
+    unknown = [
+        verdict.name for verdict in verdicts if verdict.name in ("split R̂", "split-half CKA") and verdict.good is None
+    ]
+    if failed:
+        text = (
+            f"<b>Not to be relied on yet.</b> {esc(_listed(failed))}: look below for what is wrong and what mends it. Until then"
+            " read averages over many pairs, not single ones."
+        )
+    elif unknown:
+        text = f"<b>Not known whether the draws suffice</b>, for there are too few: {esc(_listed(unknown))} could not be computed."
+    else:
+        text = (
+            "<b>The draws can be trusted:</b> chains and halves agree, and single correlations can be read. Samples whose losses"
+            " move together are treated alike by the model."
+        )
+    if confound.good is not None:
+        text += f" Mean correlation of pairs: {esc(confound.value)}. {esc(confound.words)}"
+    return f"<p class=conclusion>{text}</p>"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def summary(kernel: LossKernel) -> str:
     about = kernel.about
     rows = [
-        ("samples", f"{kernel.num_samples:,}"),
-        ("draws in the kernel", f"{kernel.num_draws:,} of {kernel.num_chains} chains"),
-        ("estimate", "within chains" if kernel.within_chain else "pooled over chains"),
+        ("samples", f"{kernel.num_samples:,}", "Inputs whose losses are compared."),
+        (
+            "draws in the kernel",
+            f"{kernel.num_draws:,} of {kernel.num_chains} chains",
+            "Each is a set of weights near the trained ones; at each the loss of every sample was taken.",
+        ),
+        (
+            "estimate",
+            "within chains" if kernel.within_chain else "pooled over chains",
+            "Losses are taken about their mean in "
+            + ("each chain." if kernel.within_chain else "all chains together."),
+        ),
         (
             "mean loss: at w*, under the probe",
             f"{shown(kernel.diagnostics.initial_loss)}, {shown(kernel.mean.mean().item())}",
+            "w* are the trained weights; the probe is the chains that wander about them.",
         ),
-        ("local learning coefficient λ̂", shown(kernel.llc)),
-        ("singular fluctuation ν̂", shown(kernel.singular_fluctuation)),
-        ("nβ, β, ε", f"{shown(about.nbeta)}, {shown(kernel.beta)}, {shown(about.step_size)}"),
-        ("localization γ", shown(about.config.get("localization", math.nan))),
+        (
+            "local learning coefficient λ̂",
+            shown(kernel.llc),
+            "nβ times how much the probe raises the mean loss: about half the number of directions that the loss holds. Below 0"
+            " the probe has found lower losses than w*, which is then no minimum.",
+        ),
+        (
+            "singular fluctuation ν̂",
+            shown(kernel.singular_fluctuation),
+            "β/2 times the variances of all training samples' losses, summed: how much single losses move. In theory it decides"
+            " how far the loss on new data lies above that on the training data.",
+        ),
+        (
+            "nβ, β, ε",
+            f"{shown(about.nbeta)}, {shown(kernel.beta)}, {shown(about.step_size)}",
+            "nβ: how strongly the loss holds the chains, as so many samples would; n is the number of training samples and β their"
+            " weight. ε is the size of a step.",
+        ),
+        (
+            "localization γ",
+            shown(about.config.get("localization", math.nan)),
+            "The pull back to w*: the larger, the nearer the chains stay.",
+        ),
     ]
     deaths = [f"Chain {chain} died at draw {draw}." for chain, draw in kernel.record.dead.items()]
     warning = f"<p class=warning>{' '.join(deaths)} The kernel is that of the other chains.</p>" if deaths else ""
-    return warning + table(None, [[esc(name), esc(value)] for name, value in rows])
+    return warning + table(
+        None, [[esc(name), esc(value), f"<small>{esc(words)}</small>"] for name, value, words in rows]
+    )
 
 
 def diagnostics_section(kernel: LossKernel) -> str:
@@ -156,7 +234,8 @@ def diagnostics_section(kernel: LossKernel) -> str:
     for verdict in kernel.diagnostics.verdicts():
         kind, word = marks[verdict.good]
         mark = f"<span class='{kind}'>{word}</span>"
-        rows.append([esc(verdict.name), esc(verdict.value), mark, esc(verdict.words)])
+        asks = f"{esc(verdict.name)}<small>{esc(ASKS[verdict.name])}</small>"
+        rows.append([asks, esc(verdict.value), mark, esc(verdict.words)])
     return section("Can the draws be trusted?", "", table(["", "value", "", "in words"], rows))
 
 

@@ -13,7 +13,7 @@ from harmonic_triton._common.precision import full_fp32
 from harmonic_triton.fused import strategy
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.chunk import EVERY, Chunk, Terms, part
+from harmonic_triton.fused.pytorch.chunk import EVERY, Chunk, Terms, first, part
 from harmonic_triton.fused.pytorch.dot import DotChunk
 from harmonic_triton.fused.pytorch.gradients import Gradients
 from harmonic_triton.fused.pytorch.harmonic import HarmonicChunk
@@ -28,7 +28,7 @@ def forward(operands: Operands, problem: Problem) -> TokenResults:
     """Per-token results; O(N + V) memory beside the chunk."""
     results = _Results(operands, problem)
     with _settings():
-        for at, chunk in _chunks(Head.of(operands, problem), operands, _counted(operands, problem), problem.budget):
+        for at, chunk in _chunks(Head.of(operands, problem), operands, *_counted(operands, problem), problem.budget):
             results.store(at, chunk.forward(problem.want_scores))
     return results.all
 
@@ -40,8 +40,8 @@ def backward(
     head = Head.of(operands, problem)
     out = Gradients(head, len(operands.x), wanted)
     with _settings():
-        used = upstream.used() & _counted(operands, problem)
-        for at, chunk in _chunks(head, operands, used, problem.budget):
+        used = upstream.used() & (operands.target != problem.ignore_index)
+        for at, chunk in _chunks(head, operands, *_where(used), problem.budget):
             mine, up = (results, upstream) if at is EVERY else (results.select(at), upstream.select(at))
             chunk.rival, chunk.nll, chunk.rival_score = mine.rival, values_of(mine.nll), values_of(mine.rival_score)
             chunk.to_prob = per_token.zeros_like(chunk.nll) + 1.0
@@ -67,11 +67,11 @@ def forward_backward(
     shapes = strategy.unfinished_shapes(problem, operands, wanted)
     keeps = len(shapes.scores) > 1
     out = Gradients(head, len(operands.x), Wanted(False, False, False) if keeps else wanted)
-    scores = head.w.new_empty(shapes.scores, dtype=head.dtype)
-    tokens = head.w.new_zeros(shapes.tokens, dtype=head.dtype)
+    scores = head.w.new_empty(shapes.scores, dtype=head.dtype) if keeps else None
+    tokens = None
     with _settings():
-        used = _counted(operands, problem)
-        for at, chunk in _chunks(head, operands, used, problem.budget, scores if keeps else None):
+        used, count = _counted(operands, problem)
+        for at, chunk in _chunks(head, operands, used, count, problem.budget, scores):
             mine_weights, sums = weights if at is EVERY else weights.select(at), []
 
             def to_coefficients(tile: slice, p: Tensor, here: TokenResults | None) -> None:
@@ -87,15 +87,21 @@ def forward_backward(
             upstream = upstream_of(mine, mine_weights, problem.mix, len(head.w))
             table = chunk.gradient_terms(mine, upstream, sums)
             if keeps:
-                tokens[: len(chunk.x)] = table
+                tokens = table
             else:
                 out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, Terms.of(table))
         dx, dw = out.finish()
-    if keeps:  # what nobody reads is not whatever was in memory
-        scores[:, len(head.w) :] = 0
-        scores[int(used.sum()) :] = 0
-    center = scores.new_zeros(shapes.center) if head.center is None or not keeps else head.center
-    return results.all, Unfinished(dx, dw, tokens, scores, dx.new_empty(0), center)
+    none = dx.new_empty(0)
+    if scores is None:
+        return results.all, Unfinished(dx, dw, none, none, none, none)
+    if tokens is None or count < len(scores):
+        some, tokens = tokens, none.new_zeros(shapes.tokens)
+        if some is not None:
+            tokens[:count] = some
+    scores[:, head.w.shape[0] :] = 0  # what nobody reads is not whatever was in memory
+    scores[count:] = 0
+    center = none.new_zeros(shapes.center) if head.center is None else head.center
+    return results.all, Unfinished(none, none, tokens, scores, none, center)
 
 
 def finish(
@@ -107,10 +113,10 @@ def finish(
     else:
         head = Head.finished(operands, problem, unfinished.center)
         out = Gradients(head, len(operands.x), wanted)
-        at, count = _tokens(_counted(operands, problem))
+        at, count = _counted(operands, problem)
         if count:
             x, target, rival = (part(values, at) for values in (operands.x, operands.target, finishing.rival))
-            a, factors = unfinished.scores[:count, : len(head.w)], unfinished.tokens[:count]
+            a, factors = unfinished.scores[:count, : head.w.shape[0]], unfinished.tokens[:count]
             terms = Terms.of(factors, finishing.g.to(head.dtype))
             with _settings():
                 out.add(at, x.to(head.dtype), target, rival, a, terms)
@@ -148,34 +154,38 @@ class _Results:
         return TokenResults.zeros(len(x), like, self.problem.want_scores, self.operands.smoothing)
 
 
-def _counted(operands: Operands, problem: Problem) -> Tensor:
-    return operands.target != problem.ignore_index
+def _counted(operands: Operands, problem: Problem) -> tuple[Tensor | slice, int]:
+    """The tokens that count and how many there are."""
+    target = operands.target
+    if target.is_cpu and (target.numpy() != problem.ignore_index).all():
+        return EVERY, target.shape[0]
+    return _where(target != problem.ignore_index)
 
 
-def _tokens(used: Tensor) -> tuple[Tensor | slice, int]:
+def _where(used: Tensor) -> tuple[Tensor | slice, int]:
     """The tokens in use and how many there are."""
     at = used.nonzero().squeeze(1)
     return (EVERY, len(at)) if len(at) == len(used) else (at, len(at))
 
 
 def _chunks(
-    head: Head, operands: Operands, used: Tensor, budget: int, room: Tensor | None = None
+    head: Head, operands: Operands, at: Tensor | slice, tokens: int, budget: int, room: Tensor | None = None
 ) -> Iterator[tuple[Tensor | slice, Chunk]]:
     """The tokens in use in equal chunks that fit the budget, or all at once in the room for their scores."""
-    at, tokens = _tokens(used)
     if not tokens:
         return
-    classes = len(head.w)
+    classes = head.w.shape[0]
     most = tokens if room is not None else strategy.torch_chunk(tokens, classes, head.dtype.itemsize, budget)
     count = -(-tokens // most)
     size = -(-tokens // count)
-    tile = min(size, max(1, TILE_ELEMENTS // classes)) if used.device.type == "cpu" else size
-    gap = head.w.new_empty(size, strategy.pitch(classes), dtype=head.dtype) if room is None else room
+    tile = min(size, max(1, TILE_ELEMENTS // classes)) if head.w.is_cpu else size
+    if room is None:
+        room = head.w.new_empty(size, strategy.pitch(size, classes), dtype=head.dtype)
     kind = HarmonicChunk if head.harmonic else DotChunk
-    gap, work = gap[:, :classes], head.w.new_empty(2, tile, classes, dtype=head.dtype)
+    gap, work = room[:, :classes], head.w.new_empty(2, tile, classes, dtype=head.dtype).unbind(0)
     for start in range(0, tokens, size):
         here = (
             at if size == tokens else slice(start, start + size) if isinstance(at, slice) else at[start : start + size]
         )
         x, target = part(operands.x, here).to(head.dtype), part(operands.target, here)
-        yield here, kind(head, x, target, gap[: len(x)], work)
+        yield here, kind(head, x, target, first(gap, x.shape[0]), work)

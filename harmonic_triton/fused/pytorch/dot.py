@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, part
+from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, part
 from harmonic_triton.fused.pytorch.head import Head
 from harmonic_triton.fused.pytorch.per_token import Values, column_of, values_of
 
@@ -16,7 +16,7 @@ from harmonic_triton.fused.pytorch.per_token import Values, column_of, values_of
 class DotChunk(Chunk):
     """Gap x.w_c - x.w_j, z_j = -gap; the products take G_j."""
 
-    def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Tensor) -> None:
+    def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Rooms) -> None:
         super().__init__(head, x, target, gap, work)
         logit = self.direct(target, EVERY)
         self.target_ref = per_token.where(per_token.isinf(logit), math.nan, logit)  # as log-softmax has it

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.problem import Wanted
-from harmonic_triton.fused.pytorch.chunk import Terms
+from harmonic_triton.fused.pytorch.chunk import Terms, columns, part
 from harmonic_triton.fused.pytorch.head import Head
 
 BLOCK_ELEMENTS = 2**19  # of class vectors: they and their gradients stay in cache for both products
@@ -27,43 +27,43 @@ class Gradients:
         """Add a chunk of tokens with the coefficients ``a`` (C, V); target and rival (C,) have none among them."""
         head, harmonic = self.head, self.head.harmonic
         centered = head.centered(x) if harmonic else x
-        dx = torch.zeros_like(x) if self.wanted.x else None
-        operand, minus_scale = centered * terms.scale, -terms.scale.squeeze(1)
+        dx = torch.empty_like(x) if self.wanted.x else None
+        operand, scale = centered * terms.scale, terms.scale[:, 0]
         elements = BLOCK_ELEMENTS if len(x) < MANY_TOKENS or not head.plain else 16 * BLOCK_ELEMENTS
-        for classes in head.blocks(elements):
-            block, a_block = head.block(classes), a[:, classes]
+        for i, classes in enumerate(head.blocks(elements)):
+            block, a_block = head.block(classes), columns(a, classes)
             if dx is not None:
-                dx.addmm_(a_block, block)
+                torch.mm(a_block, block, out=dx) if i == 0 else dx.addmm_(a_block, block)
             if self.wanted.w:
-                dw, columns = self.dw[classes], a_block.t()
+                dw, by_class = part(self.dw, classes), a_block.t()
                 if harmonic:
-                    column_sum = torch.mv(columns, minus_scale).unsqueeze(1)
+                    column_sum = torch.mv(by_class, scale).unsqueeze(1)
                     if self.first:
-                        torch.mul(block, column_sum, out=dw)
+                        torch.mul(block, column_sum, out=dw).addmm_(by_class, operand, beta=-1)
                     else:
-                        dw.addcmul_(column_sum, block)
-                    dw.addmm_(columns, operand)
+                        dw.addcmul_(column_sum, block, value=-1).addmm_(by_class, operand)
                 elif self.first:
-                    torch.mm(columns, operand, out=dw)
+                    torch.mm(by_class, operand, out=dw)
                 else:
-                    dw.addmm_(columns, operand)
+                    dw.addmm_(by_class, operand)
         self.first = False
-        if dx is not None:
-            dx.mul_(terms.scale)
-            if harmonic:
-                dx.addcmul_(terms.on_x, centered)
-            elif head.center is not None:
-                dx.addcmul_(terms.on_center, head.center)
-        for factor, index in ((terms.target, target), (terms.rival, rival)):
-            rows = head.rows(index)
-            apart = x - rows if harmonic else x
-            if dx is not None:
-                along = head.centered(rows).neg_() if head.center is not None else rows.neg()
-                dx.addcmul_(factor, torch.where(terms.far != 0, along, apart) if harmonic else along)
-            if self.wanted.w:
-                _scatter_add(self.dw, index, apart * -factor)
-        if dx is not None:
-            self.store(at, dx)
+        index = torch.cat([target, rival])
+        rows = head.rows(index).view(2, *x.shape)
+        moved = (x - rows if harmonic else x) * terms.direct
+        if self.wanted.w:
+            _subtract(self.dw, index, moved.flatten(0, 1))
+        if dx is None:
+            return
+        dx.mul_(terms.scale)
+        if harmonic:
+            dx.addcmul_(terms.on_x, centered)
+        elif head.center is not None:
+            dx.addcmul_(terms.on_center, head.center)
+        if not harmonic or terms.far is not None:
+            along = head.centered(rows) * -terms.direct
+            moved = along if terms.far is None or not harmonic else torch.where(terms.far != 0, along, moved)
+        dx.add_(moved.sum(0))
+        self.store(at, dx)
 
     def store(self, at: Tensor | slice, dx: Tensor) -> None:
         """Put the gradient of a chunk of tokens in its place; those that no chunk has are 0."""
@@ -86,9 +86,9 @@ class Gradients:
         return self.dx, self.dw
 
 
-def _scatter_add(out: Tensor, index: Tensor, values: Tensor) -> None:
-    """out[index] += values, in the same order every run."""
-    if out.device.type == "cpu":
-        out.index_add_(0, index, values)
+def _subtract(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index] -= values, in the same order every run."""
+    if out.is_cpu:
+        out.index_add_(0, index, values, alpha=-1)
     else:
-        out.index_put_((index,), values, accumulate=True)  # sorts; index_add_ would use atomics
+        out.index_put_((index,), -values, accumulate=True)  # sorts; index_add_ would use atomics

@@ -62,8 +62,10 @@ def coefficient_kernel(
         g_p = g + g_v * mass
         g_others = g_p * others - g_v * (mass - v_c)
         g_rival = g_p * rival_p - g_v * v_r
-    if SCORED:  # something depends on x.w_c itself
-        g_others -= tl.load(g_score_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+    g_score = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    if SCORED:  # something depends on the target's log-score itself
+        g_score = tl.load(g_score_ptr + rows, mask=valid, other=0.0).to(tl.float64)
+        g_others -= g_score
     if DOT:  # A = -G: no distance, and x appears in dW alone
         factor = tl.where(valid, 1.0, 0.0).to(tl.float64)
         on_target = factor
@@ -91,7 +93,7 @@ def coefficient_kernel(
         factor = tl.where(no_gradient, 0.0, n / scale)
         on_target = tl.where(no_gradient, 0.0, n / s_c)
         a_rival = tl.where(skip_rival, 0.0, -n * g_rival / s_r)
-        r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
+        r_part = tl.where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c)) - on_target * g_score
         far = (s_c > norm_c) & (s_r > norm_r) & by_target
     unscale = tl.full((BLOCK_N,), 1.0, dtype=tl.float64)
     if SCALED:

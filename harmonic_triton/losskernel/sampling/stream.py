@@ -64,8 +64,13 @@ def sample_losses(
     validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
     validate.flag("progress", progress)
     sampler = Sampler(model, per_sample_loss, train_data, eval_data, config, seed=seed, device=device, mask=mask)
+    if sampler.sharded and checkpoint_dir is not None:
+        raise ValueError(
+            "checkpoint_dir holds no stream of a model whose weights are sharded; loss_kernel(..., keep='traces',"
+            " checkpoint_dir=...) keeps its draws and goes on with them"
+        )
     bar = None
-    if progress:
+    if progress and sampler.share.leads:
         bar = Progress(len(sampler.chains), config.num_draws, sampler.initial_losses)
     if checkpoint_dir is None:
         return _watched((draws.losses for draws in sampler.run()), sampler, bar)
