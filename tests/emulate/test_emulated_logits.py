@@ -4,7 +4,7 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
-from test_emulated_losses import WAYS, rounds
+from test_emulated_losses import SMOOTHING, WAYS, rounds
 from test_oracle import DTYPES, inputs
 
 import harmonic_triton as ht
@@ -18,7 +18,7 @@ def compare_logits(tokens, width, classes, dtype, biased, cap, strategy):
     """A mean's loss, dX, dW and the bias's gradient under verify's bounds; smoothing where one pass is not taken."""
     x, w, target, _ = inputs(tokens, width, classes, dtype, "near", scale=0.3)
     bias = 2 * torch.randn(classes, generator=torch.Generator().manual_seed(1)) if biased else None
-    options = {"z_loss": 0.03, "label_smoothing": 0.1 * (strategy == "recompute")}
+    options = {"z_loss": 0.03, "label_smoothing": SMOOTHING[strategy]}
     leaves = [leaf.detach().clone().requires_grad_() for leaf in (x, w, bias) if leaf is not None]
     truth = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = F.linear(*truth)
