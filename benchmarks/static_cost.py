@@ -130,7 +130,8 @@ def launch_of(
     fixed |= {"UPCAST": False, "FAST": fast, "stride_xd": 1, "stride_wd": 1, "COLUMNS": COLUMNS, "NEAR": near(config)}
     options = {**ROW_OPTIONS, "num_stages": 2}
     if products:
-        fixed |= {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "GROUP": GROUP, "PARTS": parts(config)}
+        fixed |= {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "GROUP": GROUP}
+        fixed["PARTS"] = parts(config, switches["DOT"], switches["KEEP"], switches["WANT_SCORES"])
         ahead = config.num_stages if switches["TMA"] else stages(arch, config.num_stages, DTYPES[dtype])
         options = {"num_warps": config.num_warps, "num_stages": ahead, **FUSION}
         fixed |= dict.fromkeys(_absent_of_scores(switches))
@@ -159,7 +160,7 @@ def launch_of(
         if argument in compile_time or argument in fixed:
             launch.signature[argument], launch.constants[(position,)] = "constexpr", fixed[argument]
         elif argument in blocks and switches.get("TMA"):
-            sides = [{**fixed, "WIDTH": config.block_v // parts(config)}[side] for side in blocks[argument]]
+            sides = [{**fixed, "WIDTH": config.block_v // fixed["PARTS"]}[side] for side in blocks[argument]]
             launch.signature[argument] = f"tensordesc<{dtype}{sides}>"
         elif argument.endswith("_ptr"):
             kind = dtype if argument in OPERANDS else TYPES.get(argument, "fp32")

@@ -5,10 +5,10 @@ from pathlib import Path
 import ranks
 import torch
 import torch.distributed as dist
-from benchmarks import scale
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonic_triton as ht
+from benchmarks import scale
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,9 +26,10 @@ from harmonic_triton.fused.problem import Operands
 configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")  # needs triton
 
 ROOT = Path(__file__).parent.parent
-PARKED = (
-    512  # bytes of stack of a tile's program: registers that wait for the sums, outside of the loop over the features
-)
+# Bytes of stack of a tile's program: registers that wait for the sums, outside of the loop over the features. The most
+# is Triton 3.6's, 728 for one pass over a transposed W.
+PARKED = 768
+FEW = 128  # of those where descriptors copy and a mean is taken, which are to be fast
 REGISTERS = {"sm80": 255, "sm90": 255, "sm100": 255, "gfx942": 512}
 
 
@@ -96,17 +97,18 @@ def compiled(program: str) -> list[str]:
 
 
 def test_one_pass_compiles_within_limits():
-    """For 16-bit operands on every architecture, with descriptors where those are."""
+    """For 16-bit operands on every architecture, with descriptors where those are; on one also with a learnable n."""
     lines = compiled("""
         import dataclasses, json
-        for arch in static_cost.TARGETS:
-            switches = {**SCORES, "KEEP": True, "TMA": arch in ("sm90", "sm100")}
+        for arch, learnable in (*((arch, False) for arch in static_cost.TARGETS), ("sm90", True)):
+            switches = {**SCORES, "KEEP": True, "TMA": arch in ("sm90", "sm100"), "WANT_SCORES": learnable}
             print(json.dumps(dataclasses.asdict(static_cost.run_job(("scores_kernel", switches, "bf16", arch)))))
         """)
     costs = [static_cost.Cost(**json.loads(line)) for line in lines]
-    assert len(costs) == len(static_cost.TARGETS)
+    assert len(costs) == len(static_cost.TARGETS) + 1
     for cost in costs:
-        assert cost.spills <= PARKED and 0 < cost.registers <= REGISTERS[cost.arch], cost
+        assert cost.spills <= (FEW if cost.arch == "sm90" else PARKED), cost
+        assert 0 < cost.registers <= REGISTERS[cost.arch], cost
         assert cost.shared <= static_cost.SHARED_LIMIT[cost.arch] and cost.matrix_instructions, cost
 
 

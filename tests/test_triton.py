@@ -286,17 +286,23 @@ def test_every_launch_is_aligned(strategy, harmonic, dtype, monkeypatch):
 @pytest.mark.parametrize("block_v", [8, 16, 32, 128, 256])
 @pytest.mark.parametrize("strategy", ["one pass", "recompute"])
 def test_tiles_of_any_width_compute_the_same(strategy, block_v, monkeypatch):
-    """In one part, two or four; the nearest of 8 to 32 groups of classes."""
+    """In one part, two, four or eight, which is with sums of scores; the nearest of 8 to 32 groups of classes."""
     x, w, target = inputs(classes=300)
     x, w, target = x.bfloat16(), w.bfloat16(), target % 300
+    n = torch.tensor(8.0, device=DEVICE)
     want = oracle(x, w, target, torch.ones(6) / 6, n=8.0)
+    exact = n.double().requires_grad_()
+    mean = ht.linear_harmonic_loss(x.double(), w.double(), target, n=exact, backend="reference")
+    (wanted_n,) = torch.autograd.grad(mean, exact)
     config = tile_configs.TileConfig(32, block_v, 64, 4, 1)
     monkeypatch.setattr(_launch, "tile_config", lambda *_: config)
-    x, w = x.requires_grad_(), w.requires_grad_()
+    leaves = x.requires_grad_(), w.requires_grad_(), n.requires_grad_()
     with strategies.force(strategy):
-        loss = ht.linear_harmonic_loss(x, w, target, n=8.0, backend="triton")
+        loss = ht.linear_harmonic_loss(x, w, target, n=n, backend="triton")
+    dx, dw, dn = torch.autograd.grad(loss, leaves)
     torch.testing.assert_close(loss.detach().double(), want.loss.mean(), rtol=1e-6, atol=0.0)
-    want.check(want.loss, *torch.autograd.grad(loss, (x, w)))
+    want.check(want.loss, dx, dw)
+    assert abs(dn.double() / wanted_n - 1) < 1e-5
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks at launches of the interpreter, the kernels are compiled here")

@@ -6,6 +6,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
+from test_emulated_logits import compare_logits
 from test_emulated_losses import WAYS, compare
 from test_oracle import inputs
 
@@ -32,6 +33,13 @@ def test_a_loss(strategy):
     _seen.update(session.summary())
 
 
+def test_logits_with_a_bias():
+    """The gradient of a bias has a kernel of its own."""
+    with emulation.on_gpu(90, processors=2) as session:
+        compare_logits(19, 40, 71, torch.bfloat16, True, None, "one pass")
+    _seen.update(session.summary())
+
+
 def test_a_rank_k_update():
     draws = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
     triangle = Triangle(60, gap=rank_k_triton.GAP, dtype=torch.float32, device=torch.device("cpu"))
@@ -55,6 +63,6 @@ def test_nearest_samples():
 def test_every_kernel_was_executed(request):
     """By the tests above: a kernel that this harness cannot reach would be checked by nothing."""
     here = [item for item in request.session.items if item.path == request.path]
-    if len(here) < 5 or hasattr(request.config, "workerinput"):
+    if len(here) < 6 or hasattr(request.config, "workerinput"):
         pytest.skip("a part of this file runs in this process; tests/test_emulated.py runs all of it in one")
     assert set(kernels()) == _seen

@@ -64,7 +64,7 @@ class Launch:
         self.tile = {
             **self.logits, "TMA": self.tma, "UPCAST": self.upcast, "FAST": self.fast,
             "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
-            "GROUP": GROUP, "PARTS": parts(config), "NEAR": near(config),
+            "GROUP": GROUP, "NEAR": near(config),
             "num_warps": config.num_warps, "num_stages": config.num_stages if self.tma else stages(arch, config.num_stages, size),
             **FUSION,
         }  # fmt: skip
@@ -137,15 +137,16 @@ def vectors(like: Tensor, count: int, length: int) -> Tensor:
 
 
 def launch_scores(call: Launch, a: Tensor | None, first: int, width: int, inputs: tuple[Any, ...], out: tuple[Any, ...],
-            **switches: bool) -> None:  # fmt: skip
+            **switches: int) -> None:  # fmt: skip
     """Launch the scores kernel over the classes first ... first + width."""
     config = call.config
+    switches["PARTS"] = parts(config, call.dot, switches["KEEP"], switches["WANT_SCORES"])
     tiles = cdiv(call.tokens, config.block_n) * cdiv(width, config.block_v)
     x, w, entries = call.x, call.w, a
     programs = tiles
     if call.tma:
         x, w = _descriptor(x, config.block_n, config.block_d), _descriptor(w, config.block_v, config.block_d)
-        entries = None if a is None else _descriptor(a, config.block_n, config.block_v // call.tile["PARTS"])
+        entries = None if a is None else _descriptor(a, config.block_n, config.block_v // switches["PARTS"])
         programs = min(tiles, _processors(call.x))
     _, _, offset, inverse, least = call.vectors
     scores_kernels.scores_kernel[(programs,)](

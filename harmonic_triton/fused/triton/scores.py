@@ -68,6 +68,24 @@ def halves(block, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def quarters(block, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Its quarters from left to right."""
+    left, right = halves(block, BLOCK_N, WIDTH)
+    first, second = halves(left, BLOCK_N, WIDTH // 2)
+    third, fourth = halves(right, BLOCK_N, WIDTH // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def eighths(block, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Its eighths from left to right."""
+    left, right = halves(block, BLOCK_N, WIDTH)
+    first, second, third, fourth = quarters(left, BLOCK_N, WIDTH // 2)
+    fifth, sixth, seventh, eighth = quarters(right, BLOCK_N, WIDTH // 2)
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
+
+
+@triton.jit
 def grouped(values, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """(BLOCK_N, WIDTH // GROUPS, GROUPS): every GROUPS-th column belongs together, and to one thread."""
     return tl.reshape(values, (BLOCK_N, WIDTH // GROUPS, GROUPS))
@@ -145,17 +163,16 @@ def scores_kernel(
             sum_gap = tl.zeros((BLOCK_N, SUMS), tl.float32)
             sum_score = tl.zeros((BLOCK_N, SUMS), tl.float32)
             sum_smooth = tl.zeros((BLOCK_N, SUMS), tl.float32)
-            if PARTS == 4:
-                left, right = halves(dot, BLOCK_N, BLOCK_V)
-                dot0, dot1 = halves(left, BLOCK_N, BLOCK_V // 2)
-                dot2, dot3 = halves(right, BLOCK_N, BLOCK_V // 2)
+            if PARTS == 8:
+                dots = eighths(dot, BLOCK_N, BLOCK_V)
+            elif PARTS == 4:
+                dots = quarters(dot, BLOCK_N, BLOCK_V)
             elif PARTS == 2:
-                dot0, dot1 = halves(dot, BLOCK_N, BLOCK_V)
-                dot2, dot3 = dot0, dot1
+                dots = halves(dot, BLOCK_N, BLOCK_V)
             else:
-                dot0, dot1, dot2, dot3 = dot, dot, dot, dot
+                dots = (dot,)
             for part in tl.static_range(PARTS):
-                part_dot = dot0 if part == 0 else (dot1 if part == 1 else (dot2 if part == 2 else dot3))
+                part_dot = dots[part]
                 begin = col_tile * BLOCK_V + part * WIDTH  # of the slice
                 lanes = tl.arange(0, WIDTH)
                 zeros = tl.zeros_like(part_dot)

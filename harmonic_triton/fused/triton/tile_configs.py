@@ -102,9 +102,12 @@ def store_tuned(key: str, config: TileConfig) -> Path:
     return path
 
 
-def parts(config: TileConfig) -> int:
-    """In how many parts a tile's classes are taken from the product to the sums: the others wait in registers."""
-    return min(4, max(1, config.block_v // 32))
+def parts(config: TileConfig, dot: int = True, keep: int = False, want_scores: int = False) -> int:
+    """In how many parts a tile's classes are taken from the product to the sums: the others wait in registers.
+
+    One pass over distances that also adds up scores has the most sums, and room for half as many classes at a time.
+    """
+    return min(8 if keep and want_scores and not dot else 4, max(1, config.block_v // 32))
 
 
 def near(config: TileConfig) -> int:
