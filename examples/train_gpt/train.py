@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from harmonic_triton.tools import replacing
 
-from .config import DTYPES, Config, flag, from_arguments
+from . import pace
+from .config import Config, flag, from_arguments
 from .data import Corpus, load
 from .model import GPT
 
@@ -86,6 +87,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
+                "threads": torch.get_num_threads(),
                 "history": self.history,
             }
             with replacing(self.path) as file:
@@ -154,7 +156,7 @@ class Trainer:
         for at in mine:
             x, y = self.corpus.batch("train", config.block, offsets[at : at + size], place.device)
             with model.no_sync() if place.world > 1 and at != mine[-1] else contextlib.nullcontext():  # type: ignore
-                with autocast(config, place.device):
+                with config.autocast(place.device):
                     loss = model(x, y, num_items)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -181,10 +183,6 @@ class Trainer:
         return self.model.tokens.weight.detach().norm(dim=1).mean().item()
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, DTYPES[config.dtype], enabled=config.dtype != "float32")
-
-
 @torch.no_grad()
 def evaluate(model: GPT, config: Config, corpus: Corpus, place: Place) -> float:
     """Mean loss over the same validation sequences every time, shared among the processes."""
@@ -194,7 +192,7 @@ def evaluate(model: GPT, config: Config, corpus: Corpus, place: Place) -> float:
     total = torch.zeros((), dtype=torch.float64, device=place.device)
     for at in range(place.rank * size, len(offsets), place.world * size):
         x, y = corpus.batch("val", config.block, offsets[at : at + size], place.device)
-        with autocast(config, place.device):
+        with config.autocast(place.device):
             total += model(x, y, num_items=1).double()
     model.train()
     return place.mean(total).item() * place.world / (len(offsets) * config.block)
@@ -268,6 +266,11 @@ def run(config: Config) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        steps = pace.steps_left(config)
+        if steps:
+            found = pace.measure(config, corpus, place)
+            if first:
+                print(pace.announcement(config, found, steps), flush=True)
         for loss in config.losses:
             Trainer(config, corpus, place, loss).train()
     except FloatingPointError as error:
