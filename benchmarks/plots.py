@@ -11,6 +11,7 @@ from benchmarks.runs import Record, Run, is_ours, machine_line, median, memory
 from benchmarks.workloads import DTYPES, Workload
 from harmonic_triton.tools import PALETTE, line_style
 
+MARKS = "os^vD<>pXP*hd8H123"
 LEGEND = {  # of bars, by one of each kind
     "products": "no head: the products alone",
     "ours_torch": "this library, harmonic loss",
@@ -61,7 +62,7 @@ def _hatch(name: str) -> str:
 
 
 def _marker(name: str) -> str:
-    return "os^vD<>pXP*hd8"[list(REGISTRY).index(name) % 14]
+    return MARKS[list(REGISTRY).index(name) % len(MARKS)]
 
 
 def _style(name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from benchmarks.__main__ import SUITES, main, parse_arguments, write
 from benchmarks.baselines import REGISTRY, Baseline, register
 from benchmarks.gate import Gate, Truth
 from benchmarks.head_memory import measure_in_fresh_process
-from benchmarks.measure import Plan, Products, has_turn, run
+from benchmarks.measure import Plan, Products, announcement, expected_seconds, has_turn, run
 from benchmarks.workloads import MODELS, Workload, make_inputs
 from harmonic_triton.tools.memory import peak_beyond
 
@@ -393,6 +393,20 @@ def test_the_verdicts_at_8192_ask_for_the_floor_and_for_every_cpu_baseline():
     for name in ("authors_dense", "harmonic_dense", "keops", "cross_entropy_compiled", "torch_chunked", "cce_compiled"):
         assert any(f"time of ours / {name}: " in line for line in lines)
     assert not any("liger" in line for line in lines)
+
+
+def test_a_run_says_beforehand_how_long_it_takes():
+    def plan(tokens, repeats=5, once=()):
+        return Plan([Workload("small", tokens)], [REGISTRY["cross_entropy"]], True, repeats, 1, once=frozenset(once))
+
+    said = []
+    next(run(plan(16, repeats=1), said.append))
+    assert re.search(r"this takes a minute or two here, if nothing else runs: 1 workloads, 1 repeats$", said[0])
+    long = announcement(plan(10**7))
+    assert re.search(
+        r"this takes roughly [\d,]+ minutes here.*; --quick, fewer --repeats, --n or --baselines take less$", long
+    )
+    assert expected_seconds(plan(10**7)) > expected_seconds(plan(10**7, once=["cross_entropy"]))
 
 
 def test_plots_are_drawn_for_each_workload(tmp_path):
