@@ -14,6 +14,7 @@ interpreter, nothing measured. It reports what it finds and expects no figure.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -211,9 +212,13 @@ def measure_products(tiny: bool) -> int:
 
 
 def measure_scores(tiny: bool) -> int:
-    """The scores kernel alone: one pass, forward and recompute's, with 3 and 4 stages, and the library's same product."""
+    """The scores kernel alone: one pass, forward and recompute's, with 3 and 4 stages; its product without what follows it.
+
+    One pass less *product alone* is what the epilogue costs; *product alone* less the library's is what our product does.
+    """
     import triton
 
+    from benchmarks.bare_product import launch_product
     from harmonic_triton.fused.problem import Operands
     from harmonic_triton.fused.triton import launch, tile_configs
 
@@ -239,12 +244,13 @@ def measure_scores(tiny: bool) -> int:
             ),
         }
         off = {"KEEP": False, "REPAIR": False, "RECOMPUTE": False, "WANT_SCORES": False}
-        for (mode, (a, inputs, out, on)), stages in itertools.product(modes.items(), STAGES):
+        runs: dict[str, Callable[[], None]] = {
+            mode: functools.partial(launch.launch_scores, call, a, 0, v, inputs, out, **off | on)
+            for mode, (a, inputs, out, on) in modes.items()
+        }
+        runs["product alone"] = functools.partial(launch_product, call, p_sum.view(tiles, n))
+        for (mode, run), stages in itertools.product(runs.items(), STAGES):
             call.tile["num_stages"] = stages
-
-            def run(a=a, inputs=inputs, out=out, switches=off | on, call=call, v=v):  # type: ignore[no-untyped-def]
-                launch.launch_scores(call, a, 0, v, inputs, out, **switches)
-
             loss, said = "cross-entropy" if dot else "harmonic", "ran"
             try:
                 run()

@@ -26,6 +26,7 @@ from harmonic_triton.losskernel.sampling.stream import sample_losses
 from harmonic_triton.losskernel.sampling.tuning import tune
 from harmonic_triton.losskernel.traces.traces import LossTraces
 from harmonic_triton.modules import HarmonicHead, LinearHarmonicLoss
+from harmonic_triton.settings import Settings, init_last_norm_, recommend
 
 __all__ = [
     "CovarianceResult",
@@ -36,15 +37,18 @@ __all__ = [
     "LossKernel",
     "LossTraces",
     "SGLDConfig",
+    "Settings",
     "StreamingCovariance",
     "harmax",
     "harmonic_logits",
     "harmonic_topk",
+    "init_last_norm_",
     "linear_cross_entropy",
     "linear_harmonic_loss",
     "log_harmax",
     "loss_covariance",
     "loss_kernel",
+    "recommend",
     "sample_losses",
     "stability_bound",
     "tune",

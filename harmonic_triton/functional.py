@@ -29,6 +29,9 @@ from harmonic_triton.fused.options import (
     collect,
     signature,
 )
+from harmonic_triton.fused.parallel.dtensor import as_given, localized
+from harmonic_triton.fused.parallel.predictions import behind, best_of_all, copied
+from harmonic_triton.fused.parallel.shard import shard_of
 
 TOPK_CHUNK = 2**24  # bytes of the part of the N x V matrix held at a time
 
@@ -49,7 +52,7 @@ class CrossEntropyStats(NamedTuple):
     entropy: Tensor
     predicted: Tensor  # int64, the class of the largest logit; of equal ones the first
     correct: Tensor
-    target_logit: Tensor  # x.w_c
+    target_logit: Tensor  # x.w_c, with its bias and cap
     target_log_prob: Tensor
 
 
@@ -91,11 +94,16 @@ def linear_harmonic_loss(
         num_items: divide the sum by this instead, for gradient accumulation: over micro-batches with one total
             ``num_items`` the gradients add up to those of the whole batch. A number or a 0-d tensor, > 0.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``; with ``uniform_mix`` it smooths the mixed probabilities.
+        token_scaling: multiply each token's loss, all its terms, by its target's probability p_c (that of
+            ``target_log_prob``), through which no gradient flows; a mean divides as without it.
         shift: True for the next-token loss, input[..., :-1, :] against target[..., 1:], without copying input; a number
             k >= 0 for the token k further, input[..., :-k, :] against target[..., k:]. The sequence must have k tokens
             at least; one of just k has nothing to predict.
         return_stats: return ``(loss, HarmonicStats)``, from the same pass.
-        process_group: reserved for vocabulary-parallel weights; must be None.
+        process_group: a ``torch.distributed`` group whose processes each have some of the rows of linear_weight, in the order of
+            their ranks; input and target are the same in all, and so is the result. The gradient of input is added up over
+            them. A DTensor sharded on its rows says so by itself, and input may then be one too (sequence parallelism). Gradients
+            take the recompute strategy; not under torch.func's transforms.
         backend: "auto", "triton", "torch" or "reference". Only "auto" falls back.
         memory_budget: bytes of scratch for the chunk of the N x V matrix that is held at a time; None chooses.
 
@@ -134,6 +142,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     return_stats: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
     **options: Unpack[CrossEntropyOptions],
 ) -> Tensor: ...
 @overload
@@ -143,34 +152,63 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     return_stats: Literal[True],
+    return_lse: Literal[False] = ...,
     **options: Unpack[CrossEntropyOptions],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    return_lse: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[True],
+    return_lse: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, CrossEntropyStats, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
-) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """Cross-entropy of a linear head, -log softmax(x W^T)_target, without the N x V matrix (paper, Eq. 1).
+) -> Tensor | tuple[Tensor, CrossEntropyStats] | tuple[Tensor, Tensor] | tuple[Tensor, CrossEntropyStats, Tensor]:
+    """Cross-entropy of a linear head, -log softmax(x W^T + b)_target, without the N x V matrix (paper, Eq. 1).
 
-    The value of ``F.cross_entropy(input @ linear_weight.T, target)`` from the machinery of
-    :func:`linear_harmonic_loss`: log1p(sum_{j != c} exp(x.w_j - x.w_c)), which keeps its digits where the target's
-    probability is within 1e-20 of 1 (log-softmax in fp32 reads 0 there), with gradients to match.
+    The value of ``F.cross_entropy(F.linear(input, linear_weight, bias), target)`` from the machinery of
+    :func:`linear_harmonic_loss`: log1p(sum_{j != c} exp(l_j - l_c)) of the logits l, which keeps its digits where the
+    target's probability is within 1e-20 of 1 (log-softmax in fp32 reads 0 there), with gradients to match.
 
     Args:
-        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
-            process_group, backend, memory_budget: as in :func:`linear_harmonic_loss`.
+        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing,
+            token_scaling, shift, process_group, backend, memory_budget: as in :func:`linear_harmonic_loss`.
+        bias: (V,) b of the logits a_j = x.w_j + b_j, floating of any dtype (it is read in float32), with a gradient.
+        softcap: c > 0 of the logits l_j = c tanh(a_j/c) (Gemma 2's ``final_logit_softcapping``); None is l = a.
         z_loss: coefficient of a squared log-sum-exp of the logits added to every token's loss, which keeps their scale from
             drifting; class weights and smoothing leave it alone, the reduction divides it as it does the rest.
         return_stats: return ``(loss, CrossEntropyStats)``, from the same pass.
+        return_lse: return ``(loss, lse)`` or ``(loss, stats, lse)``: the log-sum-exp of every token's logits in the shape of
+            target, 0 where it is ignored, with a gradient. A mean or sum then forms its products again in backward.
 
     Returns, Raises:
         As :func:`linear_harmonic_loss`. The mean over no token at all is 0 (``F.cross_entropy``: NaN).
 
     Accuracy: the target's and its best rival's logits are fp64 sums. A further class j adds a relative error of about
-    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient. With 16-bit operands gradients as in
-    :func:`linear_harmonic_loss`, with p_j in place of A_j.
+    p_j 1e-7 (||x|| (||w_j|| + ||w_c||) + |b_j| + |b_c|) to a token's loss and gradient, and no more where they are capped.
+    With 16-bit operands gradients as in :func:`linear_harmonic_loss`, with p_j in place of A_j; that of the bias is off
+    by 2^-9 (float16 2^-12) of sum_i p_ij for the Triton backend.
     """
     given = collect("linear_cross_entropy", options, CROSS_ENTROPY)
-    loss, statistics = loss_and_statistics(input, linear_weight, target, given, harmonic=False)
-    return (loss, CrossEntropyStats(*statistics)) if given.return_stats else loss
+    loss, more = loss_and_statistics(input, linear_weight, target, given, harmonic=False)
+    if not given.return_stats:
+        return (loss, more[0]) if given.return_lse else loss
+    statistics = CrossEntropyStats(*more[:5])
+    return (loss, statistics, more[5]) if given.return_lse else (loss, statistics)
 
 
 linear_harmonic_loss.__signature__ = signature(linear_harmonic_loss, HARMONIC)  # type: ignore[attr-defined]
@@ -178,8 +216,9 @@ linear_cross_entropy.__signature__ = signature(linear_cross_entropy, CROSS_ENTRO
 
 
 def harmonic_logits(
-    input: Tensor, linear_weight: Tensor, *, n: float | Tensor | None = None, eps: float = 0.0, normalize: bool = True
-) -> Tensor:
+    input: Tensor, linear_weight: Tensor, *, n: float | Tensor | None = None, eps: float = 0.0, normalize: bool = True,
+    process_group: Any = None,
+) -> Tensor:  # fmt: skip
     """Log-probabilities log HarMax(||w - x||) of every class, (..., V): for sampling and evaluation (paper, Eq. 2).
 
     Sampling at temperature T is ``n / T`` (the same as dividing the result by T and normalising again). With
@@ -190,6 +229,8 @@ def harmonic_logits(
         input: (..., D).
         linear_weight: (V, D).
         n, eps: as in :func:`linear_harmonic_loss`.
+        process_group: of whom each has some rows of the class vectors, as there; each gets the log-probabilities of its own
+            rows. (A DTensor of class vectors gives a DTensor of log-probabilities, sharded on the last dimension.)
 
     Returns:
         (..., V), float32 (float64 for float64 input).
@@ -198,18 +239,33 @@ def harmonic_logits(
         TypeError, ValueError: an argument is wrong.
     """
     validate.flag("normalize", normalize)
-    x, w, n = _checked_head(input, linear_weight, n, eps)
+    local = localized(input, linear_weight, None, process_group)
+    if local.group is not None and not normalize:
+        raise ValueError(
+            "normalize=False is relative to the nearest class of one process; leave it True with process_group"
+        )
+    x, w, n = _checked_head(local.input, local.linear_weight, n, eps, local.group)
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
-        scores, nearest = _scores_from_nearest(x.to(w.dtype), w, n, eps)
+        if local.group is not None:
+            *given, n = copied(local.group, *(x,) * local.reduce_input, n)
+            x = given[0] if given else x
+        scores, nearest, highest = _scores_from_nearest(x.to(w.dtype), w, n, eps)
         if normalize:  # log sum_j exp(z_j) as the softplus of the sum over the others, which keeps 1 - p
-            others = scores.scatter(1, nearest, torch.finfo(scores.dtype).min)
-            scores = scores - F.softplus(others.logsumexp(1, keepdim=True), threshold=50.0)
-    return scores.reshape(*input.shape[:-1], len(w))
+            others = highest
+            if len(w):
+                others = scores.scatter(1, nearest, torch.finfo(scores.dtype).min).logsumexp(1, keepdim=True)
+            if local.group is None:
+                scores = scores - F.softplus(others, threshold=50.0)
+            else:
+                scores = scores - behind(highest, others, local.group)
+    scores = scores.reshape(*local.input.shape[:-1], len(w))
+    return scores if local.group is None else as_given(scores, linear_weight)
 
 
 def harmonic_topk(
-    input: Tensor, linear_weight: Tensor, k: int, *, n: float | Tensor | None = None, eps: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    input: Tensor, linear_weight: Tensor, k: int, *, n: float | Tensor | None = None, eps: float = 0.0,
+    process_group: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k most probable (nearest) classes of every token, without the N x V matrix and without gradient.
 
     In a transform of ``torch.func`` or in forward mode it is ``harmonic_logits(...).topk(k)``, derivatives included.
@@ -219,6 +275,8 @@ def harmonic_topk(
         linear_weight: (V, D).
         k: 1 ... V.
         n, eps: as in :func:`linear_harmonic_loss`.
+        process_group: of whom each has some rows of the class vectors, as there; each gets the best of all, with indices
+            over all.
 
     Returns:
         log_probs (..., k), float32 (float64 for float64 input), highest first, and indices (..., k) int64. Classes that
@@ -227,29 +285,50 @@ def harmonic_topk(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    x, w, n = _checked_head(input, linear_weight, n, eps)
+    local = localized(input, linear_weight, None, process_group)
+    x, w, n = _checked_head(local.input, local.linear_weight, n, eps, local.group)
+    shard = (
+        None
+        if local.group is None
+        else shard_of(local.group, len(w), x.device, {"input.shape": tuple(x.shape), "k": k})
+    )
+    classes = len(w) if shard is None else shard.classes
     validate.integer("k", k)
-    if not 1 <= k <= len(w):
-        raise ValueError(f"k must be between 1 and V = {len(w)}, got {k}")
+    if not 1 <= k <= classes:
+        raise ValueError(f"k must be between 1 and V = {classes}, got {k}")
     if in_transform() or forward_mode():  # which allow no shared scratch; nor is a derivative dropped there
+        if shard is not None:
+            raise NotImplementedError("harmonic_topk with process_group has no transforms and no forward mode")
         values, indices = harmonic_logits(input, linear_weight, n=n, eps=eps).topk(k)
         return values, indices
     with torch.no_grad(), _full_products():  # autocast leaves products with out= alone
-        norms = torch.linalg.vector_norm(w, dim=1).square_()
-        values, indices = w.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=w.device)
-        step = max(1, min(len(x), TOPK_CHUNK // (len(w) * w.element_size())))
-        scratch = w.new_empty(step, len(w))
-        for start in range(0, len(x), step):
-            at, chunk = slice(start, start + step), x[start : start + step].to(w.dtype)
-            scores = torch.addmm(norms, chunk, w.t(), alpha=-2, out=scratch[: len(chunk)])
-            nearest, s = _nearest(scores, chunk, w, norms, eps)
-            scores.sub_(scores.gather(1, nearest)).div_(s).log1p_().mul_(-0.5 * n)
-            top, indices[at] = scores.topk(k)
-            others = scores.scatter_(1, nearest, torch.finfo(w.dtype).min)
-            rival = others.amax(1, keepdim=True)
-            total = others.sub_(rival).exp_().sum(1, keepdim=True).log_() + rival
-            values[at] = top - F.softplus(total, threshold=50.0)
-    return values.reshape(*input.shape[:-1], k), indices.reshape(*input.shape[:-1], k)
+        values, indices, highest = _nearest_here(x, w, n, eps, min(k, len(w)))
+        if shard is not None:
+            values, indices = best_of_all(values, indices + shard.first, highest, k, shard.group)
+    return values.reshape(*local.input.shape[:-1], k), indices.reshape(*local.input.shape[:-1], k)
+
+
+def _nearest_here(x: Tensor, w: Tensor, n: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k highest log-probabilities among the classes w and their indices, (N, k), and the highest log-score (N,), fp64."""
+    values, indices = w.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=w.device)
+    highest = torch.full((len(x),), -math.inf, dtype=torch.float64, device=w.device)
+    if not len(w):
+        return values, indices, highest
+    norms = torch.linalg.vector_norm(w, dim=1).square_()
+    step = max(1, min(len(x), TOPK_CHUNK // (len(w) * w.element_size())))
+    scratch = w.new_empty(step, len(w))
+    for start in range(0, len(x), step):
+        at, chunk = slice(start, start + step), x[start : start + step].to(w.dtype)
+        scores = torch.addmm(norms, chunk, w.t(), alpha=-2, out=scratch[: len(chunk)])
+        nearest, s = _nearest(scores, chunk, w, norms, eps)
+        scores.sub_(scores.gather(1, nearest)).div_(s).log1p_().mul_(-0.5 * n)
+        top, indices[at] = scores.topk(k)
+        others = scores.scatter_(1, nearest, torch.finfo(w.dtype).min)
+        rival = others.amax(1, keepdim=True)
+        total = others.sub_(rival).exp_().sum(1, keepdim=True).log_() + rival
+        values[at] = top - F.softplus(total, threshold=50.0)
+        highest[at] = s.squeeze(1).double().log() * (-0.5 * n.double())
+    return values, indices, highest
 
 
 def harmax(distances: Tensor, n: float | Tensor, dim: int = -1) -> Tensor:
@@ -298,12 +377,13 @@ def _log_harmax(distances: Tensor, n: float | Tensor, dim: int) -> Tensor:
 
 
 def _checked_head(
-    input: Tensor, linear_weight: Tensor, n: float | Tensor | None, eps: float
+    input: Tensor, linear_weight: Tensor, n: float | Tensor | None, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked operands: x (N, D), w (V, D) in the compute dtype, and n () beside them."""
     validate.tensors(input=input, linear_weight=linear_weight)
     input, linear_weight = autocast(input, linear_weight)
-    validate.features(input, linear_weight)
+    validate.process_group(group)
+    validate.features(input, linear_weight, least_rows=1 if group is None else 0)
     validate.exponent(n)
     validate.eps(eps)
     n = _checked_value(n)
@@ -332,11 +412,15 @@ def _nearest(u: Tensor, x: Tensor, w: Tensor, norms: Tensor, eps: float) -> tupl
     return nearest, torch.maximum((x - w[close]).square().sum(1) + eps, floor).unsqueeze(1)
 
 
-def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-(n/2) log(s_j/s_nearest) (N, V) by ||w_j||^2 - 2 x.w_j less the nearest's, and the nearest classes (N, 1)."""
+def _scores_from_nearest(x: Tensor, w: Tensor, n: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-(n/2) log(s_j/s_nearest) (N, V) by ||w_j||^2 - 2 x.w_j less the nearest's, the nearest classes (N, 1), their log-scores."""
+    if not len(w):  # this process has none, but its part in the collectives of backward
+        highest = 0 * x.sum(1, keepdim=True) * n - math.inf
+        return x @ w.t(), x.new_zeros(len(x), 1, dtype=torch.int64), highest
     norms = w.square().sum(1)
     with _full_products():
         u = torch.addmm(norms, x, w.t(), alpha=-2)
     nearest, s = _nearest(u, x, w, norms, eps)
     scores = -0.5 * n * torch.log1p((u - u.gather(1, nearest)) / s)
-    return scores.scatter(1, nearest, 0.0), nearest  # the 0 as a constant: no gradient of its rounding
+    # the 0 as a constant: no gradient of its rounding
+    return scores.scatter(1, nearest, 0.0), nearest, -0.5 * n * torch.log(s)

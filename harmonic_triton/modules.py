@@ -25,11 +25,11 @@ class HarmonicHead(nn.Module):
     Args:
         in_features: D.
         out_features: V.
-        n: harmonic exponent on the distance, None for sqrt(D).
+        n: harmonic exponent on the distance, None for sqrt(D); :func:`harmonic_triton.recommend` has one for many classes.
         eps: added to every squared distance. The authors' layer of exponent 1 is ``n=2, eps=1e-4``.
         learnable_n: make n a parameter of shape (1,), initialised with the value given.
         std: standard deviation of the initial class vectors (GPT-2's 0.02). HarMax ignores a *common* scale of x and w
-            only: training starts well where x is of the size of w (a last LayerNorm whose weight starts at ``std``).
+            only: training starts well where x is of the size of w (:func:`harmonic_triton.init_last_norm_`).
         device, dtype: of the weight.
         loss_options: further options of :func:`linear_harmonic_loss` for ``head(x, target=t)``.
 
@@ -64,11 +64,6 @@ class HarmonicHead(nn.Module):
         validate.between("std", std, 0.0, validate.FP32_LIMIT)
         if dtype is not None and dtype not in validate.FLOAT_DTYPES:
             raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-        if "bias" in loss_options:
-            raise TypeError(
-                "HarmonicHead has no option 'bias' (distances have none: a class vector that is moved does what a bias"
-                " would); leave bias= out, False as well"
-            )
         validate.class_weight(collect("HarmonicHead", loss_options, HEAD).class_weight, out_features)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options
@@ -95,7 +90,8 @@ class HarmonicHead(nn.Module):
         if options and (target is None or any(name not in HEAD for name in options)):
             _check_call(options)
         if target is None:
-            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps)
+            group = {**self.loss_options, **options}.get("process_group")
+            return harmonic_logits(input, self.weight, n=self.n, eps=self.eps, process_group=group)
         every = cast(Any, {**self.loss_options, **options})
         loss: Tensor | tuple[Tensor, HarmonicStats]
         loss = linear_harmonic_loss(input, self.weight, target, n=self.n, eps=self.eps, **every)

@@ -444,6 +444,19 @@ def test_a_failed_write_leaves_the_former_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "first"
 
 
+@posix
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A report to /dev/null by root would make a file of it, and break every program of the machine."""
+    from harmonic_triton._common import files
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    for name in ("pipe", "directory"):
+        with pytest.raises(ValueError, match="no regular file"):
+            files.write_text(tmp_path / name, "a report")
+    assert (tmp_path / "pipe").is_fifo() and sorted(path.name for path in tmp_path.iterdir()) == ["directory", "pipe"]
+
+
 def test_starting_over_removes_a_run_s_files_alone(tmp_path):
     """And nothing while the run goes on in another process."""
     from harmonic_triton._common.claims import Claim, InUseError

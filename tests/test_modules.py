@@ -379,7 +379,7 @@ WRONG = [  # loss options, whatever the tensors are
     ({"memory_budget": 0}, ValueError, "memory_budget must be a positive number"),
     ({"class_weight": torch.ones(2, 5)}, ValueError, "class_weight must be floating and of shape"),
     ({"class_weight": [1.0] * 5}, TypeError, "class_weight must be a"),
-    ({"process_group": object()}, ValueError, "process_group"),
+    ({"process_group": object()}, TypeError, "process_group"),
 ]
 
 

@@ -21,6 +21,7 @@ import torch
 import harmonic_triton as ht
 from benchmarks import autotune, static_cost
 from harmonic_triton.fused import strategy as strategies
+from harmonic_triton.fused.problem import Operands
 
 configs = pytest.importorskip("harmonic_triton.fused.triton.tile_configs")  # needs triton
 
@@ -58,17 +59,19 @@ def test_every_stored_configuration_is_covered():
     assert len(jobs) == wanted
 
 
-@pytest.mark.slow  # minutes; a few of the builds are in the tests below
+@pytest.mark.slow  # one to three minutes each where nothing else runs; a few of the builds are in the tests below
+@pytest.mark.parametrize("dtype", static_cost.DTYPES)
 @pytest.mark.parametrize("arch", static_cost.TARGETS)
-def test_compiles_within_limits(arch):
-    """Every kernel x switches x dtype at its stored configuration: no spills, matrix instructions, shared memory."""
+def test_compiles_within_limits(arch, dtype):
+    """Every kernel x switches at its stored configuration: no spills, matrix instructions, shared memory."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1", "--arch", arch]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static_cost", "--json", "--workers=1"]
+    command += ["--arch", arch, "--dtype", dtype]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     costs = [static_cost.Cost(**json.loads(line)) for line in run.stdout.splitlines()]
-    assert len(costs) == len(static_cost.jobs([arch]))
-    assert {cost.arch for cost in costs} == {arch}
+    assert len(costs) == len(static_cost.jobs([arch], [dtype]))
+    assert {(cost.arch, cost.dtype) for cost in costs} == {(arch, dtype)}
     by_products = {products: [cost for cost in costs if cost.products == products] for products in (False, True)}
     assert {cost.kernel for cost in by_products[True]} == {"scores_kernel"}
     assert not [cost for cost in costs if cost.spills > PARKED * cost.products]
@@ -80,7 +83,7 @@ def test_compiles_within_limits(arch):
         assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
 
 
-SCORES = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, "KEEP": False, "REPAIR": False, "RECOMPUTE": False}
+SCORES = dict.fromkeys(("DOT", "BIAS", "CAP", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE"), False)
 
 
 def compiled(program: str) -> list[str]:
@@ -120,6 +123,27 @@ def test_instructions_of_an_entry():
     assert dot <= 24
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_the_bare_product_is_that_of_the_scores(layout):
+    """Every tile once, whatever the order: several bands of token tiles, the last of each side not full."""
+    from benchmarks import bare_product
+    from harmonic_triton.fused.triton import launch
+
+    generator = torch.Generator().manual_seed(0)
+    tile = configs.CONFIGS["interpreter", 2]
+    rows, classes = tile.block_n * configs.GROUP + 41, 2 * tile.block_v + 22
+    x, w = (torch.randn(k, 48, generator=generator).bfloat16() for k in (rows, classes))
+    if layout == "transposed":
+        w = w.t().contiguous().t()
+    target = torch.zeros(rows, dtype=torch.int64)
+    call = launch.Launch(Operands(x, w, target, None, None), target >= 0, 0.0).measure()
+    wanted = torch.stack([(x.double() @ part.double().t()).sum(1) for part in w.split(call.config.block_v)])
+    sums = torch.full_like(wanted, float("nan"), dtype=torch.float32)
+    bare_product.launch_product(call, sums)
+    assert (sums.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_nothing_is_copied_ahead_without_a_fence():
     """The matrix units of sm_90 read shared memory by another way: descriptors wait for themselves, other copies need a
     fence, which Triton leaves out before 3.8; there the loads are synchronous."""
@@ -147,8 +171,8 @@ def test_products_compile_for_other_amd_gpus():
         from harmonic_triton.fused.triton.tile_configs import CONFIGS
         for arch in ("gfx90a", "gfx950"):
             static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
-            switches = dict.fromkeys(("DOT", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE", "TMA"), False)
-            cost = static_cost.run_job(("scores_kernel", switches, "bf16", arch))
+            off = ("DOT", "BIAS", "CAP", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE", "TMA")
+            cost = static_cost.run_job(("scores_kernel", dict.fromkeys(off, False), "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = fresh.run(program, env=environment)
@@ -269,12 +293,13 @@ KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.b
 @pytest.mark.triton
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("harmonic", [True, False])
+@pytest.mark.parametrize("scores", ["distances", "logits", "bias", "cap"])
 @pytest.mark.parametrize("strategy", ["recompute", "one pass"])
-def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, harmonic, monkeypatch):
+def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, scores, monkeypatch):
     """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
 
-    Learnable n (WANT_SCORES) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's).
+    Learnable n (WANT_SCORES) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's, a bias
+    has a gradient).
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     kernels, seen = static_cost.kernels(), set()
@@ -309,9 +334,14 @@ def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothi
     n = torch.tensor(3.0, requires_grad=True)
     target = torch.randint(7, (5,), generator=generator)
     with strategies.force(strategy):
-        if harmonic:
+        if scores == "distances":
             loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
         else:
-            loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, z_loss=smoothing, backend="triton")
+            bias = torch.zeros(7, requires_grad=True) if scores == "bias" else None
+            loss = ht.linear_cross_entropy(
+                x, w, target, bias=bias, softcap=3.0 if scores == "cap" else None, label_smoothing=smoothing,
+                z_loss=smoothing, backend="triton",
+            )  # fmt: skip
     (0.5 * loss).backward()
-    assert seen == set(kernels) - ({"norms_kernel"} if not harmonic else set())
+    absent = {"norms_kernel" if scores != "distances" else "", "finish_bias_kernel" if scores != "bias" else ""}
+    assert seen == set(kernels) - absent

@@ -65,7 +65,10 @@ def environment(**extra):
 def assert_same_state(one, other):
     """Weights, optimiser and history equal to the last bit; the time taken may differ."""
     assert one["identity"] == other["identity"]
-    for key in ("model", "optimizer", "history", "step"):
+    for a, b in zip(one["optimizer"]["param_groups"], other["optimizer"]["param_groups"], strict=True):
+        assert {**a, "betas": [*a["betas"]]} == {**b, "betas": [*b["betas"]]}
+    one, other = ({**state, "moments": state["optimizer"]["state"]} for state in (one, other))
+    for key in ("model", "moments", "history", "step"):
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
@@ -441,20 +444,44 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(text, tmp_pa
 # --- the same training by other means --------------------------------------------------------------------------------
 
 
-def test_torchrun_with_two_processes_follows_one_process(text, tmp_path):
-    """Same losses, gradient norms and weights up to rounding; 2 x 2 micro-batches of 2 against one batch of 8."""
+LAYOUTS = {"ddp": (2, {}), "fsdp": (2, {"fsdp": True}), "tensor": (2, {"tensor_parallel": 2}),
+           "both": (4, {"fsdp": True, "tensor_parallel": 2})}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layout", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "tensor", "both"))]
+)
+def test_torchrun_with_several_processes_follows_one_process(text, tmp_path, layout):
+    """Same losses, gradient norms and weights up to rounding; micro-batches of 2 against one batch of 8. Each goes on from
+    the other's checkpoint."""
+    world, spread = LAYOUTS[layout]
     options = {"data": str(text), "steps": 8, "batch_size": 8, "eval_every": 4, "samples": 0, "uniform_mix": 0.01}
-    two = ["--standalone", "--nproc-per-node", 2, "-m", "examples.train_gpt"]
-    words = arguments(**options, out=tmp_path / "two", micro_batch_size=2)
-    torchrun = fresh.Started(fresh.module("torch.distributed.run"), *two, *words, env=environment(OMP_NUM_THREADS="1"))
-    done = torchrun.wait(timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report: ") == done.stdout.count("training and") == 1
+    options["loss"] = "harmonic" if "tensor_parallel" in spread else "both"
+
+    def several(**more):
+        launch = ["--standalone", "--nproc-per-node", world, "-m", "examples.train_gpt"]
+        words = arguments(**options, **spread, out=tmp_path / "several", micro_batch_size=2, **more)
+        torchrun = fresh.Started(
+            fresh.module("torch.distributed.run"), *launch, *words, env=environment(OMP_NUM_THREADS="1")
+        )
+        done = torchrun.wait(timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report: ") == done.stdout.count("training and") == 1
+
+    several()
     assert train.main(arguments(**options, out=tmp_path / "one", micro_batch_size=8)) == 0
-    for loss in LOSSES:
-        one, two = (checkpoint(tmp_path / name, loss) for name in ("one", "two"))
-        torch.testing.assert_close(two["history"], one["history"], rtol=1e-4, atol=0)
-        torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-3)
+    for loss in LOSSES if options["loss"] == "both" else [options["loss"]]:
+        one, others = (checkpoint(tmp_path / name, loss) for name in ("one", "several"))
+        torch.testing.assert_close(others["history"], one["history"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(others["model"], one["model"], rtol=0, atol=1e-3)
+    if spread:  # complete runs: each reads the whole state of the other, and writes the report alone
+        for name in ("one", "several"):
+            (tmp_path / name / "report.html").unlink()
+        (tmp_path / "one").rename(tmp_path / "kept")
+        (tmp_path / "several").rename(tmp_path / "one")
+        (tmp_path / "kept").rename(tmp_path / "several")
+        several()
+        assert train.main(arguments(**options, out=tmp_path / "one", micro_batch_size=8)) == 0
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.01])

@@ -119,7 +119,7 @@ CALLS = [
     ((X.tolist(), W, TARGET), {}, TypeError, r"input must be a torch.Tensor, got list of length 6; use torch.as_tensor\(input\)$"),
     ((X, torch.nn.Linear(12, 9), TARGET), {}, TypeError, "got Linear.*pass its parameter, linear_weight.weight$"),
     ((X, W, "a" * 10**6), {}, TypeError, r"target must be a torch.Tensor, got .{1,250}$"),
-    ((X, W, TARGET), {"process_group": object()}, ValueError, "process_group: vocabulary-parallel"),
+    ((X, W, TARGET), {"process_group": object()}, TypeError, "process_group must be None or a torch.distributed.ProcessGroup"),
     ((X, W, TARGET), {"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'auto'"),
     ((X.double(), W.double(), TARGET), {"backend": "triton"}, ValueError, "cannot serve this call: .*float64 is computed"),
     ((X, W, TARGET), {"backend": "triton", "uniform_mix": 0.1, "label_smoothing": 0.1}, ValueError, "cannot serve.*together"),

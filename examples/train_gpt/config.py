@@ -80,6 +80,12 @@ class Config:
     temperature: float = option(0.8, "temperature T of the samples; for the harmonic head it means n -> n/T")
     measure_head: bool = option(True, "measure time and memory of the head for the report")
 
+    fsdp: bool = option(
+        False, "under torchrun: shard parameters, gradients and moments over the replicas (FSDP2), not DDP"
+    )
+    tensor_parallel: int = option(
+        1, "under torchrun: processes that share a replica, its vocabulary and feed-forward layers split over them"
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:INDEX")
     threads: int | None = option(
         None, "CPU threads; by default OMP_NUM_THREADS, or the number that a few steps at the start find fastest"
@@ -165,11 +171,26 @@ class Config:
         if self.width % self.heads:
             near = self.heads * max(1, round(self.width / self.heads))
             raise ValueError(f"--width is {self.width}, not a multiple of --heads {self.heads}: try --width {near}")
-        together = self.micro_batch_size * world_size
+        if world_size % self.tensor_parallel:
+            raise ValueError(
+                f"--tensor-parallel is {self.tensor_parallel}, which does not divide the {world_size} process(es) of this run"
+            )
+        replicas = world_size // self.tensor_parallel
+        if self.tensor_parallel > 1 and replicas > 1 and not self.fsdp:
+            raise ValueError(f"--tensor-parallel {self.tensor_parallel} with {replicas} replicas needs --fsdp")
+        if self.tensor_parallel > 1 and self.loss != "harmonic":
+            raise ValueError(
+                f"--tensor-parallel is for the harmonic head, and --loss is {self.loss}: add --loss harmonic"
+            )
+        if world_size == 1 and self.fsdp:
+            raise ValueError("--fsdp shards over several processes: start them by torchrun --nproc-per-node")
+        if self.compile and (self.fsdp or self.tensor_parallel > 1):
+            raise ValueError("--compile with --fsdp or --tensor-parallel is not served here: leave one out")
+        together = self.micro_batch_size * replicas
         if self.batch_size % together:
             raise ValueError(
                 f"--batch-size is {self.batch_size}, not a multiple of --micro-batch-size {self.micro_batch_size} "
-                f"x {world_size} process(es): try --batch-size {together * max(1, round(self.batch_size / together))}"
+                f"x {replicas} replica(s): try --batch-size {together * max(1, round(self.batch_size / together))}"
             )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"--device is {self.device!r}: choose auto, cpu, cuda or cuda:INDEX")
@@ -190,11 +211,12 @@ class Config:
 
 _FREE = {
     *("out", "loss", "data", "micro_batch_size", "checkpoint_every", "prompt", "samples", "sample_tokens"),
-    *("temperature", "measure_head", "device", "threads", "compile", "resume"),
+    *("temperature", "measure_head", "fsdp", "tensor_parallel", "device", "threads", "compile", "resume"),
 }  # data is compared by its content instead; micro-batches, device, compile and processes change rounding alone
 _AT_LEAST = {
     **dict.fromkeys(("layers", "heads", "width", "block", "steps", "batch_size", "micro_batch_size", "threads"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every", "sample_tokens"), 1),
+    **dict.fromkeys(("tensor_parallel",), 1),
     **dict.fromkeys(("vocab_size",), 2),
     **dict.fromkeys(("samples", "seed", "uniform_mix", "weight_decay", "grad_clip", "min_lr_ratio"), 0),
 }
@@ -277,5 +299,6 @@ def from_arguments(arguments: Sequence[str] | None, world_size: int = 1) -> Conf
     preset = Config(**PRESETS[given.pop("preset")])
     if "data" in given:
         given["data"] = tuple(given["data"])
-    share = max(1, given.get("batch_size", preset.batch_size) // world_size)
+    replicas = max(1, world_size // max(1, given.get("tensor_parallel", 1)))
+    share = max(1, given.get("batch_size", preset.batch_size) // replicas)
     return replace(preset, **{"micro_batch_size": min(preset.micro_batch_size, share), **given})

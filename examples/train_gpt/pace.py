@@ -41,12 +41,12 @@ def candidates(config: Config, place: Place, stored: int | None) -> tuple[list[i
     now = torch.get_num_threads()
     if config.threads is not None:
         return [config.threads], "as --threads says"
+    if place.world > 1 or place.mesh is not None or place.device.type != "cpu":
+        return [now], "torch's own choice"
     if stored is not None:
         return [stored], "as this run began: another number would round otherwise"
     if "OMP_NUM_THREADS" in os.environ:
         return [now], "as OMP_NUM_THREADS says"
-    if place.world > 1 or place.device.type != "cpu":
-        return [now], "torch's own choice"
     return sorted({1, now, *(2**i for i in range(1, now.bit_length()) if 2**i < now)}), ""
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from harmonic_triton.tools import replacing
 
-from . import pace
+from . import pace, parallel
 from .config import Config, flag, from_arguments
 from .data import Corpus, load
 from .model import GPT
@@ -32,9 +33,15 @@ CURVE_POINTS = 200  # weight norms in a run, and updates of the progress bar
 class Place:
     """Where this process stands among the others."""
 
-    rank: int
-    world: int
+    rank: int  # among the replicas: those of a tensor-parallel group share their batch
+    world: int  # replicas
     device: torch.device
+    mesh: Any = None  # (replicas, tensor-parallel processes), where there are several processes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and prints for all."""
+        return self.mesh is None or dist.get_rank() == 0
 
     @classmethod
     def join(cls, config: Config) -> Place:
@@ -45,11 +52,13 @@ class Place:
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            mesh = parallel.mesh_of(device, config.tensor_parallel)
+            return cls(mesh["data"].get_local_rank(), mesh["data"].size(), device, mesh)
         return cls(rank, world, device)
 
     def mean(self, values: Tensor) -> Tensor:
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.mesh["data"].get_group())
         return values / self.world
 
 
@@ -61,6 +70,8 @@ class Trainer:
         self.path = checkpoint_path(config, loss)
         torch.manual_seed(config.seed)
         self.model = GPT(config, corpus.vocab_size, loss).to(place.device)
+        if place.mesh is not None:
+            parallel.spread(self.model, place.mesh, config.fsdp)
         self.optimizer = self.model.optimizer(config)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.dtype == "float16")
         self.step = 0
@@ -71,19 +82,19 @@ class Trainer:
 
     def restore(self) -> None:
         state = torch.load(self.path, map_location=self.place.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load_full_state(self.model, self.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
 
     def save(self) -> None:
         """Write the checkpoint beside the old one, then put it in its place: a kill leaves one of the two."""
-        if self.place.rank == 0:
+        model, optimizer = parallel.full_state(self.model, self.optimizer)
+        if self.place.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             state = {
                 "identity": identity(self.config, self.corpus),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
@@ -96,8 +107,8 @@ class Trainer:
     def train(self) -> None:
         config, place, history = self.config, self.place, self.history
         model: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        if place.world > 1:
-            model = DistributedDataParallel(model)
+        if place.world > 1 and not config.fsdp:
+            model = DistributedDataParallel(model, process_group=place.mesh["data"].get_group())
         if not history["val"]:
             history["val"].append([0, evaluate(self.model, config, self.corpus, place)])
             history["weight_norm"].append([0, self.weight_norm()])
@@ -107,7 +118,7 @@ class Trainer:
             initial=self.step,
             unit="step",
             mininterval=1.0,
-            disable=place.rank > 0,
+            disable=not place.first,
         )
         pending: list[tuple[Tensor, Tensor]] = []
         start = time.perf_counter()
@@ -155,13 +166,15 @@ class Trainer:
         total = torch.zeros((), device=place.device)
         for at in mine:
             x, y = self.corpus.batch("train", config.block, offsets[at : at + size], place.device)
-            with model.no_sync() if place.world > 1 and at != mine[-1] else contextlib.nullcontext():  # type: ignore
+            parallel.sync_gradients(model, at == mine[-1])
+            waits = isinstance(model, DistributedDataParallel) and at != mine[-1]
+            with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
                 with config.autocast(place.device):
                     loss = model(x, y, num_items)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or float("inf"))
+        norm = parallel.clip(self.model, config.grad_clip or float("inf"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -180,7 +193,8 @@ class Trainer:
 
     def weight_norm(self) -> float:
         """Mean norm of the class vectors."""
-        return self.model.tokens.weight.detach().norm(dim=1).mean().item()
+        norms = self.model.tokens.weight.detach().norm(dim=1)
+        return (norms.full_tensor() if isinstance(norms, DTensor) else norms).mean().item()
 
 
 @torch.no_grad()
@@ -240,17 +254,17 @@ def prepare(config: Config) -> tuple[Corpus, Place]:
     config.validate(world_size())
     place = Place.join(config)
     failure: list[str | None] = [None]
-    if place.rank == 0:
+    if place.first:
         try:
             corpus = load(config)
             check_checkpoints(config, corpus)
         except (ValueError, OSError) as error:
             failure = [str(error)]
-    if place.world > 1:
+    if place.mesh is not None:
         dist.broadcast_object_list(failure, device=place.device)
     if failure[0] is not None:
         raise ValueError(failure[0])
-    return corpus if place.rank == 0 else load(config), place
+    return corpus if place.first else load(config), place
 
 
 def run(config: Config) -> int:
@@ -267,7 +281,7 @@ def run(config: Config) -> int:
         return 2
     try:
         steps = pace.steps_left(config)
-        if steps:
+        if steps and not (config.fsdp or config.tensor_parallel > 1):  # a whole model may not fit there
             found = pace.measure(config, corpus, place)
             if first:
                 print(pace.announcement(config, found, steps), flush=True)
@@ -278,7 +292,7 @@ def run(config: Config) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        if place.world > 1:
+        if place.mesh is not None:
             dist.destroy_process_group()
     if first:
         from .report import write_report

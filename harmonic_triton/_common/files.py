@@ -42,8 +42,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: the directory cannot be written; the old file is untouched, as after any exception in the block.
+        ValueError: the name is a device's, a pipe's or a directory's, which a file must not take.
     """
     path = Path(path)
+    if path.exists() and not path.is_symlink() and not path.is_file():
+        raise ValueError(f"{path} is no regular file, and would be replaced by one: name a file")
     _sweep(path)
     beside, file = _created(path)
     try:
@@ -184,6 +187,12 @@ def check_seal(file: IO[bytes], at: int) -> bool:
     found = file.read(SEAL)
     checksum = zlib.crc32(b"0" * SEAL, _checksum(file, at, start=0))
     return found == b"%08x" % _checksum(file, size, start=at + SEAL, checksum=checksum)
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a whole file, in hex digits."""
+    with open(path, "rb") as file:
+        return f"{_checksum(file, file.seek(0, os.SEEK_END), start=0):08x}"
 
 
 def _checksum(file: IO[bytes], stop: int, *, start: int, checksum: int = 0) -> int:

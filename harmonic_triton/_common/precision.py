@@ -59,6 +59,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def _highest_precision() -> Callable[[], None]:
     """Set full precision through the interface that the user's setting came by (torch refuses a mix); returns the undo."""
+    if _is_highest():
+        return _nothing
     backends: Any = torch.backends
     products = (getattr(backends.cuda, "matmul", None), getattr(backends.mkldnn, "matmul", None))
     halves = backends.cuda.matmul.allow_fp16_accumulation  # with it a product of fp16 in fp32 is refused
@@ -82,6 +84,19 @@ def _highest_precision() -> Callable[[], None]:
         for place in places:
             place.fp32_precision = "ieee"
     return functools.partial(restore, legacy)
+
+
+def _is_highest() -> bool:
+    """Whether there is nothing to set, which a small call need not pay for."""
+    try:
+        legacy: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the other interface
+        return False
+    return legacy == "highest" and not torch._C._get_cublas_allow_fp16_accumulation()
+
+
+def _nothing() -> None:
+    pass
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

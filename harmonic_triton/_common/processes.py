@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def distributed() -> bool:
@@ -30,7 +33,21 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def share(things: Sequence[int]) -> list[int]:
-    """Every world-th of some things, from number rank on: all of them where there is one process."""
-    rank, world = rank_and_world()
-    return list(things[rank::world])
+def led(work: Callable[[], Result], group: Any) -> Result:
+    """What ``work`` returns, or raises, in the first process of a group, in all of them; it runs in that one alone.
+
+    Without a group (None) it just runs.
+    """
+    if group is None:
+        return work()
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank(group) == 0:
+        try:
+            outcome = [work(), None]
+        except BaseException as error:
+            outcome = [None, error]
+    torch.distributed.broadcast_object_list(outcome, torch.distributed.get_global_rank(group, 0), group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result

@@ -65,8 +65,8 @@ def tensors(**named: Any) -> None:
 _SWAPPED = "; are input and linear_weight swapped? The order is input, linear_weight, target"
 
 
-def features(input: Tensor, linear_weight: Tensor) -> None:
-    """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device."""
+def features(input: Tensor, linear_weight: Tensor, least_rows: int = 1) -> None:
+    """input (..., D) and linear_weight (V, D) are floating point, of one dtype, on one device; V is at least ``least_rows``."""
     for name, value in (("input", input), ("linear_weight", linear_weight)):
         if value.dtype not in FLOAT_DTYPES:
             whole = not (value.is_floating_point() or value.is_complex())
@@ -74,10 +74,11 @@ def features(input: Tensor, linear_weight: Tensor) -> None:
                 f"{name} must be bfloat16, float16, float32 or float64, got {describe(value)}; cast it first"
                 + (" (class indices go into target)" if whole else "")
             )
-    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0 or linear_weight.shape[1] == 0:
+    if linear_weight.dim() != 2 or linear_weight.shape[0] < least_rows or linear_weight.shape[1] == 0:
         swapped = linear_weight.dim() > 2 and input.dim() == 2 and input.shape[1] == linear_weight.shape[-1]
+        sizes = "V, D >= 1" if least_rows else "D >= 1"  # a process may have none of the rows
         raise ValueError(
-            f"linear_weight must be (V, D) with V, D >= 1, got {describe(linear_weight)}{_SWAPPED if swapped else ''}"
+            f"linear_weight must be (V, D) with {sizes}, got {describe(linear_weight)}{_SWAPPED if swapped else ''}"
         )
     if input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         transposed = input.dim() > 0 and input.shape[-1] == linear_weight.shape[0]
@@ -238,11 +239,50 @@ def class_weight(weight: Any, classes: int | None = None, device: torch.device |
         raise ValueError("class_weight is a constant of the loss and gets no gradient; pass class_weight.detach()")
 
 
+def bias(value: Any, linear_weight: Tensor | None = None) -> None:
+    """(V,) floating point; V and the device are checked where they are known."""
+    if value is None:
+        return
+    if isinstance(value, bool):
+        raise TypeError(f"bias is the vector (V,) that is added to the logits and no switch, got {value}; leave it out")
+    tensors(bias=value)
+    classes = None if linear_weight is None else linear_weight.shape[0]
+    if value.dim() != 1 or value.dtype not in FLOAT_DTYPES or (classes is not None and value.shape[0] != classes):
+        size = "V" if classes is None else classes
+        raise ValueError(f"bias must be floating and of shape ({size},), got {describe(value)}")
+    if linear_weight is not None and value.device != linear_weight.device:
+        raise ValueError(
+            f"bias is on {value.device} and linear_weight on {linear_weight.device}; move them to one device"
+        )
+
+
+def softcap(value: Any) -> None:
+    """A positive number, or None."""
+    if value is None:
+        return
+    number("softcap", value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"softcap must be finite and > 0, got {value}; None is no cap")
+    in_fp32("softcap", value)
+
+
 def budget(value: Any) -> None:
     """Bytes, or None."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if value is not None and not (whole and 0 < value < 2**63):
         raise ValueError(f"memory_budget must be a positive number of bytes below 2^63, or None, got {describe(value)}")
+
+
+def process_group(group: Any) -> None:
+    """None, or a ProcessGroup of ``torch.distributed`` that this process belongs to."""
+    if group is None:
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be None or a torch.distributed.ProcessGroup, got {describe(group)};"
+            " torch.distributed.new_group() or DeviceMesh.get_group() make one (of a mesh, or of all: dist.group.WORLD)"
+        )
 
 
 def dimension(dim: Any, tensor: Tensor) -> None:

@@ -39,7 +39,8 @@ class NormRange(NamedTuple):
     @classmethod
     def of(cls, norms: Tensor) -> NormRange:
         """That of norms (V,); a NaN among them is the largest."""
-        return cls(norms.amin(), norms.median(), norms.amax())
+        smallest, largest = torch.aminmax(norms)
+        return cls(smallest, norms.median(), largest)
 
 
 def noise_share(dtype: torch.dtype) -> float:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from harmonic_triton._common.precision import compute_dtype
-from harmonic_triton._common.transforms import forward_mode
+from harmonic_triton._common.transforms import compiled_transform, forward_mode, whole
 from harmonic_triton.fused import checks, strategy
 from harmonic_triton.fused.problem import Backend, Finishing, Operands, Problem, Wanted, schema, unpack
 from harmonic_triton.fused.results import (
@@ -43,27 +44,34 @@ def backend_module(name: str) -> Backend:
 
 
 def _plainly(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autograd, and without autocast, which would round the operands of every product inside.
-
-    Vectors arrive dense and, as numbers do, on a boundary of 16 bytes, whatever their strides were: a kernel reads one
-    entry after the other, and is compiled once more for every other alignment.
-    """
+    """Without autograd, and without autocast, which would round the operands of every product inside."""
 
     @functools.wraps(run)
-    def body(x: Tensor, *args: Any) -> Any:
-        args = tuple(_dense(arg) if isinstance(arg, Tensor) and arg.dim() < 2 else arg for arg in args)
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return run(x, *args)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return run(x, *args)
+    def body(operands: Operands, *parts: Any) -> Any:
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(operands.x.device.type):
+            return run(operands, *parts)
+        with torch.no_grad(), torch.autocast(operands.x.device.type, enabled=False):
+            return run(operands, *parts)
 
     return body
 
 
-def _dense(vector: Tensor) -> Tensor:
-    if not vector.is_contiguous():
-        return vector.contiguous()
-    return vector.clone() if vector.data_ptr() % 16 else vector
+def _dense(*parts: Any) -> list[Any]:
+    """Vectors dense and, as numbers are, on a boundary of 16 bytes, whatever their strides were: a kernel reads one entry
+    after the other, and is compiled once more for every other alignment."""
+    return [part._make(map(_dense_vector, part)) if any(map(_is_strange, part)) else part for part in parts]
+
+
+def _is_strange(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dim() > 1:
+        return False
+    return not value.is_contiguous() or value.data_ptr() % 16 != 0
+
+
+def _dense_vector(value: Any) -> Any:
+    if not _is_strange(value):
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _checked(operands: Operands, ignore_index: int) -> tuple[Operands, Tensor | None]:
@@ -92,44 +100,49 @@ _FINISH = (Operands, Unfinished, Finishing, Problem, Wanted)
 _UNFINISHED = ", ".join(f"Tensor unfinished_{name}" for name in Unfinished._fields)
 _RETURNS = {
     "forward": (_FORWARD, _RESULTS),
-    "backward": (_BACKWARD, "Tensor dx, Tensor dw"),
+    "backward": (_BACKWARD, "Tensor dx, Tensor dw, Tensor db"),
     "forward_backward": (_FORWARD_BACKWARD, f"Tensor loss, Tensor dn, {_UNFINISHED}, {_RESULTS}"),
-    "finish": (_FINISH, "Tensor dx, Tensor dw"),
+    "finish": (_FINISH, "Tensor dx, Tensor dw, Tensor db"),
 }
 
 
 @_plainly
-def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    operands, problem = unpack(flat, *_FORWARD)
+def _forward(operands: Operands, problem: Problem) -> TokenResults:
+    (operands,) = _dense(operands)
     operands, bad = _checked(operands, problem.ignore_index)
     results = backend_module(problem.backend).forward(operands, problem)
     if bad is not None:
         results.nll.masked_fill_(bad, math.nan)
-    return tuple(results)
+    return results
 
 
 @_plainly
-def _backward(*flat: Any) -> tuple[Tensor, Tensor]:
-    operands, results, upstream, problem, wanted = unpack(flat, *_BACKWARD)
+def _backward(
+    operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands, results, upstream = _dense(operands, results, upstream)
     operands, _ = _indexable(operands, problem.ignore_index)
     return backend_module(problem.backend).backward(operands, results, upstream, problem, wanted)
 
 
 @_plainly
-def _forward_backward(*flat: Any) -> tuple[Tensor, ...]:
-    operands, weights, problem, wanted = unpack(flat, *_FORWARD_BACKWARD)
+def _forward_backward(
+    operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor, Unfinished, TokenResults]:
+    operands, weights = _dense(operands, weights)
     operands, bad = _checked(operands, problem.ignore_index)
     results, unfinished = backend_module(problem.backend).forward_backward(operands, weights, problem, wanted)
     if bad is not None:
         results.nll.masked_fill_(bad, math.nan)
-    dtype, classes = results.nll.dtype, len(operands.w)
+    dtype, classes = results.nll.dtype, operands.w.shape[0]
     exact = results._replace(**{name: getattr(results, name).double() for name in _summed(weights)})
     exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
-    loss = token_losses(exact, exact_weights, problem.mix, classes)
+    loss = token_losses(exact, exact_weights, problem.mix, classes, problem.token_scaling)
     dn = results.nll.new_zeros(())
     if wanted.n and operands.n is not None:
-        dn = exponent_gradient(exact, operands.n, upstream_of(exact, exact_weights, problem.mix, classes)).to(dtype)
-    return loss.sum().to(dtype), dn, *unfinished, *results
+        upstream = upstream_of(exact, exact_weights, problem.mix, classes, problem.token_scaling)
+        dn = exponent_gradient(exact, operands.n, upstream).to(dtype)
+    return loss.sum().to(dtype), dn, unfinished, results
 
 
 def _summed(weights: TokenWeights) -> tuple[str, ...]:
@@ -140,8 +153,10 @@ def _summed(weights: TokenWeights) -> tuple[str, ...]:
 
 
 @_plainly
-def _finish(*flat: Any) -> tuple[Tensor, Tensor]:
-    operands, unfinished, finishing, problem, wanted = unpack(flat, *_FINISH)
+def _finish(
+    operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands, unfinished, finishing = _dense(operands, unfinished, finishing)
     operands, _ = _indexable(operands, problem.ignore_index)
     return backend_module(problem.backend).finish(operands, unfinished, finishing, problem, wanted)
 
@@ -152,10 +167,11 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     return tuple(TokenResults.zeros(operands.x.shape[0], like, problem.want_scores, operands.smoothing))
 
 
-def _gradients_fake(*flat: Any) -> tuple[Tensor, Tensor]:
+def _gradients_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     (operands,), wanted = unpack(flat, Operands), Wanted._make(flat[-len(Wanted._fields) :])
     x, w = operands.x, operands.w
-    return x.new_empty(x.shape if wanted.x else (0,)), w.new_empty(w.shape if wanted.w else (0,))
+    db = w.new_empty(w.shape[:1] if wanted.bias else (0,), dtype=compute_dtype(w.dtype))
+    return x.new_empty(x.shape if wanted.x else (0,)), w.new_empty(w.shape if wanted.w else (0,)), db
 
 
 def _forward_backward_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -179,47 +195,66 @@ def _one_at_a_time(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _body, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _gradients_fake),
-    ("forward_backward", _forward_backward, _forward_backward_fake),
-    ("finish", _finish, _gradients_fake),
-):
-    _parts, _returned = _RETURNS[_name]
-    _LIBRARY.define(f"{_name}({schema(*_parts)}) -> ({_returned})")
-    _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
-    _operator = getattr(torch.ops.harmonic_triton, _name).default
-    torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_operator), lib=_LIBRARY)
+def _separate(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors one after the other; what is empty shares no memory with another, as an operator's results must not."""
+    for value in values:
+        if not isinstance(value, Tensor):
+            yield from _separate(value)
+        else:
+            yield value if value.numel() else value.new_empty(value.shape)
+
+
+def _operator(run: Callable[..., Any], parts: tuple[Any, ...]) -> Callable[..., Any]:
+    """The same function of the flat arguments that an operator has."""
+
+    def body(*flat: Any) -> tuple[Tensor, ...]:
+        return tuple(_separate(run(*unpack(flat, *parts))))
+
+    return body
 
 
 _BODIES = {"forward": _forward, "backward": _backward, "forward_backward": _forward_backward, "finish": _finish}
 
-
-_SEEN_THROUGH = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, type(None)})
-
-
-def _nobody_looks_on(flat: tuple[Any, ...]) -> bool:
-    """No compiler, transform, mode, profiler or subclass of Tensor, which all see operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
-        and all(type(value) in _SEEN_THROUGH for value in flat)
-        and not any(map(_LEGACY_BATCHED, (value for value in flat if isinstance(value, Tensor))))
-    )
+for _name, _fake in (
+    ("forward", _forward_fake),
+    ("backward", _gradients_fake),
+    ("forward_backward", _forward_backward_fake),
+    ("finish", _gradients_fake),
+):
+    _parts, _returned = _RETURNS[_name]
+    _LIBRARY.define(f"{_name}({schema(*_parts)}) -> ({_returned})")
+    _LIBRARY.impl(_name, _operator(_BODIES[_name], _parts), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"harmonic_triton::{_name}", _fake, lib=_LIBRARY)
+    _called = getattr(torch.ops.harmonic_triton, _name).default
+    torch.library.register_vmap(f"harmonic_triton::{_name}", _one_at_a_time(_called), lib=_LIBRARY)
 
 
+_SEEN_THROUGH = frozenset({Tensor, torch.nn.Parameter})
 _LEGACY_BATCHED: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # of ``is_grads_batched``
 
 
-def _perform(name: str, *flat: Any) -> Any:
+def _nobody_looks_on(*parts: tuple[Any, ...]) -> bool:
+    """No compiler, transform, mode, profiler or subclass of Tensor, which all see operators."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    for part in parts:
+        for value in part:
+            if isinstance(value, Tensor) and (type(value) not in _SEEN_THROUGH or _LEGACY_BATCHED(value)):
+                return False
+    return True
+
+
+def perform(name: str, *parts: tuple[Any, ...]) -> Any:
     """What the operator does; without the operator where nobody would see it, which is a tenth of a small call's time."""
-    if _nobody_looks_on(flat):
-        return _BODIES[name](*flat)
-    return getattr(torch.ops.harmonic_triton, name)(*flat)
+    if _nobody_looks_on(*parts):
+        return _BODIES[name](*parts)
+    return getattr(torch.ops.harmonic_triton, name)(*chain.from_iterable(parts))
 
 
 NO_TANGENT = (
@@ -267,8 +302,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dx, dw, dn, x, w, n, g, g_smooth, g_ref):  # type: ignore[no-untyped-def]  # no *args: dynamo counts parameters
-        return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn)
+    def forward(dx, dw, dn, db, x, w, n, b, g, g_smooth, g_ref):  # type: ignore[no-untyped-def]  # no *args: dynamo counts parameters
+        return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn), db.view_as(db)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -283,26 +318,29 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def _first_order_only(
-    dx: Tensor, dw: Tensor, dn: Tensor, operands: Operands, *upstream: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, operands: Operands, *upstream: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same gradients; an error where they are differentiated again."""
     if not torch.is_grad_enabled():  # no graph of this backward pass is made
-        return dx, dw, dn
-    gradients: tuple[Tensor, Tensor, Tensor] = _FirstOrderOnly.apply(
-        dx, dw, dn, operands.x, operands.w, operands.n, *upstream
+        return dx, dw, dn, db
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _FirstOrderOnly.apply(
+        dx, dw, dn, db, operands.x, operands.w, operands.n, operands.bias, *upstream
     )
     return gradients
 
 
-def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
+def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
     """What ``backward`` of a Function returns whose ``count`` arguments begin with the operands."""
-    given = Operands(dx if need.x else None, dw if need.w else None, None, dn if need.n else None, None)  # type: ignore[arg-type]
+    given = Operands(
+        x=dx if need.x else None, w=dw if need.w else None, target=None,  # type: ignore[arg-type]
+        n=dn if need.n else None, smooth_weight=None, bias=db if need.bias else None,
+    )  # fmt: skip
     return *given, *(None,) * (count - len(given))
 
 
 def _needed(ctx: Any) -> Wanted:
     needs = Operands(*ctx.needs_input_grad[: len(Operands._fields)])
-    return Wanted(needs.x, needs.w, needs.n)  # type: ignore[arg-type]
+    return Wanted(needs.x, needs.w, needs.n, needs.bias)  # type: ignore[arg-type]
 
 
 class ForwardFunction(torch.autograd.Function):
@@ -312,7 +350,7 @@ class ForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward", *flat)
+        return tuple(_separate(perform("forward", *unpack(flat, *_FORWARD))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -332,14 +370,14 @@ class ForwardFunction(torch.autograd.Function):
         if operands.smoothing:
             smooth = torch.zeros_like(nll) if given.smooth is None else given.smooth
         upstream = Upstream(nll, smooth, given.target_ref)
-        dx, dw = x.new_zeros(0), w.new_zeros(0)
-        if need.x or need.w:
-            dx, dw = _perform("backward", *operands, *results, *upstream, *ctx.problem, *need)
+        dx, dw, db = x.new_zeros(0), w.new_zeros(0), results.nll.new_zeros(0)
+        if need.x or need.w or need.bias:
+            dx, dw, db = perform("backward", operands, results, upstream, ctx.problem, need)
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
-        dx, dw, dn = _first_order_only(dx, dw, dn, operands, *upstream)
-        return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, need)
+        dx, dw, dn, db = _first_order_only(dx, dw, dn, db, operands, *upstream)
+        return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, db, need)
 
 
 _IN_BATCHES = "Batched"  # the dispatch key of tensors that ``is_grads_batched`` hands in: not torch.func's
@@ -361,7 +399,7 @@ class ForwardBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*flat):  # type: ignore[no-untyped-def]
-        return _perform("forward_backward", *flat)
+        return tuple(_separate(perform("forward_backward", *unpack(flat, *_FORWARD_BACKWARD))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -377,37 +415,40 @@ class ForwardBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
         if g is None:
             return (None,) * ctx.arguments
-        dx, dw, dn, need = _finished(ctx, _needed(ctx), g)
-        return _slots(ctx.arguments, dx, dw, dn, need)
+        dx, dw, dn, db, need = _finished(ctx, _needed(ctx), g)
+        return _slots(ctx.arguments, dx, dw, dn, db, need)
 
 
 class _PlainForwardBackward(torch.autograd.Function):
     """The same where nobody looks on, with one output: autograd's work of twenty is a tenth of a small call's time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, n: Tensor | None, flat: tuple[Any, ...], found: list[Tensor]) -> Tensor:  # type: ignore[override]
-        loss, dn, *rest = _forward_backward(*flat)
-        operands, _, ctx.problem, ctx.wanted = unpack(flat, *_FORWARD_BACKWARD)
-        found += rest[len(Unfinished._fields) :]
-        results = TokenResults._make(found)
-        ctx.save_for_backward(*operands, *rest[: len(Unfinished._fields)], results.rival, dn)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w: Tensor, n: Tensor | None, bias: Tensor | None, parts: tuple[Any, ...],
+        found: list[TokenResults],
+    ) -> Tensor:  # fmt: skip
+        loss, dn, unfinished, results = _forward_backward(*parts)
+        operands, _, ctx.problem, ctx.wanted = parts
+        found.append(results)
+        ctx.save_for_backward(*operands, *unfinished, results.rival, dn)
         return cast(Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def, override]
-        dx, dw, dn, need = _finished(ctx, Wanted(*ctx.needs_input_grad[:3]), g)
-        return dx if need.x else None, dw if need.w else None, dn if need.n else None, None, None
+        dx, dw, dn, db, need = _finished(ctx, Wanted(*ctx.needs_input_grad[:4]), g)
+        given = (gradient if asked else None for gradient, asked in zip((dx, dw, dn, db), need, strict=True))
+        return *given, None, None
 
 
-def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Wanted]:
+def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Wanted]:
     """The gradients of a weighted sum, those of them that were known when they were formed."""
     *saved, rival, dn = ctx.saved_tensors
-    operands, unfinished = unpack(tuple(saved), Operands, Unfinished)
+    operands, unfinished = unpack(saved, Operands, Unfinished)
     if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
         raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
     finishing = Finishing(rival, g, _last_backward(g))
-    dx, dw = _perform("finish", *operands, *unfinished, *finishing, *ctx.problem, *need)
-    return *_first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None), need
+    dx, dw, db = perform("finish", operands, unfinished, finishing, ctx.problem, need)
+    return *_first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -418,20 +459,29 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
+@whole
+def _whole(name: str, *flat: Any) -> tuple[Tensor, ...]:
+    return tuple({"forward": ForwardFunction, "forward_backward": ForwardBackwardFunction}[name].apply(*flat))
+
+
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
     """Per-token results, with gradients or without."""
+    if not differentiable:
+        return TokenResults._make(perform("forward", operands, problem))
     flat = (*operands, *problem)
-    return TokenResults._make(_applied(ForwardFunction, *flat) if differentiable else _perform("forward", *flat))
+    return TokenResults._make(_whole("forward", *flat) if compiled_transform() else _applied(ForwardFunction, *flat))
 
 
 def forward_backward(
     operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
 ) -> tuple[Tensor, TokenResults]:
     """The weighted sum of the losses, with gradients, and the results that it is made of, without."""
-    flat = (*operands, *weights, *problem, *wanted)
-    if _nobody_looks_on(flat):
-        found: list[Tensor] = []
-        loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, flat, found)
-        return loss, TokenResults._make(found)
-    loss, *rest = _applied(ForwardBackwardFunction, *flat)
+    parts = (operands, weights, problem, wanted)
+    if _nobody_looks_on(operands, weights):
+        found: list[TokenResults] = []
+        loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, operands.bias, parts, found)
+        return loss, found[0]
+    flat = tuple(chain.from_iterable(parts))
+    transform = compiled_transform()
+    loss, *rest = _whole("forward_backward", *flat) if transform else _applied(ForwardBackwardFunction, *flat)
     return loss, TokenResults._make(rest[-len(TokenResults._fields) :])

@@ -34,6 +34,10 @@ EPILOGUES = (19.0, 26.0, 23.0)
 LEAST_BUDGET = 256 * 2**20  # bytes of scratch for the chunk of coefficients on a small GPU
 MEMORY_SHARE = 48  # chunks may take 1/48 of a GPU: 2.9 GiB of an H200 hold Llama-3's 8192 x 128256 coefficients at once
 TORCH_BUDGET = 64 * 2**20  # bytes of the torch backend's scores: 333 tokens at GPT-2's vocabulary
+SMALL_HEAD = (
+    2**18
+)  # entries of W; to multiply dW of no more by the upstream gradient costs less than to come back to it
+MANY_TOKENS = 64  # to whose products the pitch matters
 LINE = 16  # entries in a cache line
 SIDE = 2  # partial sums take at most half a byte (1/SIDE) for each coefficient
 
@@ -82,6 +86,7 @@ class Shapes(NamedTuple):
     tokens: tuple[int, ...] = (0,)
     scores: tuple[int, ...] = (0,)
     columns: tuple[int, ...] = (0,)
+    bias: tuple[int, ...] = (0,)
     center: tuple[int, ...] = (0,)
 
 
@@ -90,13 +95,15 @@ def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> S
     (tokens, width), classes = operands.x.shape, operands.w.shape[0]
     products = Shapes((tokens, width) if wanted.x else (0,), (classes, width) if wanted.w else (0,))
     if problem.backend == "triton":
-        columns = (classes, COLUMNS) if wanted.w and operands.n is not None else (0,)
+        columns = (classes, COLUMNS) if wanted.bias or (wanted.w and operands.n is not None) else (0,)
+        if not one_pass_serves(operands):  # nobody asks for it but who calls the operator himself
+            products = products._replace(bias=(classes,) if wanted.bias else (0,))
         return products._replace(tokens=(8, -(-tokens // 4) * 4), columns=columns, center=(width,))
     size = compute_dtype(operands.x.dtype).itemsize
     few = tokens <= torch_chunk(tokens, classes, size, problem.budget)
-    if few and (wanted.x or wanted.w):
-        return Shapes(tokens=(tokens, TOKEN_FACTORS), scores=(tokens, pitch(classes)), center=(width,))
-    return products
+    if few and classes * width > SMALL_HEAD and (wanted.x or wanted.w or wanted.bias):
+        return Shapes(tokens=(tokens, TOKEN_FACTORS), scores=(tokens, pitch(tokens, classes)), center=(width,))
+    return products._replace(bias=(classes,) if wanted.bias else (0,))
 
 
 def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:
@@ -104,8 +111,10 @@ def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:
     return max(1, min(tokens, (budget or TORCH_BUDGET) // (classes * size)))
 
 
-def pitch(classes: int) -> int:
-    """Entries from one row of scores to the next: an odd number of lines, which is 2 to 4 % of the products' time."""
+def pitch(tokens: int, classes: int) -> int:
+    """Entries from one row of scores to the next: an odd number of lines, which is 2 to 4 % of many tokens' products' time."""
+    if tokens < MANY_TOKENS:
+        return classes
     lines = -(-classes // LINE)
     return (lines + 1 - lines % 2) * LINE
 

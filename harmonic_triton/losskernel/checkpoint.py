@@ -114,6 +114,8 @@ def digest(named: Mapping[str, Tensor]) -> str:
     hasher = hashlib.blake2b(digest_size=12)
     for name, tensor in named.items():
         tensor = tensor.detach()
+        if hasattr(tensor, "full_tensor"):  # a DTensor: every process hashes all of it
+            tensor = tensor.full_tensor()
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         flat = tensor.reshape(-1)
         if flat.numel() > WHOLE:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,19 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._common.claims import Claim
-from harmonic_triton._common.processes import rank_and_world
-from harmonic_triton.losskernel import checkpoint
+from harmonic_triton._common.processes import Result, led
+from harmonic_triton.losskernel import checkpoint, sharded_files
 from harmonic_triton.losskernel.accumulator import Accumulator
 from harmonic_triton.losskernel.chain_record import ChainRecord
 from harmonic_triton.losskernel.covariance.streaming import StreamingCovariance
 from harmonic_triton.losskernel.draws import is_usable
+from harmonic_triton.losskernel.sampling.parameters import ALONE, Share
 from harmonic_triton.losskernel.sampling.progress import Progress
 from harmonic_triton.losskernel.sampling.sampler import Draws, Sampler
 from harmonic_triton.losskernel.traces.traces import LossTraces
 
 KIND = "the checkpoint of a loss kernel"
+MEND = "remove it to start this run over, or take a new directory"
 DENSE = 4096  # samples up to which m x m is held whatever the number of draws
 
 
@@ -175,11 +180,15 @@ def chosen(keep: str, num_samples: int, num_draws: int) -> str:
 
 
 class Stored:
-    """The checkpoint of one process's share of a run, ``directory/kernel-RANK.pt``, and the right to write it.
+    """The checkpoint of one share of a run, ``directory/kernel-INDEX.pt``, and the right to write it.
+
+    The state of chains whose weights are sharded lies beside it, in a directory of ``torch.distributed.checkpoint`` that the
+    checkpoint names, with the checksum of each file: each process writes its part, and the checkpoint takes its name last.
 
     Args:
         directory: None keeps nothing.
         fingerprint: what the run's numbers depend on.
+        share, group: of the sampler. Processes that hold a model together have one share, which the first of them writes.
 
     Attributes:
         run: a hash of the fingerprint, the traces' ``run``; state: the last checkpoint, None without one.
@@ -189,27 +198,74 @@ class Stored:
             thread is at this run.
     """
 
-    def __init__(self, directory: Path | None, fingerprint: dict[str, str]) -> None:
-        self.fingerprint = fingerprint
+    def __init__(
+        self, directory: Path | None, fingerprint: dict[str, str], share: Share = ALONE, group: Any = None
+    ) -> None:
+        self.fingerprint, self.index, self.group, self.directory = fingerprint, share.place, group, directory
         self.run = hashlib.blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=12).hexdigest()
-        self.path = None if directory is None else directory / f"kernel-{rank_and_world()[0]}.pt"
+        self.path = None if directory is None else directory / f"kernel-{self.index}.pt"
         self.state: dict[str, Any] | None = None
-        self._claim = None if self.path is None else Claim(self.path.with_suffix(".lock"))
-        if self.path is not None and self.path.exists():
+        self._claim: Claim | None = None
+        self.led(self._open)
+
+    def _open(self) -> None:
+        if self.path is None:
+            return
+        self._claim = Claim(self.path.with_suffix(".lock"))
+        if self.path.exists():
             try:
-                self.state = checkpoint.load(
-                    self.path, KIND, "remove it to start this run over, or take a new directory"
-                )
-                checkpoint.check_fingerprint(self.state["fingerprint"], fingerprint)
+                self.state = checkpoint.load(self.path, KIND, MEND)
+                checkpoint.check_fingerprint(self.state["fingerprint"], self.fingerprint)
             except BaseException:
                 self.close()
                 raise
 
+    def led(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` gives in the process that writes, in all that hold the model together."""
+        return led(work, self.group)
+
+    def restore(self, sampler: Sampler, collector: Collector) -> None:
+        """Put sampler and collector where the last checkpoint was."""
+        chains = self.led(lambda: None if self.state is None else dict(self.state["sampler"]))
+        if chains is None:
+            self.led(collector.begin)
+            return
+        shards = chains.pop("shards", None)
+        if shards is not None and self.directory is not None:
+            folder = self.directory / shards["folder"]
+            self.led(lambda: sharded_files.check(folder, shards["files"], MEND))
+            chains["sharded"] = sampler.sharded_templates(shards["names"])
+            sharded_files.read(folder, chains["sharded"], self.group)
+        sampler.load_state_dict(chains)
+        self.led(lambda: self._load(collector))
+
+    def _load(self, collector: Collector) -> None:
+        if self.state is not None:
+            collector.load_state_dict(self.state["collector"])
+            self.state = None
+
     def save(self, sampler: Sampler, collector: Collector) -> None:
         """Write the present state, in place of the former."""
-        if self.path is not None:
-            parts = {"sampler": sampler.state_dict(), "collector": collector.state_dict()}
-            checkpoint.save(self.path, {"fingerprint": self.fingerprint, **parts}, KIND)
+        path, directory = self.path, self.directory
+        if path is None or directory is None:
+            return
+        chains = sampler.state_dict()
+        sharded, name = chains.pop("sharded", {}), ""
+        if sharded:
+            name = self.led(lambda: f"chains-{self.index}-{secrets.token_hex(8)}")
+            sharded_files.write(directory / name, sharded, self.group)
+
+        def commit() -> None:
+            if sharded:
+                files = sharded_files.checksums(directory / name)
+                chains["shards"] = {"folder": name, "names": list(sharded), "files": files}
+            state = {"fingerprint": self.fingerprint, "sampler": chains, "collector": collector.state_dict()}
+            checkpoint.save(path, state, KIND)
+            for left in directory.glob(f"chains-{self.index}-*"):
+                if left.name != name:
+                    shutil.rmtree(left, ignore_errors=True)
+
+        self.led(commit)
 
     def close(self) -> None:
         """Let others go on with the run."""
@@ -219,22 +275,22 @@ class Stored:
 
 def collect(sampler: Sampler, collector: Collector, stored: Stored, seconds: float, progress: bool) -> None:
     """Run the sampler to its end into the collector, from the last checkpoint on."""
-    if stored.state is None:
-        collector.begin()
-    else:
-        sampler.load_state_dict(stored.state["sampler"])
-        collector.load_state_dict(stored.state["collector"])
-        stored.state = None
+    stored.restore(sampler, collector)
     bar = None
-    if progress:
+    if progress and sampler.share.leads:
         bar = Progress(len(sampler.chains), sampler.config.num_draws, sampler.initial_losses)
     clock = checkpoint.Clock(seconds)
+
+    def enter(draws: Draws) -> bool:
+        collector.update(draws)
+        if bar is not None:
+            bar.update(draws.losses, len(sampler.dead))
+        return clock.due()
+
     try:
         for draws in sampler.run():
-            collector.update(draws)
-            if bar is not None:
-                bar.update(draws.losses, len(sampler.dead))
-            if clock.due() or not sampler.remaining:
+            due = stored.led(functools.partial(enter, draws))
+            if due or not sampler.remaining:
                 stored.save(sampler, collector)
                 clock.restart()
     finally:

@@ -55,17 +55,20 @@ def loss_kernel(
         backend: of the accumulator, "auto", "triton" or "torch".
         trace_dtype: torch.bfloat16, 2 T m bytes, or torch.float32, twice as much, where single correlations matter: see
             :class:`LossTraces` for what rounding moves.
-        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), and the traces
-            (``traces-0``). A run that was killed at any moment, or interrupted, goes on from its last checkpoint when the
-            same call is made again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one
-            returns at once. The directory belongs to one run: another model, data, setting or seed is refused, and so is
-            a second process while the first is at it (a lock, which dies with its process). Every file has a checksum;
-            damage raises, with the file's name and what to do.
+        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), the traces
+            (``traces-0``), and the state of sharded chains (``chains-0-*``, which any number of processes can go on from). A
+            run that was killed at any moment, or interrupted, goes on from its last checkpoint when the same call is made
+            again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one returns at once. The
+            directory belongs to one run: another model, data, setting or seed is refused, and so is a second process while
+            the first is at it (a lock, which dies with its process). Every file has a checksum; damage raises, with the
+            file's name and what to do.
         checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
         progress: show draws per second, time left and the chains' health.
 
     Returns:
-        The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one.
+        The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one. Ranks
+        over which ``fully_shard`` has spread the model run each chain together; with several such groups, each on its own
+        mesh, the groups share the chains.
 
     Raises:
         TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed) or is
@@ -81,11 +84,11 @@ def loss_kernel(
             f"{' a chain' if within_chain else ''}; a covariance needs two, so take num_draws=2 or more"
         )
     rank, world = rank_and_world()
-    if isinstance(config, SGLDConfig) and world > config.num_chains:
-        raise ValueError(f"{world} processes share {config.num_chains} chains; start one a chain at most")
     read = eval_data if query_data is None else joined(eval_data, query_data)
     sampler = Sampler(model, per_sample_loss, train_data, read, config, seed=seed, device=device, mask=mask)
-    samples = sampler.num_samples
+    share, samples = sampler.share, sampler.num_samples
+    if share.world > config.num_chains:
+        raise ValueError(f"{share.world} processes share {config.num_chains} chains; start one a chain at most")
     if query_data is not None:
         samples = samples * num_samples(eval_data) // num_samples(read)
     if labels is not None:
@@ -94,7 +97,8 @@ def loss_kernel(
     if form == "traces" and within_chain:
         raise ValueError("within_chain=True needs keep='covariance'; traces give the pooled estimate")
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
-    dtype = trace_dtype if world == 1 else torch.float32  # rounded once, when the ranks' traces meet
+    meet = world > 1 or sampler.sharded
+    dtype = torch.float32 if meet else trace_dtype  # rounded once, when the ranks' traces meet
     about = About(
         nbeta=config.nbeta,
         step_size=config.lr,
@@ -104,13 +108,14 @@ def loss_kernel(
         fingerprint=sampler.fingerprint,
     )
     kind = f"traces in {str(trace_dtype).removeprefix('torch.')}" if form == "traces" else form
-    whose = {**sampler.fingerprint, "keep": kind, "processes": str(world)}
+    whose = {**sampler.fingerprint, "keep": kind, "processes": str(share.world)}
     if query_data is not None:
         whose["query losses"] = str(sampler.num_samples - samples)  # behind the kernel's, in one evaluation data
-    stored = Stored(directory, whose)
+    stored = Stored(directory, whose, share, sampler.group)
     collector = None
-    try:
-        collector = Collector(
+
+    def collector_in(path: Path | None) -> Collector:
+        return Collector(
             config.num_chains,
             config.num_draws,
             sampler.initial_losses[:samples],
@@ -118,12 +123,20 @@ def loss_kernel(
             form,
             sampler.device,
             backend,
-            directory / f"traces-{rank}" if directory and form == "traces" else None,
+            path,
             dtype,
             stored.run,
         )
+
+    def open_files() -> None:
+        nonlocal collector
+        collector = collector_in(directory / f"traces-{share.place}" if directory and form == "traces" else None)
+
+    try:
+        stored.led(open_files)
+        collector = collector or collector_in(None)  # beside the process that writes, empty until all meet
         collect(sampler, collector, stored, checkpoint_seconds, progress)
-        if world > 1:
+        if meet:
             gather(collector, rank, world, directory, trace_dtype, stored.run)
     finally:  # also where a notebook keeps the frames of a call that was interrupted
         if collector is not None:

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.head import Head
+from harmonic_triton.fused.pytorch.head import EVERY, Head
 from harmonic_triton.fused.pytorch.per_token import Values, column_of, tensor_of, values_of
 from harmonic_triton.fused.results import TokenResults, Upstream
 
 LARGE_SCORE = 2.0**20  # up to here fp32 rounds a log-score by a sixteenth at most
 LOG2E = math.log2(math.e)  # exponentials are taken to base 2: on a CPU three times as fast
-EVERY = slice(None)
+FEW_ELEMENTS = 2**13  # of which a minimum takes no longer than a handful of calls
 
+Rooms = tuple[Tensor, ...]  # two of a tile's size
 Then = Callable[[slice, Tensor, "TokenResults | None"], None]
 
 
@@ -39,22 +40,33 @@ class Terms(NamedTuple):
     """
 
     scale: Tensor  # multiplies a token's coefficients in the products
-    target: Tensor  # dX has target * (x - w_c), dW_c the opposite; with dot products -target * w_c and -target * x
-    rival: Tensor  # the same of the rival
+    direct: Tensor  # (2, C, 1) of the target and the rival: dX has direct * (x - w_c), dW_c the opposite; with dot
+    # products -direct * w_c and -direct * x
     on_x: Tensor  # dX has on_x * x; 0 with dot products
     on_center: Tensor  # dX has on_center * center; 0 but with dot products
-    far: Tensor  # 1 where dX takes target and rival without x, which on_x has then
+    far: Tensor | None  # 1 where dX takes target and rival without x, which on_x has then; None: nowhere
 
     @classmethod
     def of(cls, table: Tensor, g: Tensor | None = None) -> Terms:
         """Those of a table (C, 6), times the upstream gradient of what it was made for."""
-        terms = cls._make(table.unsqueeze(2).unbind(1))
-        if g is None or (g.device.type == "cpu" and g.item() == 1):
-            return terms
+        rows = table.t().unsqueeze(2)
+        far = rows[5] if not table.is_cpu or table.numpy()[:, 5].any() else None
+        if g is None or (g.is_cpu and g.item() == 1):
+            return cls(rows[0], rows[1:3], rows[3], rows[4], far)
         limit = torch.finfo(table.dtype).max / 32  # what is multiplied by more is 0
-        scale, target, rival, on_x, on_center = (term * g for term in terms[:5])
-        scale = scale.clamp(-limit, limit) + 0 * g  # NaN where g is not finite: a gradient scaler must see it
-        return cls(scale, target, rival, on_x, on_center, terms.far)
+        rows = rows * g
+        scale = rows[0].clamp(-limit, limit) + 0 * g  # NaN where g is not finite: a gradient scaler must see it
+        return cls(scale, rows[1:3], rows[3], rows[4], far)
+
+
+def columns(matrix: Tensor, classes: slice) -> Tensor:
+    """(C, classes) of some of the classes."""
+    return matrix if classes is EVERY else matrix[:, classes]
+
+
+def first(matrix: Tensor, rows: int) -> Tensor:
+    """(rows, classes) of a room for as many or more."""
+    return matrix if matrix.shape[0] == rows else matrix[:rows]
 
 
 def part(values: Any, tile: slice | Tensor) -> Any:
@@ -82,9 +94,9 @@ class Chunk(ABC):
     on_target: Values  # whether x lies on its class vector, where the loss is 0
     some_on_target: bool
 
-    def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Tensor) -> None:
+    def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Rooms) -> None:
         self.head, self.x, self.target, self.gap, self.work = head, x, target, gap, work
-        if len(x) > work.shape[1]:  # several tiles fill them
+        if len(x) > work[0].shape[0]:  # several tiles fill them
             self.rival = torch.empty_like(target)
             for name in ("offset", "mass", "nll", "rival_score", "to_prob"):
                 setattr(self, name, per_token.empty(len(x), x.device))
@@ -122,15 +134,15 @@ class Chunk(ABC):
 
     def products(self, left: Tensor) -> None:
         """gap = left @ W.T, W about its center."""
-        if self.head.plain and (len(left) == 1 or left.device.type != "cpu"):
+        if self.head.plain and (len(left) == 1 or not left.is_cpu):
             torch.mm(left, self.head.w.t(), out=self.gap)
             return
         for classes in self.head.blocks():
-            torch.mm(left, self.head.block(classes).t(), out=self.gap[:, classes])
+            torch.mm(left, self.head.block(classes).t(), out=columns(self.gap, classes))
 
     def tiles(self) -> list[slice]:
         """Slices of tokens whose entries fit in cache."""
-        rows, step = len(self.x), self.work.shape[1]
+        rows, step = self.x.shape[0], self.work[0].shape[0]
         if rows <= step:
             return [EVERY]
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -151,7 +163,7 @@ class Chunk(ABC):
     def others(self, rival: Tensor, offset: Values, tile: slice) -> Tensor:
         """exp(z_j - offset) for every class but the target and the rival, which get 0."""
         gap = part(self.gap, tile).scatter_(1, rival.unsqueeze(1), math.inf)
-        rest = self.exp_scores(gap, offset, self.work[0, : len(gap)])
+        rest = self.exp_scores(gap, offset, first(self.work[0], gap.shape[0]))
         # the difference of two log-scores beyond this may round to more than an exponential holds; seldom needed, too
         if per_token.any_of(~(abs(offset) < LARGE_SCORE)):
             rest.clamp_max_(1.0)
@@ -194,10 +206,10 @@ class Chunk(ABC):
         to_prob = self.off_target(per_token.exp(per_token.at_most(offset - nll, 80.0)), tile)  # finite in fp32
         self.keep(tile, nll=nll, rival_score=rival_score, to_prob=to_prob)
         dtype = self.x.dtype
-        found = (tensor_of(values, dtype) for values in (nll, part(self.target_ref, tile), rival_score))
-        nll, target_ref, rival_score = found
-        none = [self.x.new_empty(0) for _ in range(6)]  # an operator's results share no memory
-        return TokenResults._make([nll, *none, target_ref, rival_score, rival])
+        target_ref = tensor_of(part(self.target_ref, tile), dtype)
+        nll, rival_score = tensor_of(nll, dtype), tensor_of(rival_score, dtype)
+        none = self.x.new_empty(0)
+        return TokenResults(nll, none, none, none, none, none, none, target_ref, rival_score, rival)
 
     def no_rival(self, rival: Tensor, tile: slice) -> Values:
         """Whether no class but the target was found: V = 1, or every gap infinite."""
@@ -217,7 +229,7 @@ class Chunk(ABC):
         nll, rival_score, base, mass, to_prob = (column_of(part(v, tile), torch.float64) for v in columns)
         no_rival = rival_score == -math.inf
         gap = part(self.gap, tile)
-        score = self.log_scores(gap, self.work[1, : len(p)])  # relative to the reference: with all digits
+        score = self.log_scores(gap, first(self.work[1], p.shape[0]))  # relative to the reference: with all digits
         score.scatter_(1, rival, (rival_score - base).masked_fill(no_rival, 0.0).to(p.dtype))
         score.scatter_(1, target, -base.to(p.dtype))
         own_nll = nll - base  # -log p_j is own_nll less the score of j
@@ -301,13 +313,13 @@ class Chunk(ABC):
 
 def row_min(values: Tensor) -> tuple[Tensor, Tensor]:
     """``values.min(1, keepdim=True)`` by blocks of columns: torch vectorises ``amin``, but no reduction with an index."""
-    block, columns = 256, values.shape[1]
-    if columns < 8 * block:
+    block, (rows, width) = 256, values.shape
+    if width < 8 * block or rows * width < FEW_ELEMENTS:
         return values.min(1, keepdim=True)
-    whole = columns // block * block
+    whole = width // block * block
     least = values[:, :whole].unflatten(1, (-1, block)).amin(2)
-    if whole < columns:
+    if whole < width:
         least = torch.cat([least, values[:, whole:].amin(1, keepdim=True)], 1)
-    start = (least.argmin(1, keepdim=True) * block).clamp_max(columns - block)
+    start = (least.argmin(1, keepdim=True) * block).clamp_max(width - block)
     least, index = values.gather(1, start + torch.arange(block, device=values.device)).min(1, keepdim=True)
     return least, start + index

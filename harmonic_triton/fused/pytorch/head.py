@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from harmonic_triton.fused.center import center_of
 from harmonic_triton.fused.floors import NormRange
 from harmonic_triton.fused.problem import Operands, Problem
 
+EVERY = slice(None)
 BLOCK_ELEMENTS = 2**18  # of class vectors in one product x @ W.T on a CPU: they stay in cache
 GPU_BLOCK_ELEMENTS = 2**26  # there a block is what is copied where the class vectors are moved or converted
 MEAN_ROWS = 64  # enough to see that there is no common mean; a center is then not looked for
@@ -35,40 +35,47 @@ class Head:
     half_n: Any = 0.0  # half of the harmonic exponent
     norms: Tensor = field(default_factory=lambda: torch.empty(0))  # (V,) ||w_j - center||^2
     smallest: Any = 0.0  # of the norms
-    median: Any = 0.0
+    median: Any = None
     largest: Any = 0.0
+    bias: Tensor | None = None  # (V,) of the logits
+    softcap: float = 0.0  # of the logits, 0: none
 
     @classmethod
     def of(cls, operands: Operands, problem: Problem) -> Head:
         """The head of a call."""
         w, n, smooth_weight = operands.w, operands.n, operands.smooth_weight
         dtype = compute_dtype(w.dtype)
-        center = center_of(w) if _may_have_a_center(w, dtype) else None
         v = w.new_empty(0, dtype=dtype) if smooth_weight is None else smooth_weight.to(dtype)
-        head = cls(w, dtype, center, n is not None, problem.eps, problem.mix, v)
+        head = cls(w, dtype, None, n is not None, problem.eps, problem.mix, v)
+        head.bias, head.softcap = operands.bias, problem.softcap
+        if not w.is_cpu:
+            head.center = center_of(w)
         if n is not None:
-            number = Tensor.item if w.device.type == "cpu" else Tensor.double
-            head.norms, head.half_n = head._norms(), 0.5 * number(n.to(dtype))
-            head.smallest, head.median, head.largest = map(number, NormRange.of(head.norms))
+            head.half_n = 0.5 * head.number(n.to(dtype))
+            head.measure()
+        if w.is_cpu and _may_have_a_center(w, dtype, head.median):
+            head.center = center_of(w)
+            if n is not None:
+                head.measure()
         return head
 
     @classmethod
     def finished(cls, operands: Operands, problem: Problem, center: Tensor) -> Head:
         """The same for what is left to do once the scores are known."""
-        there = center.device.type != "cpu" or bool(center.any())
-        return cls(
-            operands.w,
-            center.dtype,
-            center if there else None,
-            operands.n is not None,
-            problem.eps,
-            problem.mix,
-            center[:0],
-        )
+        there = not center.is_cpu or bool(center.numpy().any())
+        about = center if there else None
+        return cls(operands.w, center.dtype, about, operands.n is not None, problem.eps, problem.mix, center[:0])
 
-    def _norms(self) -> Tensor:
-        """Each block while it is in cache; ``sum`` adds in pairs, which ``vector_norm`` does not, at the price of digits."""
-        return torch.cat([self.block(classes).square().sum(1) for classes in self.blocks()])
+    def measure(self) -> None:
+        """The norms, each block while it is in cache; ``vecdot`` adds in pairs, which ``vector_norm`` does not, at the
+        price of digits."""
+        norms = [torch.linalg.vecdot(block, block) for block in map(self.block, self.blocks())]
+        self.norms = norms[0] if len(norms) == 1 else torch.cat(norms)
+        self.smallest, self.median, self.largest = map(self.number, NormRange.of(self.norms))
+
+    def number(self, value: Tensor) -> Any:
+        """A tensor () as arithmetic in fp64 takes it."""
+        return value.item() if self.w.is_cpu else value.double()
 
     @property
     def plain(self) -> bool:
@@ -99,20 +106,22 @@ class Head:
 
     def block(self, classes: slice) -> Tensor:
         """Class vectors about the center, in the compute dtype."""
-        return self.centered(self.w[classes].to(self.dtype))
+        w = self.w if classes is EVERY else self.w[classes]
+        return self.centered(w.to(self.dtype))
 
-    def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    def blocks(self, elements: int = BLOCK_ELEMENTS) -> list[slice]:
         """Slices of the classes of about so many elements."""
-        elements = elements if self.w.device.type == "cpu" else GPU_BLOCK_ELEMENTS
-        size = max(1, elements // self.w.shape[1] // 64) * 64
-        return (slice(start, start + size) for start in range(0, len(self.w), size))
+        elements = elements if self.w.is_cpu else GPU_BLOCK_ELEMENTS
+        classes, width = self.w.shape
+        size = max(1, elements // width // 64) * 64
+        return [EVERY] if size >= classes else [slice(start, start + size) for start in range(0, classes, size)]
 
 
-def _may_have_a_center(w: Tensor, dtype: torch.dtype) -> bool:
-    """Whether to look for a center: a glance at some rows, on a CPU, where their values can be asked for."""
-    if w.device.type != "cpu":
-        return True
-    rows = w[:: -(-len(w) // MEAN_ROWS)].to(dtype)
-    mean = rows.mean(0)
-    usual = torch.linalg.vector_norm(rows, dim=1).median().item()
-    return not float(mean.dot(mean)) <= MEAN_SHARE * usual**2  # NaN: look
+def _may_have_a_center(w: Tensor, dtype: torch.dtype, usual: float | None) -> bool:
+    """Whether to look for a center: a glance at some rows, where their values can be asked for. ``usual`` is the median
+    squared norm, where it is known."""
+    rows = w[:: -(-w.shape[0] // MEAN_ROWS)].to(dtype)
+    if usual is None:
+        usual = torch.linalg.vecdot(rows, rows).median().item()
+    total = rows.sum(0)
+    return not total.dot(total).item() <= MEAN_SHARE * usual * rows.shape[0] ** 2  # NaN: look

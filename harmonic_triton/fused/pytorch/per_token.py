@@ -18,10 +18,11 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 def values_of(tensor: Tensor) -> Values:
     """(C,) of a tensor (C,) or (C, 1), floating ones in fp64."""
-    tensor = tensor if tensor.dim() == 1 else tensor.squeeze(1)
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
+        tensor = tensor if tensor.dim() == 1 else tensor.squeeze(1)
         return tensor.double() if tensor.is_floating_point() else tensor
     array = tensor.numpy()
+    array = array if array.ndim == 1 else array[:, 0]
     return array.astype(np.float64) if array.dtype == np.float32 else array
 
 
@@ -37,11 +38,25 @@ def column_of(values: Values, dtype: torch.dtype) -> Tensor:
     return tensor_of(values, dtype).unsqueeze(1)
 
 
+def columns_of(columns: list[Values], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(C, 1) tensors, converted in one go."""
+    if isinstance(columns[0], Tensor):
+        return torch.stack(columns).to(dtype).unsqueeze(2).unbind(0)
+    return torch.from_numpy(np.array(columns, _NUMPY[dtype])).unsqueeze(2).unbind(0)
+
+
 def table_of(columns: list[Values], dtype: torch.dtype) -> Tensor:
     """(C, columns) tensor."""
     if isinstance(columns[0], Tensor):
         return torch.stack([values.to(torch.float64) for values in columns], 1).to(dtype)
-    return torch.from_numpy(np.stack(columns, 1).astype(_NUMPY[dtype]))
+    return torch.from_numpy(np.array(columns, _NUMPY[dtype]).T.copy())
+
+
+def take(values: Tensor, index: Tensor) -> Values:
+    """(C,) of the values at an index, in fp64."""
+    if values.is_cpu:
+        return values.numpy()[index.numpy()].astype(np.float64)
+    return values.index_select(0, index).double()
 
 
 def empty(count: int, device: torch.device) -> Values:
@@ -92,6 +107,11 @@ def exp(values: Values) -> Values:
 def expm1(values: Values) -> Values:
     """exp(value) - 1."""
     return np.expm1(values) if isinstance(values, np.ndarray) else values.expm1()
+
+
+def tanh(values: Values) -> Values:
+    """Hyperbolic tangent."""
+    return np.tanh(values) if isinstance(values, np.ndarray) else values.tanh()
 
 
 def logaddexp(a: Values, b: Values) -> Values:

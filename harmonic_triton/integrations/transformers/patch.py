@@ -340,7 +340,8 @@ def _warn_of_conversion(model: Any) -> None:
         f"the weights of {model.name_or_path} were trained with cross-entropy: their dot products mean something, their"
         " distances do not yet. Expect a loss far above the model's own at first, compare it with log(V), and train on with"
         " a warm-up. Where hidden states are much longer than class vectors every class looks equally far: scale the"
-        " last norm's weight so that both are of a size. Perplexities of the two losses are comparable, logits are not."
+        " last norm so that both are of a size (harmonic_triton.init_last_norm_). Perplexities of the two losses are"
+        " comparable, logits are not."
         f" The model's name is now {CONVERTED.format(model.name_or_path)!r}, so that nothing takes the old weights for these",
         stacklevel=3,
     )

@@ -17,6 +17,7 @@ from harmonic_triton.losskernel.sampling.parameters import FlatParameters
 from harmonic_triton.losskernel.sampling.rng import CounterRNG
 
 State = dict[str, Tensor]  # "displacement" (k, P), the weights less w*, and whatever else a method keeps of each chain
+PER_CHAIN = ("thermostat",)  # what of it is (k, 1) and not (k, P)
 
 
 class Method(Protocol):
@@ -90,7 +91,7 @@ class SGNHT:
     def init(self, chains: list[int], rng: CounterRNG) -> State:
         state = at_center(self.parameters, chains)
         momentum = torch.empty_like(state["displacement"])
-        rng.noise(momentum, chains, 0)
+        self.parameters.noise(rng, momentum, chains, 0)
         state["momentum"] = self.parameters.masked_(momentum.mul_(math.sqrt(self.config.lr / 2)))
         state["thermostat"] = momentum.new_full((len(chains), 1), self.config.sgnht_friction)
         return state
@@ -102,7 +103,7 @@ class SGNHT:
         self.parameters.add_(momentum, gradient, -self.half * self.config.nbeta)
         self.parameters.masked_(momentum)
         displacement.add_(momentum)
-        kinetic = momentum.square().sum(1, keepdim=True) / self.parameters.num_sampled
+        kinetic = self.parameters.square_sum(momentum) / self.parameters.num_sampled
         thermostat.add_(kinetic * (1 - thermostat / 2) - self.half)
         self.parameters.masked_(displacement)
 

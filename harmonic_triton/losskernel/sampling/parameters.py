@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from harmonic_triton._common import validate
+from harmonic_triton._common.processes import rank_and_world
 from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.sampling.data import Samples
+from harmonic_triton.losskernel.sampling.rng import CounterRNG
+
+SQUARED = 2**18  # entries of a vector that are squared at once
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
 Mask = str | Sequence[str] | Mapping[str, Tensor | bool] | None
+
+
+class Share(NamedTuple):
+    """Which chains are this process's: number ``place``, ``place + world``, ... of them."""
+
+    place: int
+    world: int  # of processes, or of groups of processes that hold one model together
+    leads: bool  # whether this is the process of its group that writes and prints
+
+
+ALONE = Share(0, 1, True)
 
 
 class _LossModule(nn.Module):
@@ -35,7 +51,14 @@ class _LossModule(nn.Module):
 
 
 class FlatParameters:
-    """The sampled parameters of a model as one vector, and the losses as a function of it."""
+    """The sampled parameters of a model as one vector, and the losses as a function of it.
+
+    ``sharding.ShardedParameters`` is the same for a model that several processes hold together: P, and every vector, is
+    then this process's part, and what is said of all of them (``norm``, ``spread``, ...) is agreed on.
+    """
+
+    sharded = False
+    group: Any = None  # the processes that hold the parameters together
 
     def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, mask: Mask) -> None:
         if not isinstance(model, nn.Module):
@@ -46,7 +69,7 @@ class FlatParameters:
             raise RuntimeError(
                 "the probe takes gradients, which torch.inference_mode forbids: call this outside; torch.no_grad does no harm"
             )
-        self.model = model
+        self.model, self.share = model, self.find_share()
         self.probe = _LossModule(model, per_sample_loss)
         aliases: dict[Tensor, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,7 +80,7 @@ class FlatParameters:
                 f"no parameter is sampled with mask {mask!r}; the model's parameters that require a gradient are"
                 f" {[names[0] for p, names in aliases.items() if p.requires_grad][:20]}"
             )
-        validate.tensors(**{aliases[p][0]: p for p in chosen})
+        validate.tensors(**{aliases[p][0]: self.here(p) for p in chosen})
         for p in chosen:
             if p.dtype not in validate.FLOAT_DTYPES:
                 raise TypeError(
@@ -70,28 +93,54 @@ class FlatParameters:
             raise ValueError(f"the sampled parameters are on {sorted(map(str, devices))}; move them to one device")
         self.parameters = list(chosen)
         self.aliases = [[f"model.{name}" for name in aliases[p]] for p in self.parameters]
-        self.sizes = [p.numel() for p in self.parameters]
+        self.shapes = [self.here(p).shape for p in self.parameters]
+        self.sizes = [shape.numel() for shape in self.shapes]
         elsewhere = {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
         # weights of Linear lie as a group's gradients come, (in, out): sums of both go entry by entry in memory's order
         self.flipped = [p.dim() == 2 and p not in elsewhere for p in self.parameters]
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         with torch.no_grad():
-            self.center = self.flat(self.parameters, wide)
+            self.center = self.flat([self.here(p) for p in self.parameters], wide)
             masks = [chosen[p] for p in self.parameters]
-            self.mask = None
+            self.mask, self.masks = None, masks
             if any(m is not None for m in masks):
-                full = [torch.ones_like(p) if m is None else m for p, m in zip(self.parameters, masks, strict=True)]
-                self.mask = self.flat(full, wide)
-        self.num_sampled = len(self.center) if self.mask is None else int(self.mask.sum())
+                self.mask = self.flat(
+                    [
+                        torch.ones_like(self.here(p)) if m is None else self.part_of(p, m)
+                        for p, m in zip(self.parameters, masks, strict=True)
+                    ],
+                    wide,
+                )
+        self.num_sampled = sum(
+            p.numel() if m is None else int(m.sum()) for p, m in zip(self.parameters, masks, strict=True)
+        )
         self.fixed = {f"model.{name}": p.detach() for p, names in aliases.items() if p not in chosen for name in names}
         self.buffers = {f"model.{name}": b for name, b in model.named_buffers(remove_duplicate=False)}
         self.private: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
 
     def fingerprint(self) -> str:
-        masked = "" if self.mask is None else f" masked {checkpoint.digest({'mask': self.mask})}"
+        masked = "" if self.mask is None else f" masked {checkpoint.digest({'mask': self.whole_mask()})}"
         names = hashlib.blake2b(" ".join(names[0] for names in self.aliases).encode(), digest_size=6).hexdigest()
         return f"{self.num_sampled} in {len(self.aliases)} tensors {names}{masked}"
+
+    # --- where parameters lie ------------------------------------------------------------------------------------------
+
+    def find_share(self) -> Share:
+        """Which chains are this process's."""
+        return Share(*rank_and_world(), leads=True)
+
+    def here(self, parameter: Tensor) -> Tensor:
+        """What this process holds of a parameter."""
+        return parameter
+
+    def part_of(self, parameter: Tensor, values: Tensor) -> Tensor:
+        """What this process holds, of values of the whole parameter's shape."""
+        return values
+
+    def whole_mask(self) -> Tensor:
+        """The mask of the whole model's vector, ones where there is none."""
+        return torch.ones_like(self.center) if self.mask is None else self.mask
 
     def masked_(self, values: Tensor) -> Tensor:
         """Zero the entries of (..., P) that do not move, in place."""
@@ -110,19 +159,109 @@ class FlatParameters:
     def parts(self, weights: Tensor) -> list[Tensor]:
         """Views of (..., P) weights as the parameters, (..., *shape)."""
         lead, views = weights.shape[:-1], []
-        for part, parameter, flip in zip(weights.split(self.sizes, -1), self.parameters, self.flipped, strict=True):
-            shape = parameter.shape[::-1] if flip else parameter.shape
+        for part, own, flip in zip(weights.split(self.sizes, -1), self.shapes, self.flipped, strict=True):
+            shape = own[::-1] if flip else own
             views.append(part.view((*lead, *shape)).mT if flip else part.view((*lead, *shape)))
         return views
 
-    def losses(self, parts: list[Tensor], batch: Any) -> Tensor:
-        """Flat losses of a batch with these values of the sampled parameters."""
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        """Copies of (P,) weights as the parameters, by name: DTensors where those are."""
+        copies = (part.clone(memory_format=torch.contiguous_format) for part in self.parts(weights))
+        return {names[0].removeprefix("model."): copy for names, copy in zip(self.aliases, copies, strict=True)}
+
+    def unnamed(self, values: Mapping[str, Tensor]) -> Tensor:
+        """(P,) weights from what :meth:`named` gave."""
+        return self.flat(list(values.values()), self.center.dtype)
+
+    def own(self, vectors: Tensor) -> Tensor:
+        """What this process holds, (k, P), of vectors of the whole model."""
+        return vectors
+
+    # --- what is said of all entries of a vector -----------------------------------------------------------------------
+
+    def noise(self, rng: CounterRNG, out: Tensor, chains: list[int], step: int, std: float = 1.0) -> None:
+        """Fill each (P,) row of ``out`` with N(0, std²) for its chain; zeros for chain -1."""
+        rng.noise(out, chains, step, std)
+
+    def spread(self, vectors: Tensor) -> Tensor:
+        """(k,) largest less smallest entry of (k, P): NaN or infinite where an entry is."""
+        # torch vectorises these two, but no norm and no isfinite().all()
+        return vectors.amax(1) - vectors.amin(1)
+
+    def dot(self, one: Tensor, other: Tensor) -> float:
+        return float(torch.dot(one, other))
+
+    def norm(self, vector: Tensor) -> float:
+        return float(vector.norm())
+
+    def square_sum(self, vectors: Tensor) -> Tensor:
+        """(k, 1) sums of the squares of (k, P), the same bits in whatever order and parts they are added.
+
+        The squares are rounded to multiples of a unit of which int64 holds all their sum: 2^62 of them make P times the
+        largest.
+        """
+        pieces = [piece for piece in vectors.split(SQUARED, 1) if piece.numel()]
+        largest = vectors.new_zeros(len(vectors), dtype=torch.float64)
+        for piece in pieces:
+            largest = torch.maximum(largest, piece.abs().amax(1).double().square())  # NaN stays
+        largest = self.over_all(largest, "max")
+        unit = torch.exp2(torch.frexp(largest).exponent.double() - 62 + math.ceil(math.log2(self.num_entries)))
+        counts = vectors.new_zeros(len(vectors), dtype=torch.int64)
+        for piece in pieces:
+            counts += (piece.double().square_() / unit[:, None]).nan_to_num_(0.0, 0.0, 0.0).round_().long().sum(1)
+        total = self.over_all(counts, "sum").double() * unit
+        return torch.where(largest.isfinite(), total, math.nan).to(vectors.dtype).unsqueeze(1)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the whole model's vector."""
+        return sum(p.numel() for p in self.parameters)
+
+    def over_all(self, values: Tensor, how: str) -> Tensor:
+        """The "max" or "sum" of every process's values, NaN as infinity in the first."""
+        return values
+
+    def agree_on(self, fingerprint: Mapping[str, str]) -> None:
+        """Every process was given the same; ValueError if not."""
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """The leading process's values."""
+        return values
+
+    # --- passes of the model -------------------------------------------------------------------------------------------
+
+    def placed(self, weights: Tensor) -> list[Tensor]:
+        """(P,) weights as the model holds its own, for ``losses`` and ``gradient``; until the next call.
+
+        Copies, for a product rounds by the strides and the alignment of what is multiplied: a chain alone is to see
+        weights as a module has them.
+        """
+        return [part.clone(memory_format=torch.contiguous_format) for part in self.parts(weights)]
+
+    def gradient(self, values: list[Tensor], batch: Any, share: float) -> tuple[Tensor, list[Tensor]]:
+        """``share`` times the mean loss of a batch, and the gradient of that for each parameter."""
+        leaves = [value.detach().requires_grad_() for value in values]
+        with torch.enable_grad():
+            mean = self.losses(leaves, batch).mean() * share
+            return mean.detach(), list(torch.autograd.grad(mean, leaves, materialize_grads=True))
+
+    def read(self, weights: Tensor, data: Samples, rows: int) -> Tensor:
+        """(m,) float32 losses of all samples at (P,) weights, ``rows`` of them a pass."""
+        values = self.placed(weights)
+        return torch.cat([self.losses(values, data.block(i, i + rows)).float() for i in range(0, len(data), rows)])
+
+    def call(self, parts: list[Tensor], batch: Any) -> Any:
+        """What per_sample_loss returns with these values of the sampled parameters."""
         swapped: dict[str, Tensor] = {**self.fixed, **self.private}
         for part, parameter, names in zip(parts, self.parameters, self.aliases, strict=True):
             part = part.to(parameter.dtype)
             for name in names:
                 swapped[name] = part
-        losses = functional_call(self.probe, swapped, (batch,), tie_weights=False)
+        return functional_call(self.probe, swapped, (batch,), tie_weights=False)
+
+    def losses(self, parts: list[Tensor], batch: Any) -> Tensor:
+        """Flat losses of a batch with these values of the sampled parameters."""
+        losses = self.call(parts, batch)
         for name, version in self.versions.items():
             if self.private[name]._version != version:  # the forward wrote to it: no pass may see another's traces
                 self.private[name] = self.buffers[name].clone()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
+
+PIECE = 2**22  # entries of noise that are made at once where a process holds a part of the parameters
 
 
 class CounterRNG:
@@ -53,6 +56,23 @@ class CounterRNG:
         else:
             for row in range(len(chains)):
                 fill(row)
+
+    def noise_pieces(self, total: int, like: Tensor, chain: int, step: int, std: float) -> Iterator[tuple[int, Tensor]]:
+        """The row of ``total`` entries that :meth:`noise` gives, in pieces: (start, values), which the next one overwrites.
+
+        Torch's CPU generator makes normal numbers 16 at a time, and the last ones of a row anew if those are not 16: so
+        pieces of a multiple of 16, the last one of no fewer, are to the bit parts of the row. On a GPU they are not, if the
+        row has more than PIECE entries.
+        """
+        if not self.generators:
+            self.generators.append(torch.Generator(like.device))
+        generator = self.generators[0].manual_seed(self.noise_seed(chain, step))
+        scratch = like.new_empty(min(total, PIECE + 15))
+        start = 0
+        while start < total:
+            size = PIECE if total - start >= PIECE + 16 else total - start
+            yield start, scratch[:size].normal_(0.0, std, generator=generator)
+            start += size
 
     def noise_seed(self, chain: int, step: int) -> int:
         """64 bits. PyTorch's CPU generator keeps the lower 32: a bijection of (chain, step), so that no two of the

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from harmonic_triton._common import validate
-from harmonic_triton._common.processes import share
 from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.sampling import methods, stability
 from harmonic_triton.losskernel.sampling.config import SGLDConfig
 from harmonic_triton.losskernel.sampling.data import samples
-from harmonic_triton.losskernel.sampling.parameters import FlatParameters, Mask, PerSampleLoss
+from harmonic_triton.losskernel.sampling.parameters import Mask, PerSampleLoss, Share
 from harmonic_triton.losskernel.sampling.rng import CounterRNG
+from harmonic_triton.losskernel.sampling.sharding import flat_parameters
 
 VMAP_FLOPS = 2**34  # forward operations of a pass over a whole group; bounds its memory (benchmarks.sampler)
 VMAP_CHAINS = 32
@@ -54,6 +54,10 @@ class Sampler:
     alone. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
     each pass. An autocast around the call reaches the model's passes, as in training, and nothing else.
 
+    Weights that ``fully_shard`` has spread over processes stay spread: all processes of the mesh make the same calls with the
+    same arguments and data, chains run one at a time, and on a CPU the draws are bitwise those of one process that holds the
+    model (``chain_group_size=1``), for 1, 2, 4, 8, ... processes. While a draw is made the shards hold the chain's weights.
+
     A chain whose weights are no longer finite has diverged: one warning, NaN draws from then on, no further work for it. The
     others go on bitwise as if nothing had happened (in a vmapped group its row stays at w*, to keep their shapes).
 
@@ -67,7 +71,8 @@ class Sampler:
         mask: which parameters move. None: all that require a gradient; a shell-style pattern or several: those whose
             name (or alias, if tied) matches; a dict from names to bool tensors of the parameter's shape, or True:
             those entries.
-        chains: the chains this process runs; None: all, or under torch.distributed rank, rank + world, ...
+        chains: the chains this process runs; None: all, or under torch.distributed rank, rank + world, ... (of a sharded
+            model counted in groups of processes that hold one together).
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a loss at w* is not finite.
@@ -90,7 +95,7 @@ class Sampler:
             raise TypeError(f"config must be an SGLDConfig, got {validate.describe(config)}")
         validate.seed(seed)
         self.config, self.seed = config, seed
-        self._parameters = FlatParameters(model, per_sample_loss, mask)
+        self._parameters = flat_parameters(model, per_sample_loss, mask)
         self.device = torch.device(device) if device is not None else self._parameters.center.device
         self.train_data = samples("train_data", train_data, self.device)
         self.eval_data = samples("eval_data", eval_data, self.device)
@@ -99,19 +104,38 @@ class Sampler:
                 f"batch_size {config.batch_size} exceeds the {len(self.train_data)} training samples;"
                 f" batch_size={len(self.train_data)} means full-batch gradients"
             )
-        self.chains = share(range(config.num_chains)) if chains is None else [int(c) for c in chains]
+        share = self._parameters.share
+        taken = range(share.place, config.num_chains, share.world) if chains is None else chains
+        self.chains = [int(chain) for chain in taken]
         if len(set(self.chains)) != len(self.chains) or not all(0 <= c < config.num_chains for c in self.chains):
             raise ValueError(f"chains must be distinct and between 0 and {config.num_chains - 1}, got {self.chains}")
         self._rng, self._method = CounterRNG(seed), methods.method(config, self._parameters)
-        self.initial_losses = self._read_initial_losses()
+        self._fingerprint: dict[str, str] | None = None
         size, self._vmapped_eval = self._choose_group_size()
         self.groups = [self.chains[i : i + size] for i in range(0, len(self.chains), size)]
+        if self.sharded:
+            self._parameters.agree_on(self.fingerprint)
+        self.initial_losses = self._read_initial_losses()
         self.dead: dict[int, int] = {}  # chain: the step at which it was found
         self._group, self._draw = 0, 0
         self._state: dict[str, Tensor] = {}
         self._weights = self._parameters.center.new_empty(0)
-        self._fingerprint: dict[str, str] | None = None
         self._stability_bound: float | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes hold the model's weights together."""
+        return self._parameters.sharded
+
+    @property
+    def group(self) -> Any:
+        """The processes that hold the model's weights together, and run each of their chains together; None for one."""
+        return self._parameters.group
+
+    @property
+    def share(self) -> Share:
+        """Which chains are this process's unless ``chains`` says, and whether it writes and prints for its group."""
+        return self._parameters.share
 
     @property
     def num_samples(self) -> int:
@@ -144,7 +168,7 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything :meth:`run` needs to go on after the last draw it yielded (tensors on their device)."""
-        return {
+        state: dict[str, Any] = {
             "fingerprint": dict(self.fingerprint),
             "initial_losses": self.initial_losses.clone(),
             "group": self._group,
@@ -152,6 +176,15 @@ class Sampler:
             "dead": dict(self.dead),
             "state": {name: tensor.clone() for name, tensor in self._state.items()},
         }
+        if self.sharded:
+            columns = [name for name in self._state if name not in methods.PER_CHAIN]
+            state["sharded"] = {name: self._parameters.named(state["state"].pop(name)[0]) for name in columns}
+        return state
+
+    def sharded_templates(self, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """Zeros for ``state_dict()["sharded"]`` of these names, as ``torch.distributed.checkpoint`` loads into."""
+        zeros = torch.zeros_like(self._parameters.center)
+        return {name: self._parameters.named(zeros) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
@@ -163,7 +196,14 @@ class Sampler:
         self._check_function(state)
         self._group, self._draw, self.dead = state["group"], state["draw"], dict(state["dead"])
         center = self._parameters.center
-        self._state = {name: tensor.to(center.device, copy=True) for name, tensor in state["state"].items()}
+        self._state = {
+            name: tensor.to(center.device, copy=True)
+            if name in methods.PER_CHAIN
+            else self._parameters.own(tensor).to(center.device, copy=True)
+            for name, tensor in state["state"].items()
+        }
+        for name, parts in state.get("sharded", {}).items():
+            self._state[name] = self._parameters.unnamed(parts).unsqueeze(0)
         self._weights = center.new_empty(0)
 
     def _check_function(self, state: Mapping[str, Any]) -> None:
@@ -231,7 +271,12 @@ class Sampler:
         """(chains of a group, whether losses too are read for all of them at once)."""
         config, weights, most = self.config, self._parameters, len(self.chains)
         wanted = config.chain_group_size
-        if most <= 1 or wanted == 1:
+        if weights.sharded and (wanted or 1) > 1:
+            raise ValueError(
+                f"chain_group_size {wanted} needs torch.func.vmap over the weights, and those of this model are sharded by"
+                " fully_shard; leave it out, chains then run one after the other, or spread them over groups of processes"
+            )
+        if weights.sharded or most <= 1 or wanted == 1:
             return 1, False
         rows = min(config.microbatch_size or config.batch_size, config.batch_size)
         row_cost, convolutions = weights.flops(self.train_data.block(0, 1))
@@ -270,14 +315,12 @@ class Sampler:
 
     def _read(self, weights: Tensor) -> Tensor:
         """(m,) losses of eval_data at (P,) weights, or (k, m) at (k, P) under vmap."""
-        parts = []
-        for start in range(0, len(self.eval_data), self._eval_rows):
-            batch = self.eval_data.block(start, start + self._eval_rows)
-            if weights.dim() == 2:
-                parts.append(self._parameters.losses_of_group(self._parameters.parts(weights), batch, None).float())
-            else:
-                parts.append(self._parameters.losses(self._parameters.parts(weights), batch).float())
-        return torch.cat(parts, -1)
+        rows = self._eval_rows
+        if weights.dim() == 1:
+            return self._parameters.read(weights, self.eval_data, rows)
+        parts = self._parameters.parts(weights)
+        blocks = (self.eval_data.block(start, start + rows) for start in range(0, len(self.eval_data), rows))
+        return torch.cat([self._parameters.losses_of_group(parts, block, None).float() for block in blocks], -1)
 
     def _losses(self, chains: list[int]) -> Tensor:
         """(k, m) losses at the chains' weights."""
@@ -312,7 +355,7 @@ class Sampler:
                 total += losses
             if step == stop - 1 or step % CHECK_EVERY == 0:
                 self._mark_diverged(chains, step)
-        return total / thinning
+        return self._parameters.agreed(total / thinning)
 
     def _refresh_weights(self) -> None:
         """The (k, P) weights w* + displacement, in memory that is used again at every step."""
@@ -326,7 +369,7 @@ class Sampler:
         losses, gradient = self._gradient(chains, step)
         noise = self._weights  # its memory: the weights are made anew below
         active = [-1 if chain in self.dead else chain for chain in chains]
-        self._rng.noise(noise, active, step + 1, self._method.noise_std)
+        self._parameters.noise(self._rng, noise, active, step + 1, self._method.noise_std)
         self._method.step(self._state, gradient, noise, step)
         self._zero_diverged(chains)
         self._refresh_weights()
@@ -336,8 +379,10 @@ class Sampler:
         """(k,) mean minibatch losses and their gradient, (k, ...) for each parameter."""
         config, n = self.config, len(self.train_data)
         single_chain = len(chains) == 1
-        parts = self._parameters.parts(self._weights[0] if single_chain else self._weights)
-        parts = [part.detach().requires_grad_() for part in parts]
+        if single_chain:
+            parts = self._parameters.placed(self._weights[0])
+        else:
+            parts = [part.detach().requires_grad_() for part in self._parameters.parts(self._weights)]
         full = config.batch_size == n
         picked = None if full else torch.stack([self._rng.minibatch(c, step, n, config.batch_size) for c in chains])
         size = config.microbatch_size or config.batch_size
@@ -349,28 +394,28 @@ class Sampler:
                 batch, batch_dim = self.train_data.block(start, start + rows), None
             else:
                 batch, batch_dim = self.train_data.batch(picked[:, start : start + rows].reshape(-1)), 0
-            with torch.enable_grad():
-                if single_chain:
-                    means = self._parameters.losses(parts, batch).mean().unsqueeze(0)
-                else:
-                    if batch_dim == 0:
-                        batch = tree_map(lambda leaf: leaf.unflatten(0, (len(chains), -1)), batch)
+            if single_chain:
+                mean, new = self._parameters.gradient(parts, batch, rows / config.batch_size)
+                means, new = mean.unsqueeze(0), [values.unsqueeze(0) for values in new]
+            else:
+                if batch_dim == 0:
+                    batch = tree_map(lambda leaf: leaf.unflatten(0, (len(chains), -1)), batch)
+                with torch.enable_grad():
                     means = self._parameters.losses_of_group(parts, batch, batch_dim).mean(1)
-                means = means * (rows / config.batch_size)
-                new = list(torch.autograd.grad(means.sum(), parts, materialize_grads=True))
-            new = [values.unsqueeze(0) for values in new] if single_chain else new
+                    means = means * (rows / config.batch_size)
+                    new = list(torch.autograd.grad(means.sum(), parts, materialize_grads=True))
             losses += means.detach()
             gradient = [a.add_(b) for a, b in zip(gradient, new, strict=True)] if gradient else new
         return losses, gradient
 
     def _mark_diverged(self, chains: list[int], step: int) -> None:
         """Find chains whose weights are no longer finite."""
-        displacement = self._state["displacement"]
-        # NaN or infinite where an entry is; torch vectorises these two, but no norm and no isfinite().all()
-        spread = displacement.amax(1) - displacement.amin(1)
+        spread = self._parameters.spread(self._state["displacement"])
         for row, finite in enumerate(spread.isfinite().tolist()):
-            if not finite and chains[row] not in self.dead:
-                self.dead[chains[row]] = step
+            if finite or chains[row] in self.dead:
+                continue
+            self.dead[chains[row]] = step
+            if self.share.leads:
                 warnings.warn(
                     f"chain {chains[row]} diverged by step {step}: its draws are NaN from here on; the others go on",
                     stacklevel=5,

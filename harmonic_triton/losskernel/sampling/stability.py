@@ -13,6 +13,7 @@ from harmonic_triton.losskernel.sampling.config import SGLDConfig
 from harmonic_triton.losskernel.sampling.data import Samples, samples
 from harmonic_triton.losskernel.sampling.parameters import FlatParameters, Mask, PerSampleLoss
 from harmonic_triton.losskernel.sampling.rng import CounterRNG
+from harmonic_triton.losskernel.sampling.sharding import flat_parameters
 
 
 def stability_bound(
@@ -47,7 +48,7 @@ def stability_bound(
         raise TypeError(f"config must be an SGLDConfig, got {validate.describe(config)}")
     validate.seed(seed)
     validate.integer("num_iterations", num_iterations, 1)
-    parameters = FlatParameters(model, per_sample_loss, mask)
+    parameters = flat_parameters(model, per_sample_loss, mask)
     data = samples("train_data", train_data, parameters.center.device)
     return bound(parameters, data, config, seed, num_iterations)
 
@@ -60,27 +61,25 @@ def bound(parameters: FlatParameters, data: Samples, config: SGLDConfig, seed: i
     center = parameters.center
 
     def gradient(at: Tensor) -> Tensor:
-        at = at.detach().requires_grad_()
-        total = torch.zeros_like(at)
+        values, total = parameters.placed(at), torch.zeros_like(at)
         for start in range(0, size, step):
             picked = rows[start : start + step]
-            with torch.enable_grad():
-                mean = parameters.losses(parameters.parts(at), data.batch(picked)).mean()
-                total.add_(torch.autograd.grad(mean, at)[0], alpha=len(picked) / size)
+            _, slope = parameters.gradient(values, data.batch(picked), len(picked) / size)
+            parameters.add_(total, slope, 1.0)
         return parameters.masked_(total)
 
     def largest(shift: float) -> float:
         """The eigenvalue of nbeta H + (gamma + shift) I that is largest in magnitude."""
         v = torch.empty_like(center).unsqueeze(0)
-        rng.noise(v, [0], 0)
+        parameters.noise(rng, v, [0], 0)
         v = parameters.masked_(v.squeeze(0))
-        v /= v.norm()
-        value, reach = config.localization + shift, 1 + center.norm().item()
+        v /= parameters.norm(v)
+        value, reach = config.localization + shift, 1 + parameters.norm(center)
         for _ in range(iterations):
             width = min(1 / math.sqrt(abs(value)), reach) if value else reach
             product = (gradient(center + width * v) - gradient(center - width * v)).mul_(config.nbeta / (2 * width))
             product.add_(v, alpha=config.localization + shift)
-            value, norm = torch.dot(v, product).item(), product.norm().item()
+            value, norm = parameters.dot(v, product), parameters.norm(product)
             if not math.isfinite(norm):
                 return math.inf
             if norm == 0:

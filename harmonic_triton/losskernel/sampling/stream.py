@@ -42,7 +42,8 @@ def sample_losses(
 
     Args:
         model, per_sample_loss, train_data, eval_data, config, seed, mask, device: as for :class:`losskernel.Sampler`. Under
-            torch.distributed each rank runs and yields chains rank, rank + world, ...
+            torch.distributed each rank runs and yields chains rank, rank + world, ...; ranks that hold a sharded model
+            together all yield the chains of their group, and keep no ``checkpoint_dir``.
         checkpoint_dir: keep the draws (4 bytes a loss) and the state of the chains here (``draws.f32``, ``state.pt``). A
             later call with the same arguments yields the whole stream again, from the disk as far as it goes, and
             continues bitwise, whenever the process was killed. The directory belongs to one run: another one is refused,
@@ -64,8 +65,13 @@ def sample_losses(
     validate.between("checkpoint_seconds", checkpoint_seconds, 0.0)
     validate.flag("progress", progress)
     sampler = Sampler(model, per_sample_loss, train_data, eval_data, config, seed=seed, device=device, mask=mask)
+    if sampler.sharded and checkpoint_dir is not None:
+        raise ValueError(
+            "checkpoint_dir holds no stream of a model whose weights are sharded; loss_kernel(..., keep='traces',"
+            " checkpoint_dir=...) keeps its draws and goes on with them"
+        )
     bar = None
-    if progress:
+    if progress and sampler.share.leads:
         bar = Progress(len(sampler.chains), config.num_draws, sampler.initial_losses)
     if checkpoint_dir is None:
         return _watched((draws.losses for draws in sampler.run()), sampler, bar)

@@ -1,0 +1,1 @@
+"""The runs behind ``harmonic_triton.recommend``: ``python -m examples.recommend``."""
