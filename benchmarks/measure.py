@@ -69,7 +69,7 @@ def announcement(plan: Plan) -> str:
     seconds = expected_seconds(plan)
     how_long = "a minute or two" if seconds < 120 else f"roughly {seconds / 60:,.0f} minutes"
     less = "; --quick, fewer --repeats, --n or --baselines take less" if seconds > 300 else ""
-    return f"this takes {how_long} here, if nothing else runs: {len(plan.workloads)} workloads, {plan.repeats} repeats{less}"
+    return f"this takes {how_long} here, if nothing else runs; workloads: {len(plan.workloads)}, repeats: {plan.repeats}{less}"
 
 
 def run(plan: Plan, say: Say) -> Iterator[Record]:

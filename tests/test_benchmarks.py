@@ -401,7 +401,7 @@ def test_a_run_says_beforehand_how_long_it_takes():
 
     said = []
     next(run(plan(16, repeats=1), said.append))
-    assert re.search(r"this takes a minute or two here, if nothing else runs: 1 workloads, 1 repeats$", said[0])
+    assert re.search(r"this takes a minute or two here, if nothing else runs; workloads: 1, repeats: 1$", said[0])
     long = announcement(plan(10**7))
     assert re.search(
         r"this takes roughly [\d,]+ minutes here.*; --quick, fewer --repeats, --n or --baselines take less$", long
