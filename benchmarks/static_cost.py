@@ -32,16 +32,18 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gf
 SHARED_OF_ALL = {"sm80": 164 * 1024, "sm90": 228 * 1024, "sm100": 228 * 1024}  # bytes of a multiprocessor
 SHARED_RESERVED = 1024  # bytes that the system takes of each program
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SWITCHES = ("DOT", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "KEEP", "REPAIR", "RECOMPUTE", "TMA")
+SWITCHES = ("DOT", "BIAS", "CAP", "WANT_SCORES", "SMOOTHING", "SCORED", "SCALED", "KEEP", "REPAIR", "RECOMPUTE", "TMA")
 OPERANDS = {"x_ptr", "w_ptr", "a_ptr", "dx_ptr", "dw_ptr", "operand_ptr", "column_ptr"}  # in the dtype of the call
 TYPES = dict.fromkeys(("target_ptr", "rival_ptr", "starts_ptr", "tokens_ptr"), "i64")  # what is named nowhere is fp32
-TYPES |= {"index_ptr": "i32", "target_ref_ptr": "fp64", "used_ptr": "i1"}
+TYPES |= {"index_ptr": "i32", "target_ref_ptr": "fp64", "rival_ref_ptr": "fp64", "used_ptr": "i1"}
 COLUMN_OF_TILE = {"anchor_kernel", "finish_kernel"}  # whose column_ptr is a class
-FLOATS = {"eps"}  # scalar arguments that are not i32
+FLOATS = {"eps", "softcap"}  # scalar arguments that are not i32
 ABSENT = {  # arguments that are None where a switch is off
     "SMOOTHING": {"smooth_weight_ptr", "smooth_sum_ptr", "v_sum_ptr", "g_smooth_ptr"},
     "SCORED": {"g_score_ptr"},  # nothing depends on the target's logit itself
     "WANT_SCORES": {"score_sum_ptr"},
+    "BIAS": {"bias_ptr"},
+    "CAP": {"rival_ref_ptr"},
 }
 HARMONIC_ONLY = {
     "norms_ptr",
@@ -96,7 +98,9 @@ def variants(arguments: list[str]) -> Iterator[dict[str, bool]]:
         chosen = dict(zip(switches, values, strict=True))
         on = {name for name, value in chosen.items() if value}
         if not ({"KEEP", "SMOOTHING"} <= on or {"KEEP", "SCALED"} <= on  # one pass: bfloat16, no smoothing
-                or ("RECOMPUTE" in on and on & {"KEEP", "REPAIR", "WANT_SCORES"})):  # fmt: skip
+                or ("RECOMPUTE" in on and on & {"KEEP", "REPAIR", "WANT_SCORES"})
+                or (on & {"BIAS", "CAP"} and "DOT" not in on)  # of logits; a cap takes a bias, of zeros if there is none
+                or ("CAP" in on and "BIAS" in switches and "BIAS" not in on)):  # fmt: skip
             yield chosen
 
 
@@ -145,7 +149,9 @@ def launch_of(
         )
         fixed |= dict.fromkeys(names)
     if switches.get("DOT", False):
-        fixed |= dict.fromkeys(HARMONIC_ONLY | (set() if name in COLUMN_OF_TILE else {"column_ptr"}))
+        fixed |= dict.fromkeys(
+            HARMONIC_ONLY | (set() if name in COLUMN_OF_TILE or switches.get("BIAS") else {"column_ptr"})
+        )
     blocks = {"x_ptr": ("BLOCK_N", "BLOCK_D"), "w_ptr": ("BLOCK_V", "BLOCK_D"), "a_ptr": ("BLOCK_N", "WIDTH")}
     compile_time = {name for name, kind in function.fn.__annotations__.items() if "constexpr" in str(kind)}
     launch = Launch({}, {}, {}, options)

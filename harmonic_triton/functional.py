@@ -52,7 +52,7 @@ class CrossEntropyStats(NamedTuple):
     entropy: Tensor
     predicted: Tensor  # int64, the class of the largest logit; of equal ones the first
     correct: Tensor
-    target_logit: Tensor  # x.w_c
+    target_logit: Tensor  # x.w_c, with its bias and cap
     target_log_prob: Tensor
 
 
@@ -94,6 +94,8 @@ def linear_harmonic_loss(
         num_items: divide the sum by this instead, for gradient accumulation: over micro-batches with one total
             ``num_items`` the gradients add up to those of the whole batch. A number or a 0-d tensor, > 0.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``; with ``uniform_mix`` it smooths the mixed probabilities.
+        token_scaling: multiply each token's loss, all its terms, by its target's probability p_c (that of
+            ``target_log_prob``), through which no gradient flows; a mean divides as without it.
         shift: True for the next-token loss, input[..., :-1, :] against target[..., 1:], without copying input; a number
             k >= 0 for the token k further, input[..., :-k, :] against target[..., k:]. The sequence must have k tokens
             at least; one of just k has nothing to predict.
@@ -140,6 +142,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     return_stats: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
     **options: Unpack[CrossEntropyOptions],
 ) -> Tensor: ...
 @overload
@@ -149,34 +152,63 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     return_stats: Literal[True],
+    return_lse: Literal[False] = ...,
     **options: Unpack[CrossEntropyOptions],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    return_lse: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[True],
+    return_lse: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, CrossEntropyStats, Tensor]: ...
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
-) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """Cross-entropy of a linear head, -log softmax(x W^T)_target, without the N x V matrix (paper, Eq. 1).
+) -> Tensor | tuple[Tensor, CrossEntropyStats] | tuple[Tensor, Tensor] | tuple[Tensor, CrossEntropyStats, Tensor]:
+    """Cross-entropy of a linear head, -log softmax(x W^T + b)_target, without the N x V matrix (paper, Eq. 1).
 
-    The value of ``F.cross_entropy(input @ linear_weight.T, target)`` from the machinery of
-    :func:`linear_harmonic_loss`: log1p(sum_{j != c} exp(x.w_j - x.w_c)), which keeps its digits where the target's
-    probability is within 1e-20 of 1 (log-softmax in fp32 reads 0 there), with gradients to match.
+    The value of ``F.cross_entropy(F.linear(input, linear_weight, bias), target)`` from the machinery of
+    :func:`linear_harmonic_loss`: log1p(sum_{j != c} exp(l_j - l_c)) of the logits l, which keeps its digits where the
+    target's probability is within 1e-20 of 1 (log-softmax in fp32 reads 0 there), with gradients to match.
 
     Args:
-        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing, shift,
-            process_group, backend, memory_budget: as in :func:`linear_harmonic_loss`.
+        input, linear_weight, target, class_weight, ignore_index, reduction, num_items, label_smoothing,
+            token_scaling, shift, process_group, backend, memory_budget: as in :func:`linear_harmonic_loss`.
+        bias: (V,) b of the logits a_j = x.w_j + b_j, floating of any dtype (it is read in float32), with a gradient.
+        softcap: c > 0 of the logits l_j = c tanh(a_j/c) (Gemma 2's ``final_logit_softcapping``); None is l = a.
         z_loss: coefficient of a squared log-sum-exp of the logits added to every token's loss, which keeps their scale from
             drifting; class weights and smoothing leave it alone, the reduction divides it as it does the rest.
         return_stats: return ``(loss, CrossEntropyStats)``, from the same pass.
+        return_lse: return ``(loss, lse)`` or ``(loss, stats, lse)``: the log-sum-exp of every token's logits in the shape of
+            target, 0 where it is ignored, with a gradient. A mean or sum then forms its products again in backward.
 
     Returns, Raises:
         As :func:`linear_harmonic_loss`. The mean over no token at all is 0 (``F.cross_entropy``: NaN).
 
     Accuracy: the target's and its best rival's logits are fp64 sums. A further class j adds a relative error of about
-    p_j 1e-7 ||x|| (||w_j|| + ||w_c||) to a token's loss and gradient. With 16-bit operands gradients as in
-    :func:`linear_harmonic_loss`, with p_j in place of A_j.
+    p_j 1e-7 (||x|| (||w_j|| + ||w_c||) + |b_j| + |b_c|) to a token's loss and gradient, and no more where they are capped.
+    With 16-bit operands gradients as in :func:`linear_harmonic_loss`, with p_j in place of A_j; that of the bias is off
+    by 2^-9 (float16 2^-12) of sum_i p_ij for the Triton backend.
     """
     given = collect("linear_cross_entropy", options, CROSS_ENTROPY)
-    loss, statistics = loss_and_statistics(input, linear_weight, target, given, harmonic=False)
-    return (loss, CrossEntropyStats(*statistics)) if given.return_stats else loss
+    loss, more = loss_and_statistics(input, linear_weight, target, given, harmonic=False)
+    if not given.return_stats:
+        return (loss, more[0]) if given.return_lse else loss
+    statistics = CrossEntropyStats(*more[:5])
+    return (loss, statistics, more[5]) if given.return_lse else (loss, statistics)
 
 
 linear_harmonic_loss.__signature__ = signature(linear_harmonic_loss, HARMONIC)  # type: ignore[attr-defined]

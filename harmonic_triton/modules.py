@@ -64,11 +64,6 @@ class HarmonicHead(nn.Module):
         validate.between("std", std, 0.0, validate.FP32_LIMIT)
         if dtype is not None and dtype not in validate.FLOAT_DTYPES:
             raise TypeError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
-        if "bias" in loss_options:
-            raise TypeError(
-                "HarmonicHead has no option 'bias' (distances have none: a class vector that is moved does what a bias"
-                " would); leave bias= out, False as well"
-            )
         validate.class_weight(collect("HarmonicHead", loss_options, HEAD).class_weight, out_features)
         self.in_features, self.out_features, self.std = in_features, out_features, std
         self.eps, self.loss_options = eps, loss_options

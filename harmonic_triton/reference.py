@@ -50,14 +50,30 @@ def log_scores(x: Tensor, w: Tensor, target: Tensor, n: Tensor | float, eps: flo
     return z, s_c.squeeze(1)
 
 
-def relative_logits(x: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """z_j = x.w_j - x.w_c, the log-scores of cross-entropy (paper, Eq. 1) relative to the target's, and x.w_c.
+def relative_logits(
+    x: Tensor, w: Tensor, target: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """z_j = l_j - l_c, the log-scores of cross-entropy (paper, Eq. 1) relative to the target's, and l_c.
 
-    Returns (N, V) and (N,), fp64.
+    The logit l_j is a_j = x.w_j + b_j, or with a soft cap ``cap tanh(a_j/cap)``. Returns (N, V) and (N,), fp64.
     """
     logits = x.double() @ w.double().t()
+    if bias is not None:
+        logits = logits + bias.double()
     target_logit = logits.gather(1, target.unsqueeze(1))
-    return logits - target_logit, target_logit.squeeze(1)
+    if softcap is None:
+        return logits - target_logit, target_logit.squeeze(1)
+    whole, rest = tanh(logits / softcap)
+    own_whole, own_rest = tanh(target_logit / softcap)
+    return softcap * ((whole - own_whole) + (rest - own_rest)), softcap * (own_whole + own_rest).squeeze(1)
+
+
+def tanh(u: Tensor) -> tuple[Tensor, Tensor]:
+    """tanh u as the sum of 0, 1 or -1, and a rest that has all its digits, as its derivative has, however near 1 it is."""
+    small, size = u.abs() < 0.5, torch.where(u < 0, -u, u)
+    rest = 2 * torch.sigmoid(-2 * size)
+    whole = torch.where(small, 0.0, torch.where(u < 0, -1.0, 1.0))
+    return whole, torch.where(small, torch.tanh(u), torch.where(u < 0, rest, -rest))
 
 
 def negative_log_likelihood(z: Tensor, target: Tensor) -> Tensor:
@@ -86,13 +102,16 @@ def linear_harmonic_loss(
     reduction: str = "mean",
     num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
+    token_scaling: bool = False,
 ) -> Tensor:
     """The harmonic loss as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
     n = math.sqrt(input.shape[-1]) if n is None else n
     n = n.to(input.device, torch.float64) if isinstance(n, Tensor) else n
     valid = target != ignore_index
     z, _ = log_scores(input[valid], linear_weight, target[valid], n, eps)
-    return _loss(z, target, valid, uniform_mix, class_weight, reduction, num_items, label_smoothing)
+    return _loss(
+        z, target, valid, uniform_mix, class_weight, reduction, num_items, label_smoothing, token_scaling=token_scaling
+    )
 
 
 def linear_cross_entropy(
@@ -106,22 +125,37 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    token_scaling: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear head as a dense formula. input (N, D), linear_weight (V, D), target (N,); fp64 result."""
     valid = target != ignore_index
-    z, target_logit = relative_logits(input[valid], linear_weight, target[valid])
+    z, target_logit = relative_logits(input[valid], linear_weight, target[valid], bias, softcap)
     log_sum = negative_log_likelihood(z, target[valid]) + target_logit
     added = z_loss * log_sum.square() if z_loss else 0.0
-    return _loss(z, target, valid, 0.0, class_weight, reduction, num_items, label_smoothing, added)
+    return _loss(z, target, valid, 0.0, class_weight, reduction, num_items, label_smoothing, added, token_scaling)
+
+
+def log_sum_exp(
+    x: Tensor, w: Tensor, target: Tensor, ignore_index: int, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """The log-sum-exp of a token's logits, 0 for an ignored one: (N,), fp64."""
+    valid = target != ignore_index
+    z, target_logit = relative_logits(x[valid], w, target[valid], bias, softcap)
+    rows = negative_log_likelihood(z, target[valid]) + target_logit
+    return rows.new_zeros(len(target)).index_put((valid.nonzero().squeeze(1),), rows)
 
 
 def _loss(
     z: Tensor, target: Tensor, valid: Tensor, uniform_mix: float, class_weight: Tensor | None, reduction: str,
-    num_items: Tensor | float | None, label_smoothing: float, added: Tensor | float = 0.0,
+    num_items: Tensor | float | None, label_smoothing: float, added: Tensor | float = 0.0, token_scaling: bool = False,
 ) -> Tensor:  # fmt: skip
     """The reduced loss from the relative log-scores (valid tokens, V); ``added`` to the losses as they are."""
-    log_p = z - negative_log_likelihood(z, target[valid]).unsqueeze(1)
-    rows = row_losses(log_p, z, target[valid], uniform_mix, class_weight, label_smoothing) + added
+    nll = negative_log_likelihood(z, target[valid])
+    rows = row_losses(z - nll.unsqueeze(1), z, target[valid], uniform_mix, class_weight, label_smoothing) + added
+    if token_scaling:
+        rows = rows * (-nll.detach()).exp()
     losses = rows.new_zeros(len(target)).index_put((valid.nonzero().squeeze(1),), rows)
     weights = valid.double()
     if class_weight is not None:
@@ -158,15 +192,16 @@ def reduce(losses: Tensor, weights: Tensor, reduction: str, num_items: Tensor | 
 
 @torch.no_grad()
 def statistics(
-    x: Tensor, w: Tensor, target: Tensor, n: Tensor | float | None, eps: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, w: Tensor, target: Tensor, n: Tensor | float | None, eps: float, ignore_index: int,
+    bias: Tensor | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(entropy, predicted, correct, target distance, target log-probability) of every token, each (N,).
 
     With ``n=None``, those of cross-entropy: the target's logit in place of its distance.
     """
     valid = target != ignore_index
     if n is None:
-        z, target_ref = relative_logits(x, w, target.where(valid, 0))
+        z, target_ref = relative_logits(x, w, target.where(valid, 0), bias, softcap)
     else:
         z, s_c = log_scores(x, w, target.where(valid, 0), n, eps)
         target_ref = (s_c - eps).clamp_min(0.0).sqrt()

@@ -6,7 +6,9 @@ which are measured by direct differences, kappa is 1. A log-score is off by (n/2
 in relative terms, averaged over the non-targets. A = n G/s inherits both, and 16-bit backends round A once more.
 
 Cross-entropy (``n=None``): a log-score x.w_j - x.w_c from the products is off by eps ||x|| (||w_j|| + ||w_c||), the rival's by
-eps |z_r| where it is stored in fp32; the loss by their average over the non-targets, G = p likewise.
+eps |z_r| where it is stored in fp32; the loss by their average over the non-targets, G = p likewise. A bias adds |b_j| + |b_c|.
+Under a soft cap c an error of a logit a_j arrives times h_j = 1 - tanh^2(a_j/c), and the capped logits, of which z_j is the
+difference, are rounded themselves. A coefficient is G_j h_j, and h_j is off by 2/c times the error of a_j, relatively.
 """
 
 from __future__ import annotations
@@ -33,12 +35,16 @@ class Truth:
     loss_bound: Tensor  # (N,)
     dx_bound: Tensor  # (N,) of the norm of a row's error
     dw_bound: Tensor  # (V,)
+    db: Tensor | None = None
+    db_bound: Tensor | None = None  # (V,)
 
-    def check(self, loss: Tensor, dx: Tensor, dw: Tensor) -> None:
-        """Assert that per-token losses and both gradients are within their bounds."""
+    def check(self, loss: Tensor, dx: Tensor, dw: Tensor, db: Tensor | None = None) -> None:
+        """Assert that per-token losses and the gradients are within their bounds."""
         self.check_rows("loss", loss.unsqueeze(1), self.loss.unsqueeze(1), self.loss_bound)
         self.check_rows("dX", dx, self.dx, self.dx_bound)
         self.check_rows("dW", dw, self.dw, self.dw_bound)
+        if db is not None:
+            self.check_rows("db", db.unsqueeze(1), self.db.unsqueeze(1), self.db_bound)
 
     @staticmethod
     def check_rows(name: str, got: Tensor, wanted: Tensor, bound: Tensor) -> None:
@@ -56,7 +62,7 @@ class Truth:
 def oracle(
     x: Tensor, w: Tensor, target: Tensor, g: Tensor, *, n: float | None, eps: float = 0.0, uniform_mix: float = 0.0,
     class_weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = -100,
-    center: Tensor | None = None,
+    center: Tensor | None = None, bias: Tensor | None = None, softcap: float | None = None,
 ) -> Truth:  # fmt: skip
     """Truth and bounds for per-token losses (reduction="none") under the upstream gradient g (N,).
 
@@ -68,11 +74,16 @@ def oracle(
     xs, ws = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
     if n is None:
         del options["eps"], options["uniform_mix"]
-        loss = reference.linear_cross_entropy(xs, ws, target, reduction="none", **options)
+        bs = w.new_zeros(len(w)) if bias is None else bias
+        bs = bs.detach().double().requires_grad_()
+        logits = {"bias": bs, "softcap": softcap}
+        loss = reference.linear_cross_entropy(xs, ws, target, reduction="none", **logits, **options)
         (loss * g.double()).sum().backward()
-        dx, dw = (torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws))
-        bounds = _cross_entropy_bounds(x, w, target, loss.detach(), dx, dw, g, options, center)
-        return Truth(loss.detach(), dx, dw, torch.zeros(()), *bounds)
+        dx, dw, db = (torch.zeros_like(t) if t.grad is None else t.grad for t in (xs, ws, bs))
+        bounds = _cross_entropy_bounds(
+            x, w, bs.detach(), target, loss.detach(), (dx, dw, db), g, softcap, options, center
+        )
+        return Truth(loss.detach(), dx, dw, torch.zeros(()), *bounds[:3], db, bounds[3])
     exponent = torch.tensor(float(n), dtype=torch.float64, requires_grad=True)
     loss = reference.linear_harmonic_loss(xs, ws, target, n=exponent, reduction="none", **options)
     (loss * g.double()).sum().backward()
@@ -152,7 +163,8 @@ def _bounds(x, w, target, loss, dx, dw, g, n, options, center):
     return whole(loss_bound + tiny), whole(dx_bound + least), dw_bound + least
 
 
-def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, center):
+def _cross_entropy_bounds(x, w, bias, target, loss, gradients, g, softcap, options, center):
+    dx, dw, db = gradients
     unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     narrow = torch.finfo(x.dtype).eps
     rounded = narrow if x.element_size() == 2 else unit
@@ -160,13 +172,20 @@ def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, center):
     kept = target != options["ignore_index"]
     xs, ws, own = x.detach().double()[kept], w.detach().double(), target[kept].unsqueeze(1)
     ws = ws if center is None else ws - center.double()
-    z, _ = reference.relative_logits(xs, ws, target[kept])
+    z, target_logit = reference.relative_logits(xs, ws, target[kept], bias, softcap)
     nll = reference.negative_log_likelihood(z, target[kept]).unsqueeze(1)
     p = (z - nll).exp()
     x_norm, w_norm = xs.norm(dim=1, keepdim=True), ws.norm(dim=1)
     rival = z.scatter(1, own, -math.inf).argmax(1, keepdim=True)
-    off = x_norm * (w_norm + w_norm[own]) + 1  # error of z_j, in units
+    off = raw = x_norm * (w_norm + w_norm[own]) + bias.abs() + bias.abs()[own] + 1  # error of z_j, in units
+    h, bend = 1.0, 1.0
+    if softcap is not None:
+        logits = xs @ ws.t() + bias
+        h, capped = torch.cosh((logits / softcap).clamp(-300, 300)) ** -2, z + target_logit.unsqueeze(1)
+        off = h * raw + capped.abs() + capped.gather(1, own).abs() + 1
+        bend = 1 + 2 * raw / softcap
     off = off.scatter(1, rival, z.gather(1, rival).abs() + 1).scatter(1, own, 1.0)
+    bend = bend if softcap is None else bend.scatter(1, rival, 1.0).scatter(1, own, 1.0)
     others = (z - nll).scatter(1, own, -math.inf)
     q = torch.softmax(others, 1).nan_to_num() if len(w) > 1 else torch.zeros_like(others)
     mean_off = (q * off).sum(1, keepdim=True) + nll + 1
@@ -176,7 +195,9 @@ def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, center):
     up = g.double()[kept].abs().unsqueeze(1) * v_max
     slope = up * (2 * p + smoothing / len(w))  # |G_j|, and what an error of p moves
     slope = slope.scatter(1, own, slope.scatter(1, own, 0.0).sum(1, keepdim=True))
-    error = unit * slope * (off + mean_off) + tiny * up
+    largest = slope.scatter(1, own, 0.0).amax(1, keepdim=True)
+    slope = slope * h
+    error = unit * slope * (off + mean_off + bend) + tiny * up
     special = torch.zeros_like(p).scatter(1, own, 1.0).scatter(1, rival, 1.0)
     through = rounded * slope * (1 - special)
     loss_bound = unit * mean_off * loss[kept].unsqueeze(1)
@@ -185,10 +206,11 @@ def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, center):
         loss_bound = loss_bound + unit * smoothing * v_max * (nll + spread)
     dx_bound = (SLACK * error + 2 * through) @ w_norm + 2 * narrow * dx[kept].norm(dim=1)
     dw_bound = ((SLACK * error + 2 * through) * x_norm).sum(0) + 2 * narrow * dw.norm(dim=1)
+    db_bound = (SLACK * error + 2 * through).sum(0) + 2 * unit * db.abs()
     if x.dtype == torch.float16:  # G of a row spans 2^34 at most, from the rival's down
-        largest = slope.scatter(1, own, 0.0).amax(1, keepdim=True)
         dx_bound = dx_bound + 2.0**-34 * largest.squeeze(1) * w_norm.sum()
         dw_bound = dw_bound + 2.0**-34 * (largest * x_norm).sum()
+        db_bound = db_bound + 2.0**-34 * largest.sum()
     least = torch.finfo(x.dtype).tiny * math.sqrt(x.shape[1]) + tiny
 
     def whole(values):
@@ -196,4 +218,4 @@ def _cross_entropy_bounds(x, w, target, loss, dx, dw, g, options, center):
         out[kept] = values
         return out
 
-    return whole(SLACK * loss_bound.squeeze(1) + tiny), whole(dx_bound + least), dw_bound + least
+    return whole(SLACK * loss_bound.squeeze(1) + tiny), whole(dx_bound + least), dw_bound + least, db_bound + least

@@ -94,7 +94,9 @@ def test_the_state_of_the_changed_model_holds_n_and_eps(briefly):
     with pytest.raises(RuntimeError, match="lm_head._extra_state"):
         model_of((ROOT / "tests" / "small_gpt.py").read_text(encoding="utf-8")).load_state_dict(state)
     other = model_of(changed().replace("n=settings.n", "n=3"))
-    with pytest.raises(RuntimeError, match=r"weights of lm_head were trained with n = 1\d\.\d+ and eps = 0, and .* n = 3"):
+    with pytest.raises(
+        RuntimeError, match=r"weights of lm_head were trained with n = 1\d\.\d+ and eps = 0, and .* n = 3"
+    ):
         other.load_state_dict(state)
 
 

@@ -87,9 +87,12 @@ def operator_arguments(
     smooth_weight = weights(dtype=n.dtype) * 0.1 / 9 if smoothing else None
     operands = Operands(x, w, target, n, smooth_weight)
     problem = Problem(0.1, 0.0 if smoothing and backend == "triton" else 0.05, -100, want_scores, backend, 0)
-    wanted = Wanted(*(letter in needs for letter in "xwn"))
+    wanted = Wanted(*(letter in needs for letter in "xwnb"))
     token = torch.linspace(0.3, 1.2, len(x), dtype=n.dtype)
     smooth = 0.1 * token if smoothing else None
+    if wanted.bias:  # of cross-entropy, under a cap
+        operands = operands._replace(n=None, bias=weights(dtype=n.dtype))
+        problem = problem._replace(eps=0.0, mix=0.0, softcap=1.5, token_scaling=True)
     if name == "forward":
         return *operands, *problem
     if name == "forward_backward":
@@ -107,6 +110,7 @@ def operator_arguments(
     (torch.float64, False, False, "xw"), (torch.float32, True, True, "xwn"), (torch.bfloat16, True, False, "xw"),
     (torch.float16, False, True, "xwn"), (torch.float32, False, False, "x"), (torch.float32, False, False, "w"),
     (torch.float32, False, True, "n"), (torch.float32, False, False, ""),
+    (torch.float32, False, True, "xwb"), (torch.bfloat16, True, False, "b"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["forward", "backward", "forward_backward", "finish"])
 def test_opcheck(name, dtype, smoothing, moments, needs):
@@ -117,12 +121,12 @@ def test_opcheck(name, dtype, smoothing, moments, needs):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("smoothing", [False, True])
+@pytest.mark.parametrize(("smoothing", "needs"), [(False, "xw"), (True, "xw"), (False, "xwb")])
 @pytest.mark.parametrize("name", ["forward", "backward", "forward_backward", "finish"])
-def test_opcheck_of_triton(name, smoothing, dtype):
+def test_opcheck_of_triton(name, smoothing, needs, dtype):
     """The Triton backend answers with what the same fakes promise."""
     pytest.importorskip("triton")
-    arguments = operator_arguments(name, dtype, "triton", smoothing, True, "xw")
+    arguments = operator_arguments(name, dtype, "triton", smoothing, True, needs)
     torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -573,9 +577,9 @@ def strange(tensor: Tensor, how: str) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strange_strides_of_the_operators(backend, how):
     """What the operators return for strided operands is what they return for dense ones, to the bit."""
-    counts = {"forward": 2, "backward": 14, "forward_backward": 4, "finish": 7}
+    counts = {"forward": 2, "backward": 14, "forward_backward": 4, "finish": 8}
     if backend == "triton":  # one pass takes bfloat16 without smoothing
-        counts |= {"forward_backward": 2, "finish": 4}
+        counts |= {"forward_backward": 2, "finish": 5}
     for name, count in counts.items():
         one_pass = backend == "triton" and name in ("forward_backward", "finish")
         dtype = torch.bfloat16 if one_pass else torch.float32

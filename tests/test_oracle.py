@@ -53,21 +53,24 @@ def inputs(tokens, width, classes, dtype, place, scale=1.0, seed=0):
 
 
 def run(x, w, target, g, backend, **options):
-    """(losses, dX, dW); ``n=None`` is cross-entropy."""
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    """(losses, dX, dW), and db where there is a bias; ``n=None`` is cross-entropy."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, w)]
     function = linear_harmonic_loss
     if options["n"] is None:
         function, options = linear_cross_entropy, {key: value for key, value in options.items() if key != "n"}
-    loss = function(x, w, target, reduction="none", backend=backend, **options)
+    if options.get("bias") is not None:
+        leaves.append(options.pop("bias").clone().requires_grad_())
+        options["bias"] = leaves[2]
+    loss = function(*leaves[:2], target, reduction="none", backend=backend, **options)
     loss.backward(g.to(loss.dtype))
-    return loss.detach(), x.grad, w.grad
+    return loss.detach(), *(leaf.grad for leaf in leaves)
 
 
 def compare(x, w, target, g, backend, **options):
     """Assert loss, dX and dW within their derived bounds; with 16-bit outputs the gradients are first scaled into range."""
     if x.element_size() == 2:
         biggest = max(
-            tensor.abs().max().item() for tensor in run(x.float(), w.float(), target, g, "torch", **options)[1:]
+            tensor.abs().max().item() for tensor in run(x.float(), w.float(), target, g, "torch", **options)[1:3]
         )
         g = g * 2.0 ** -round(math.log2(biggest)) if 1e-20 < biggest < math.inf else g
     truth = oracle(x, w, target, g, **options)
@@ -180,7 +183,7 @@ def test_a_weighted_sum(place, dtype, n, tokens, scale):
     results, unfinished = torch_backend.forward_backward(operands, TokenWeights(g, None, None), problem, wanted)
     finishing = Finishing(results.rival, torch.tensor(0.75), True)
     gradients = torch_backend.finish(operands, unfinished, finishing, problem, wanted)
-    oracle(x, w, target, 0.75 * g, n=n).check(results.nll, *gradients)
+    oracle(x, w, target, 0.75 * g, n=n).check(results.nll, *gradients[:2])
     p = torch.log_softmax(ht_reference.log_scores(x, w, target.clamp_min(0), n)[0], 1).exp() if n else None
     if p is not None and scale == 1 and place in ("far", "near"):
         entropy = torch.where(target < 0, 0.0, -(p * p.log()).sum(1))
@@ -213,20 +216,30 @@ def logits_inputs(tokens, width, classes, dtype, peak, seed=0):
     return x.to(dtype), w.to(dtype), target, g
 
 
+logit_options = st.tuples(st.sampled_from([0.0, 0.0, 3.0, 100.0]), st.sampled_from([None, None, 1.0, 30.0]))
+
+
+def chosen_for_logits(classes, dtype, seed, options, bias, softcap):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(classes, generator=generator) + 0.1 if options["weighted"] else None
+    bias = bias * torch.randn(classes, generator=generator, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+    return {"class_weight": weight, "label_smoothing": options["label_smoothing"], "n": None, "softcap": softcap,
+            "bias": bias if bias.any() else None}  # fmt: skip
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(shapes, st.sampled_from(list(DTYPES)), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets)
-def test_cross_entropy_torch_drawn(shape, dtype, peak, seed, options):
-    weight = torch.rand(shape[2], generator=torch.Generator().manual_seed(seed)) + 0.1 if options["weighted"] else None
-    chosen = {"class_weight": weight, "label_smoothing": options["label_smoothing"], "n": None}
+@given(shapes, st.sampled_from(list(DTYPES)), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets, logit_options)
+def test_cross_entropy_torch_drawn(shape, dtype, peak, seed, options, of_logits):
+    chosen = chosen_for_logits(shape[2], dtype, seed, options, *of_logits)
     compare(*logits_inputs(*shape, DTYPES[dtype], peak, seed), "torch", **chosen)
 
 
 @pytest.mark.triton
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets)
-def test_cross_entropy_triton_drawn(shape, dtype, peak, seed, options):
-    weight = torch.rand(shape[2], generator=torch.Generator().manual_seed(seed)) + 0.1 if options["weighted"] else None
-    chosen = {"class_weight": weight, "label_smoothing": options["label_smoothing"], "n": None}
+@given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets,
+       logit_options)  # fmt: skip
+def test_cross_entropy_triton_drawn(shape, dtype, peak, seed, options, of_logits):
+    chosen = chosen_for_logits(shape[2], dtype, seed, options, *of_logits)
     compare(*logits_inputs(*shape, DTYPES[dtype], peak, seed), "triton", **chosen)
 
 
@@ -236,6 +249,15 @@ def test_cross_entropy_triton_drawn(shape, dtype, peak, seed, options):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_cross_entropy_grid(backend, peak, dtype):
     compare(*logits_inputs(37, 67, 71, DTYPES[dtype], peak), backend, n=None)
+
+
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", "fp32"), ("torch", "bf16"), ("triton", "bf16"), ("triton", "fp16")]
+)
+def test_cross_entropy_grid_with_a_bias_and_a_cap(backend, dtype, peak):
+    bias = 3 * torch.randn(71, generator=torch.Generator().manual_seed(5))
+    compare(*logits_inputs(37, 67, 71, DTYPES[dtype], peak), backend, n=None, bias=bias, softcap=20.0)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

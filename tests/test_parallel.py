@@ -45,10 +45,12 @@ CROSS_ENTROPY = [
     {},
     {"z_loss": 0.1, "label_smoothing": 0.2, "return_stats": True},
     {"reduction": "none", "weights": True, "shift": 2},
+    {"biased": True, "softcap": 1e5, "z_loss": 0.1, "return_stats": True, "reduction": "none"},
+    {"biased": True, "softcap": 4.0, "label_smoothing": 0.1, "token_scaling": True, "return_lse": True},
 ]
 
 
-def call(loss_function, options, x, w, target, class_weight, group):
+def call(loss_function, options, x, w, target, class_weight, bias, group):
     """Loss, statistics and gradients under an upstream gradient that is nowhere 1."""
     x, w, given = x.clone().requires_grad_(), w.clone().requires_grad_(), dict(options)
     n = None
@@ -56,10 +58,17 @@ def call(loss_function, options, x, w, target, class_weight, group):
         n = given["n"] = torch.tensor(given.pop("learnable"), dtype=w.dtype).requires_grad_()
     if given.pop("weights", False):
         given["class_weight"] = class_weight
+    if given.pop("biased", False):
+        given["bias"] = bias = bias.clone().requires_grad_()
     loss = loss_function(x, w, target, process_group=group, **given)
-    loss, statistics = loss if options.get("return_stats") else (loss, ())
+    loss, *more = loss if isinstance(loss, tuple) else (loss,)
+    statistics = more[0] if options.get("return_stats") else ()
+    if options.get("return_lse"):
+        (0.1 * more[-1].square()).sum().backward(retain_graph=True)
+        statistics = (*statistics, more[-1].detach())
     (loss * torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
     return {"loss": loss.detach(), "dX": x.grad, "dW": w.grad, "dn": torch.zeros(()) if n is None else n.grad,
+            "db": torch.zeros_like(bias) if bias.grad is None else bias.grad,
             **{f"statistic {k}": values for k, values in enumerate(statistics)}}  # fmt: skip
 
 
@@ -69,9 +78,9 @@ def check_losses(rank, world, cuts, backend, spread):
     cases = [(ht.linear_harmonic_loss, o) for o in HARMONIC] + [(ht.linear_cross_entropy, o) for o in CROSS_ENTROPY]
     for function, options in cases:
         options = {**options, "backend": backend}
-        one = call(function, options, x, w, target, class_weight, None)
-        one["dW"] = one["dW"][own]
-        several = call(function, options, x, w[own], target, class_weight, dist.group.WORLD)
+        one = call(function, options, x, w, target, class_weight, class_weight - 1, None)
+        one["dW"], one["db"] = one["dW"][own], one["db"][own]
+        several = call(function, options, x, w[own], target, class_weight, class_weight[own] - 1, dist.group.WORLD)
         for name, wanted in one.items():
             got, where = several[name], f"{name} of {function.__name__} {options}"
             assert got.shape == wanted.shape and got.dtype == wanted.dtype, where
@@ -80,7 +89,7 @@ def check_losses(rank, world, cuts, backend, spread):
                 continue
             error, size = (got.double() - wanted.double()).norm(), wanted.double().norm()
             assert error <= 1e-5 * max(size, 1e-6), f"{where}: {error / size:.1e}"
-            if name != "dW":  # everybody has the same bits
+            if name not in ("dW", "db"):  # everybody has the same bits
                 everyones = [torch.empty_like(got) for _ in range(world)]
                 dist.all_gather(everyones, got.contiguous())
                 assert all(torch.equal(other, got) for other in everyones), where
@@ -207,7 +216,7 @@ def check_dtensors(rank, world):
 
     mesh = init_device_mesh("cpu", (world,))
     x, w, target, _ = inputs()
-    one = call(ht.linear_harmonic_loss, {"n": 6.0}, x, w, target, None, None)
+    one = call(ht.linear_harmonic_loss, {"n": 6.0}, x, w, target, None, w[:, 0], None)
     for layout, weight_layout in itertools.product((None, Replicate(), Shard(1)), (Shard(0), Replicate())):
         mine = distribute_tensor(w, mesh, [weight_layout]).requires_grad_()
         given = x.clone() if layout is None else distribute_tensor(x, mesh, [layout])

@@ -83,7 +83,7 @@ def test_compiles_within_limits(arch, dtype):
         assert not [cost for cost in by_products[True] if cost.matrix_instructions and cost.dtype == "fp32"]
 
 
-SCORES = {"DOT": False, "WANT_SCORES": False, "SMOOTHING": False, "KEEP": False, "REPAIR": False, "RECOMPUTE": False}
+SCORES = dict.fromkeys(("DOT", "BIAS", "CAP", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE"), False)
 
 
 def compiled(program: str) -> list[str]:
@@ -171,8 +171,8 @@ def test_products_compile_for_other_amd_gpus():
         from harmonic_triton.fused.triton.tile_configs import CONFIGS
         for arch in ("gfx90a", "gfx950"):
             static_cost.TARGETS[arch], CONFIGS[arch, 2] = ("hip", arch, 64), CONFIGS["gfx942", 2]
-            switches = dict.fromkeys(("DOT", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE", "TMA"), False)
-            cost = static_cost.run_job(("scores_kernel", switches, "bf16", arch))
+            off = ("DOT", "BIAS", "CAP", "WANT_SCORES", "SMOOTHING", "KEEP", "REPAIR", "RECOMPUTE", "TMA")
+            cost = static_cost.run_job(("scores_kernel", dict.fromkeys(off, False), "bf16", arch))
             print(cost.matrix_instructions)"""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = fresh.run(program, env=environment)
@@ -293,12 +293,13 @@ KINDS |= {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.b
 @pytest.mark.triton
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("harmonic", [True, False])
+@pytest.mark.parametrize("scores", ["distances", "logits", "bias", "cap"])
 @pytest.mark.parametrize("strategy", ["recompute", "one pass"])
-def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, harmonic, monkeypatch):
+def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothing, scores, monkeypatch):
     """What is compiled is what is launched: a call through the interpreter shows every kernel's argument types.
 
-    Learnable n (WANT_SCORES) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's).
+    Learnable n (WANT_SCORES) with and without smoothing; every kernel has to be seen (norms are the harmonic loss's, a bias
+    has a gradient).
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     kernels, seen = static_cost.kernels(), set()
@@ -333,9 +334,14 @@ def test_compiled_signatures_are_those_of_real_launches(strategy, dtype, smoothi
     n = torch.tensor(3.0, requires_grad=True)
     target = torch.randint(7, (5,), generator=generator)
     with strategies.force(strategy):
-        if harmonic:
+        if scores == "distances":
             loss = ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=smoothing, eps=0.25, backend="triton")
         else:
-            loss = ht.linear_cross_entropy(x, w, target, label_smoothing=smoothing, z_loss=smoothing, backend="triton")
+            bias = torch.zeros(7, requires_grad=True) if scores == "bias" else None
+            loss = ht.linear_cross_entropy(
+                x, w, target, bias=bias, softcap=3.0 if scores == "cap" else None, label_smoothing=smoothing,
+                z_loss=smoothing, backend="triton",
+            )  # fmt: skip
     (0.5 * loss).backward()
-    assert seen == set(kernels) - ({"norms_kernel"} if not harmonic else set())
+    absent = {"norms_kernel" if scores != "distances" else "", "finish_bias_kernel" if scores != "bias" else ""}
+    assert seen == set(kernels) - absent

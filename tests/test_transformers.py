@@ -382,7 +382,7 @@ def test_options_of_cross_entropy():
     other = apply_harmonic_loss(
         build("gemma2", final_logit_softcapping=None), mode="cross_entropy", z_loss=0.01, label_smoothing=0.1
     )
-    for m in (model, other):  # by chunks, and fused
+    for m in (model, other):  # with the cap, and without
         given, target = batch(), nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:].flatten()
         logits = m(input_ids=given["input_ids"]).logits.flatten(0, 1)
         wanted = nn.functional.cross_entropy(logits, target, label_smoothing=0.1)

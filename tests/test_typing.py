@@ -23,7 +23,7 @@ def test_the_type_checker_refuses_the_wrong_calls_and_no_others():
     assert out.returncode in (0, 1), out.stderr
     found = {int(line) for line in re.findall(rf"{CALLS.name}:(\d+): error", out.stdout)}
     wrong = {i for i, line in enumerate(CALLS.read_text().splitlines(), 1) if "# WRONG" in line}
-    assert len(wrong) == 12
+    assert len(wrong) == 15
     assert found == wrong, out.stdout
 
 
@@ -33,7 +33,7 @@ def test_the_typed_options_are_those_that_a_call_takes():
         field.name: kind
         for field, kind in zip(fields(options.Options), get_type_hints(options.Options).values(), strict=True)
     }
-    typed = {}
+    typed = {"return_lse": bool}  # of no module: it decides the type of a call's result
     for kind in (options.ModuleOptions, options.HeadOptions, options.CrossEntropyOptions):
         hints = get_type_hints(kind)
         assert all(every[name] == hint for name, hint in hints.items())
@@ -55,8 +55,11 @@ def test_help_shows_every_option_with_its_default(function, names):
 @pytest.mark.parametrize(("call", "words"), [
     (lambda *a: ht.linear_harmonic_loss(*a, reducton="sum"), "linear_harmonic_loss has no option 'reducton'.*reduction"),
     (lambda *a: ht.linear_harmonic_loss(*a, z_loss=0.1), "has no option 'z_loss' .HarMax has no logits"),
+    (lambda *a: ht.linear_harmonic_loss(*a, softcap=30.0), "has no option 'softcap' .HarMax has no logits to cap"),
+    (lambda *a: ht.linear_harmonic_loss(*a, return_lse=True), "has no option 'return_lse' .a common factor"),
+    (lambda *a: ht.linear_harmonic_loss(*a, bias=False), "has no option 'bias' .distances have none.*leave bias= out"),
     (lambda *a: ht.linear_cross_entropy(*a, n=3.0), "linear_cross_entropy has no option 'n'"),
-    (lambda *a: ht.HarmonicHead(4, 5, bias=False), "HarmonicHead has no option 'bias' .distances have none"),
+    (lambda *a: ht.HarmonicHead(4, 5, bias=False), "HarmonicHead has no option 'bias' .distances have none.*leave bias= out"),
     (lambda *a: ht.LinearHarmonicLoss(smoothing=0.1), "LinearHarmonicLoss has no option 'smoothing'.*label_smoothing"),
 ])  # fmt: skip
 def test_an_unknown_option_is_named_with_those_that_there_are(call, words):

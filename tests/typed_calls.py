@@ -14,6 +14,10 @@ loss = ht.linear_harmonic_loss(x, w, target, n=torch.tensor(8.0), class_weight=t
 loss = ht.linear_cross_entropy(x, w, target, z_loss=1e-4, label_smoothing=0.1, ignore_index=-1)
 pair: tuple[Tensor, HarmonicStats] = ht.linear_harmonic_loss(x, w, target, return_stats=True, n=8.0)
 other: tuple[Tensor, CrossEntropyStats] = ht.linear_cross_entropy(x, w, target, return_stats=True)
+loss = ht.linear_cross_entropy(x, w, target, bias=torch.zeros(9), softcap=30.0, token_scaling=True, return_lse=False)
+both: tuple[Tensor, Tensor] = ht.linear_cross_entropy(x, w, target, return_lse=True)
+triple: tuple[Tensor, CrossEntropyStats, Tensor]
+triple = ht.linear_cross_entropy(x, w, target, return_stats=True, return_lse=True, softcap=None)
 head = ht.HarmonicHead(8, 9, n=8.0, uniform_mix=0.01, reduction="none", return_stats=True)
 result = head(x, target=target, reduction="mean")
 module = ht.LinearHarmonicLoss(n=8.0, shift=True)
@@ -24,6 +28,9 @@ loss = ht.linear_harmonic_loss(x, w, target, backend="cuda")  # WRONG: an unknow
 loss = ht.linear_harmonic_loss(x, w, target, n="28")  # WRONG: an exponent that is no number
 loss = ht.linear_harmonic_loss(x, w, target, z_loss=1e-4)  # WRONG: cross-entropy's alone
 loss = ht.linear_cross_entropy(x, w, target, n=8.0)  # WRONG: the harmonic loss's alone
+loss = ht.linear_cross_entropy(x, w, target, bias=False)  # WRONG: no switch
+loss = ht.linear_cross_entropy(x, w, target, return_lse=True)  # WRONG: a pair
+loss = ht.linear_harmonic_loss(x, w, target, softcap=30.0)  # WRONG: cross-entropy's alone
 loss = ht.linear_cross_entropy(x, w, target, 1e-4)  # WRONG: options by position
 loss = ht.linear_harmonic_loss(x, w, target, return_stats=True)  # WRONG: a pair
 loss = ht.linear_harmonic_loss(x, w)  # WRONG: no target

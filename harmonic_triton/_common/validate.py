@@ -239,6 +239,33 @@ def class_weight(weight: Any, classes: int | None = None, device: torch.device |
         raise ValueError("class_weight is a constant of the loss and gets no gradient; pass class_weight.detach()")
 
 
+def bias(value: Any, linear_weight: Tensor | None = None) -> None:
+    """(V,) floating point; V and the device are checked where they are known."""
+    if value is None:
+        return
+    if isinstance(value, bool):
+        raise TypeError(f"bias is the vector (V,) that is added to the logits and no switch, got {value}; leave it out")
+    tensors(bias=value)
+    classes = None if linear_weight is None else linear_weight.shape[0]
+    if value.dim() != 1 or value.dtype not in FLOAT_DTYPES or (classes is not None and value.shape[0] != classes):
+        size = "V" if classes is None else classes
+        raise ValueError(f"bias must be floating and of shape ({size},), got {describe(value)}")
+    if linear_weight is not None and value.device != linear_weight.device:
+        raise ValueError(
+            f"bias is on {value.device} and linear_weight on {linear_weight.device}; move them to one device"
+        )
+
+
+def softcap(value: Any) -> None:
+    """A positive number, or None."""
+    if value is None:
+        return
+    number("softcap", value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"softcap must be finite and > 0, got {value}; None is no cap")
+    in_fp32("softcap", value)
+
+
 def budget(value: Any) -> None:
     """Bytes, or None."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)

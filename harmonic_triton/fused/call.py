@@ -43,7 +43,7 @@ class Prepared:
 def loss_and_statistics(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: Options, *, harmonic: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and, where asked for, the fields of its statistics."""
+    """The loss and, where asked for, the fields of its statistics and the log-sum-exp."""
     local = localized(input, linear_weight, target, options.process_group)
     input, linear_weight = _check(local.input, local.linear_weight, local.target, options, local.group is not None)
     shard = None
@@ -63,7 +63,9 @@ def _facts(input: Tensor, target: Tensor, options: Options, harmonic: bool) -> d
     for name, value in vars(options).items():
         if name in ("process_group", "memory_budget"):
             continue
-        if isinstance(value, Tensor):
+        if name == "bias":  # each process has that of its own rows
+            value = value is not None
+        elif isinstance(value, Tensor):
             value = (tuple(value.shape), value.tolist() if value.numel() == 1 and value.device.type == "cpu" else None)
         facts[name] = value
     if target.device.type == "cpu":
@@ -82,6 +84,7 @@ def _check(
     validate.labels(input, linear_weight, target, validate.offset(options.shift))
     if not is_part:
         validate.class_weight(options.class_weight, linear_weight.shape[0], linear_weight.device)
+    validate.bias(options.bias, linear_weight)
     return [input, linear_weight]
 
 
@@ -91,11 +94,12 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     """Flatten, shift, choose the backend, and weigh the tokens."""
     if any(type(value) is not float for value in (options.eps, options.uniform_mix, options.z_loss)) or (
-        type(options.label_smoothing) is not float
+        type(options.label_smoothing) is not float or type(options.softcap) not in (float, type(None))
     ):  # NumPy's numbers as Python's
         options = replace(
             options, eps=float(options.eps), uniform_mix=float(options.uniform_mix), z_loss=float(options.z_loss),
             label_smoothing=float(options.label_smoothing),
+            softcap=None if options.softcap is None else float(options.softcap),
         )  # fmt: skip
     mixed = bool(options.uniform_mix and options.label_smoothing)
     backend = resolve(options.backend, input.device, input.dtype, mixed_smoothing=mixed)
@@ -107,19 +111,20 @@ def _prepare(
         options = replace(options, num_items=checks.positive(options.num_items, validate.NUM_ITEMS))
     n = exponent_tensor(options.n, input.shape[-1], input.device, dtype) if harmonic else None
     x, w, class_weight = input.reshape(-1, input.shape[-1]), linear_weight, options.class_weight
+    bias = None if options.bias is None else options.bias.to(dtype)
     if torch.compiler.is_compiling():
         w = w.view_as(w)  # dynamo does not see that torch.func.grad differentiates what is no operation's result
     if backend != "reference":
-        x, w, n, class_weight = ops.without_tangents(x, w, n, class_weight)
+        x, w, n, class_weight, bias = ops.without_tangents(x, w, n, class_weight, bias)
     smooth_weight = None
     if options.label_smoothing:
         classes = len(w) if shard is None else shard.classes
         smooth_weight = (x.new_ones(classes) if class_weight is None else class_weight).to(dtype) / classes
-    operands = Operands(x, w, labels.reshape(-1), n, smooth_weight)
-    wanted = Wanted(*(t is not None and torch.is_grad_enabled() and requires_grad(t) for t in (x, w, n)))
+    operands = Operands(x, w, labels.reshape(-1), n, smooth_weight, bias)
+    wanted = Wanted(*(t is not None and torch.is_grad_enabled() and requires_grad(t) for t in (x, w, n, bias)))
     problem = Problem(
         options.eps, options.uniform_mix, options.ignore_index, options.return_stats or wanted.n,
-        backend, options.memory_budget or 0,
+        backend, options.memory_budget or 0, options.softcap or 0.0, options.token_scaling,
     )  # fmt: skip
     weights = _token_weights(operands.target, class_weight, options, dtype)
     return Prepared(operands, weights, problem, wanted, backend, options, target.shape, shift, shard, reduce_input)
@@ -147,41 +152,51 @@ def _token_weights(target: Tensor, class_weight: Tensor | None, options: Options
 
 def _run_fused(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss by a backend: gradients in the forward pass where that is possible and pays, else from the results."""
-    operands, problem, wanted = call.operands, call.problem, call.wanted
-    reduced = call.options.reduction != "none"
+    operands, problem, wanted, options = call.operands, call.problem, call.wanted, call.options
+    reduced = options.reduction != "none"
     if call.shard is not None:
         checks.check_values(operands.target, call.shard.classes, problem.ignore_index, operands.n)
         results = vocabulary.forward(
-            operands, problem, call.shard, want_rival=call.options.return_stats, reduce_input=call.reduce_input
+            operands, problem, call.shard, want_rival=options.return_stats, reduce_input=call.reduce_input
         )
-        loss = token_losses(results, call.weights, problem.mix, call.shard.classes)
+        loss = token_losses(results, call.weights, problem.mix, call.shard.classes, problem.token_scaling)
         loss = loss.sum() if reduced else loss
-    elif reduced and any(wanted) and strategy.gradients_in_forward(problem, operands):
+    # what becomes of a log-sum-exp is not known in the forward pass
+    elif reduced and any(wanted) and not options.return_lse and strategy.gradients_in_forward(problem, operands):
         loss, results = ops.forward_backward(operands, call.weights, problem, wanted)
     else:
         results = ops.forward(operands, problem, differentiable=any(wanted))
-        loss = token_losses(results, call.weights, problem.mix, len(operands.w))
+        loss = token_losses(results, call.weights, problem.mix, len(operands.w), problem.token_scaling)
         loss = loss.sum() if reduced else loss
-    return loss, _statistics(results, operands, problem.ignore_index) if call.options.return_stats else ()
+    more = _statistics(results, operands, problem.ignore_index) if options.return_stats else ()
+    return loss, (*more, results.nll + results.target_ref) if options.return_lse else more
 
 
 def _run_reference(call: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss by the dense fp64 form."""
-    x, w, target, n, _ = call.operands
+    x, w, target, n, _, bias = call.operands
     eps, ignore_index, options = call.problem.eps, call.problem.ignore_index, call.options
     checks.check_values(target, len(w), ignore_index, n)
     target, bad = checks.inside(target, len(w), ignore_index)
     common: dict[str, Any] = {
         "class_weight": options.class_weight, "ignore_index": ignore_index, "reduction": options.reduction,
         "num_items": options.num_items, "label_smoothing": options.label_smoothing,
+        "token_scaling": options.token_scaling,
     }  # fmt: skip
     if n is None:
-        loss = reference.linear_cross_entropy(x, w, target, z_loss=options.z_loss, **common)
+        loss = reference.linear_cross_entropy(
+            x, w, target, z_loss=options.z_loss, bias=bias, softcap=options.softcap, **common
+        )
     else:
         loss = reference.linear_harmonic_loss(x, w, target, n=n, eps=eps, uniform_mix=options.uniform_mix, **common)
-    statistics = reference.statistics(x, w, target, n, eps, ignore_index) if options.return_stats else ()
+    more: tuple[Tensor, ...] = ()
+    if options.return_stats:
+        more = reference.statistics(x, w, target, n, eps, ignore_index, bias, options.softcap)
+    if options.return_lse:
+        lse = reference.log_sum_exp(x, w, target, ignore_index, bias, options.softcap)
+        more = (*more, lse.to(compute_dtype(x.dtype)))
     loss = loss.masked_fill(bad if options.reduction == "none" else bad.any(), math.nan)
-    return loss.to(compute_dtype(x.dtype)), statistics
+    return loss.to(compute_dtype(x.dtype)), more
 
 
 def _reduce(call: Prepared, loss: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -100,9 +100,9 @@ _FINISH = (Operands, Unfinished, Finishing, Problem, Wanted)
 _UNFINISHED = ", ".join(f"Tensor unfinished_{name}" for name in Unfinished._fields)
 _RETURNS = {
     "forward": (_FORWARD, _RESULTS),
-    "backward": (_BACKWARD, "Tensor dx, Tensor dw"),
+    "backward": (_BACKWARD, "Tensor dx, Tensor dw, Tensor db"),
     "forward_backward": (_FORWARD_BACKWARD, f"Tensor loss, Tensor dn, {_UNFINISHED}, {_RESULTS}"),
-    "finish": (_FINISH, "Tensor dx, Tensor dw"),
+    "finish": (_FINISH, "Tensor dx, Tensor dw, Tensor db"),
 }
 
 
@@ -119,7 +119,7 @@ def _forward(operands: Operands, problem: Problem) -> TokenResults:
 @_plainly
 def _backward(
     operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     operands, results, upstream = _dense(operands, results, upstream)
     operands, _ = _indexable(operands, problem.ignore_index)
     return backend_module(problem.backend).backward(operands, results, upstream, problem, wanted)
@@ -137,10 +137,11 @@ def _forward_backward(
     dtype, classes = results.nll.dtype, operands.w.shape[0]
     exact = results._replace(**{name: getattr(results, name).double() for name in _summed(weights)})
     exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
-    loss = token_losses(exact, exact_weights, problem.mix, classes)
+    loss = token_losses(exact, exact_weights, problem.mix, classes, problem.token_scaling)
     dn = results.nll.new_zeros(())
     if wanted.n and operands.n is not None:
-        dn = exponent_gradient(exact, operands.n, upstream_of(exact, exact_weights, problem.mix, classes)).to(dtype)
+        upstream = upstream_of(exact, exact_weights, problem.mix, classes, problem.token_scaling)
+        dn = exponent_gradient(exact, operands.n, upstream).to(dtype)
     return loss.sum().to(dtype), dn, unfinished, results
 
 
@@ -154,7 +155,7 @@ def _summed(weights: TokenWeights) -> tuple[str, ...]:
 @_plainly
 def _finish(
     operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     operands, unfinished, finishing = _dense(operands, unfinished, finishing)
     operands, _ = _indexable(operands, problem.ignore_index)
     return backend_module(problem.backend).finish(operands, unfinished, finishing, problem, wanted)
@@ -166,10 +167,11 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     return tuple(TokenResults.zeros(operands.x.shape[0], like, problem.want_scores, operands.smoothing))
 
 
-def _gradients_fake(*flat: Any) -> tuple[Tensor, Tensor]:
+def _gradients_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     (operands,), wanted = unpack(flat, Operands), Wanted._make(flat[-len(Wanted._fields) :])
     x, w = operands.x, operands.w
-    return x.new_empty(x.shape if wanted.x else (0,)), w.new_empty(w.shape if wanted.w else (0,))
+    db = w.new_empty(w.shape[:1] if wanted.bias else (0,), dtype=compute_dtype(w.dtype))
+    return x.new_empty(x.shape if wanted.x else (0,)), w.new_empty(w.shape if wanted.w else (0,)), db
 
 
 def _forward_backward_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -300,8 +302,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dx, dw, dn, x, w, n, g, g_smooth, g_ref):  # type: ignore[no-untyped-def]  # no *args: dynamo counts parameters
-        return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn)
+    def forward(dx, dw, dn, db, x, w, n, b, g, g_smooth, g_ref):  # type: ignore[no-untyped-def]  # no *args: dynamo counts parameters
+        return dx.view_as(dx), dw.view_as(dw), dn.view_as(dn), db.view_as(db)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -316,26 +318,29 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def _first_order_only(
-    dx: Tensor, dw: Tensor, dn: Tensor, operands: Operands, *upstream: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, operands: Operands, *upstream: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same gradients; an error where they are differentiated again."""
     if not torch.is_grad_enabled():  # no graph of this backward pass is made
-        return dx, dw, dn
-    gradients: tuple[Tensor, Tensor, Tensor] = _FirstOrderOnly.apply(
-        dx, dw, dn, operands.x, operands.w, operands.n, *upstream
+        return dx, dw, dn, db
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _FirstOrderOnly.apply(
+        dx, dw, dn, db, operands.x, operands.w, operands.n, operands.bias, *upstream
     )
     return gradients
 
 
-def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
+def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
     """What ``backward`` of a Function returns whose ``count`` arguments begin with the operands."""
-    given = Operands(dx if need.x else None, dw if need.w else None, None, dn if need.n else None, None)  # type: ignore[arg-type]
+    given = Operands(
+        x=dx if need.x else None, w=dw if need.w else None, target=None,  # type: ignore[arg-type]
+        n=dn if need.n else None, smooth_weight=None, bias=db if need.bias else None,
+    )  # fmt: skip
     return *given, *(None,) * (count - len(given))
 
 
 def _needed(ctx: Any) -> Wanted:
     needs = Operands(*ctx.needs_input_grad[: len(Operands._fields)])
-    return Wanted(needs.x, needs.w, needs.n)  # type: ignore[arg-type]
+    return Wanted(needs.x, needs.w, needs.n, needs.bias)  # type: ignore[arg-type]
 
 
 class ForwardFunction(torch.autograd.Function):
@@ -365,14 +370,14 @@ class ForwardFunction(torch.autograd.Function):
         if operands.smoothing:
             smooth = torch.zeros_like(nll) if given.smooth is None else given.smooth
         upstream = Upstream(nll, smooth, given.target_ref)
-        dx, dw = x.new_zeros(0), w.new_zeros(0)
-        if need.x or need.w:
-            dx, dw = perform("backward", operands, results, upstream, ctx.problem, need)
+        dx, dw, db = x.new_zeros(0), w.new_zeros(0), results.nll.new_zeros(0)
+        if need.x or need.w or need.bias:
+            dx, dw, db = perform("backward", operands, results, upstream, ctx.problem, need)
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
-        dx, dw, dn = _first_order_only(dx, dw, dn, operands, *upstream)
-        return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, need)
+        dx, dw, dn, db = _first_order_only(dx, dw, dn, db, operands, *upstream)
+        return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, db, need)
 
 
 _IN_BATCHES = "Batched"  # the dispatch key of tensors that ``is_grads_batched`` hands in: not torch.func's
@@ -410,8 +415,8 @@ class ForwardBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: Any):  # type: ignore[no-untyped-def, override]
         if g is None:
             return (None,) * ctx.arguments
-        dx, dw, dn, need = _finished(ctx, _needed(ctx), g)
-        return _slots(ctx.arguments, dx, dw, dn, need)
+        dx, dw, dn, db, need = _finished(ctx, _needed(ctx), g)
+        return _slots(ctx.arguments, dx, dw, dn, db, need)
 
 
 class _PlainForwardBackward(torch.autograd.Function):
@@ -419,8 +424,9 @@ class _PlainForwardBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, w: Tensor, n: Tensor | None, parts: tuple[Any, ...], found: list[TokenResults]
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w: Tensor, n: Tensor | None, bias: Tensor | None, parts: tuple[Any, ...],
+        found: list[TokenResults],
+    ) -> Tensor:  # fmt: skip
         loss, dn, unfinished, results = _forward_backward(*parts)
         operands, _, ctx.problem, ctx.wanted = parts
         found.append(results)
@@ -429,19 +435,20 @@ class _PlainForwardBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def, override]
-        dx, dw, dn, need = _finished(ctx, Wanted(*ctx.needs_input_grad[:3]), g)
-        return dx if need.x else None, dw if need.w else None, dn if need.n else None, None, None
+        dx, dw, dn, db, need = _finished(ctx, Wanted(*ctx.needs_input_grad[:4]), g)
+        given = (gradient if asked else None for gradient, asked in zip((dx, dw, dn, db), need, strict=True))
+        return *given, None, None
 
 
-def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Wanted]:
+def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Wanted]:
     """The gradients of a weighted sum, those of them that were known when they were formed."""
     *saved, rival, dn = ctx.saved_tensors
     operands, unfinished = unpack(saved, Operands, Unfinished)
     if any(asked and not known for asked, known in zip(need, ctx.wanted, strict=True)):
         raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
     finishing = Finishing(rival, g, _last_backward(g))
-    dx, dw = perform("finish", operands, unfinished, finishing, ctx.problem, need)
-    return *_first_order_only(dx, dw, dn * g if need.n else dn, operands, g, None, None), need
+    dx, dw, db = perform("finish", operands, unfinished, finishing, ctx.problem, need)
+    return *_first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -472,7 +479,7 @@ def forward_backward(
     parts = (operands, weights, problem, wanted)
     if _nobody_looks_on(operands, weights):
         found: list[TokenResults] = []
-        loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, parts, found)
+        loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, operands.bias, parts, found)
         return loss, found[0]
     flat = tuple(chain.from_iterable(parts))
     transform = compiled_transform()

@@ -24,7 +24,10 @@ class Options:
     n: float | Tensor | None = None
     eps: float = 0.0
     uniform_mix: float = 0.0
+    bias: Tensor | None = None
+    softcap: float | None = None
     z_loss: float = 0.0
+    token_scaling: bool = False
     class_weight: Tensor | None = None
     ignore_index: int = -100
     reduction: Reduction = "mean"
@@ -32,6 +35,7 @@ class Options:
     label_smoothing: float = 0.0
     shift: bool | int = False
     return_stats: bool = False
+    return_lse: bool = False
     process_group: object | None = None
     backend: BackendName = "auto"
     memory_budget: int | None = None
@@ -45,6 +49,7 @@ class LossOptions(TypedDict, total=False):
     reduction: Reduction
     num_items: float | Tensor | None
     label_smoothing: float
+    token_scaling: bool
     shift: bool | int
     process_group: object | None
     backend: BackendName
@@ -79,6 +84,8 @@ class ModuleOptions(HarmonicOptions, total=False):
 class CrossEntropyOptions(LossOptions, total=False):
     """The keyword arguments of cross-entropy."""
 
+    bias: Tensor | None
+    softcap: float | None
     z_loss: float
 
 
@@ -90,7 +97,7 @@ def names(options: type, *more: str) -> tuple[str, ...]:
 
 HARMONIC = names(ModuleOptions)
 HEAD = names(HeadOptions)
-CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats")
+CROSS_ENTROPY = names(CrossEntropyOptions, "return_stats", "return_lse")
 
 
 def signature(function: Any, allowed: tuple[str, ...]) -> inspect.Signature:
@@ -135,12 +142,16 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "n": validate.exponent,
     "eps": validate.eps,
     "uniform_mix": functools.partial(validate.between, "uniform_mix", low=0.0, high=validate.FP32_LIMIT),
+    "bias": validate.bias,
+    "softcap": validate.softcap,
     "z_loss": functools.partial(validate.between, "z_loss", low=0.0, high=validate.FP32_LIMIT),
+    "token_scaling": functools.partial(validate.flag, "token_scaling"),
     "class_weight": validate.class_weight,
     "ignore_index": functools.partial(validate.integer, "ignore_index"),
     "label_smoothing": functools.partial(validate.between, "label_smoothing", low=0.0, high=1.0),
     "shift": validate.offset,
     "return_stats": functools.partial(validate.flag, "return_stats"),
+    "return_lse": functools.partial(validate.flag, "return_lse"),
     "process_group": validate.process_group,
     "backend": check_name,
     "memory_budget": validate.budget,
@@ -159,5 +170,7 @@ def _check_names(owner: str, given: Collection[str], allowed: tuple[str, ...]) -
 _ABSENT = {
     "z_loss": " (HarMax has no logits whose scale could drift: a common factor of all distances changes nothing)",
     "deterministic": " (the fused backends give bitwise the same result on every run)",
-    "bias": " (distances have none: a class vector that is moved does what a bias would)",
+    "bias": " (distances have none: a class vector that is moved does what a bias would; leave bias= out, False as well)",
+    "softcap": " (HarMax has no logits to cap: its log-scores -n log d_j are bounded by a smaller n, its loss by uniform_mix)",
+    "return_lse": " (a common factor of all distances changes the sum over the classes and nothing else; -log p_c is the loss)",
 }

@@ -19,6 +19,7 @@ class Operands(NamedTuple):
     target: Tensor  # (N,) int64
     n: Tensor | None  # () harmonic exponent; None: cross-entropy, whose scores are dot products
     smooth_weight: Tensor | None  # (V,) v_j of the smoothing term
+    bias: Tensor | None = None  # (V,) of the logits (cross-entropy), compute dtype
 
     @property
     def smoothing(self) -> bool:
@@ -35,6 +36,8 @@ class Problem(NamedTuple):
     want_scores: bool  # the sums behind entropy and the exponent's gradient
     backend: str  # "torch" or "triton"
     budget: int  # bytes of scratch, 0 leaves them to the backend
+    softcap: float = 0.0  # c of c tanh(logit/c) (cross-entropy), 0: none
+    token_scaling: bool = False  # whether a token's loss counts as often as its target is probable
 
 
 class Wanted(NamedTuple):
@@ -43,6 +46,7 @@ class Wanted(NamedTuple):
     x: bool
     w: bool
     n: bool
+    bias: bool = False
 
 
 class Finishing(NamedTuple):
@@ -54,7 +58,7 @@ class Finishing(NamedTuple):
 
 
 class Backend(Protocol):
-    """A module that computes both losses. It returns per-token results and dX and dW, empty where not asked for.
+    """A module that computes both losses. It returns per-token results and dX, dW and db, empty where not asked for.
 
     Target and rival are measured directly and kept out of the products; tokens that are ignored or have no upstream
     gradient contribute nothing. What follows from the results alone (losses, the exponent's gradient) is not its business.
@@ -65,18 +69,18 @@ class Backend(Protocol):
 
     def backward(
         self, operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
-    ) -> tuple[Tensor, Tensor]:
-        """dX and dW in the operands' dtype, the products computed again."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dX and dW in the operands' dtype, db in the compute dtype; the products computed again."""
 
     def forward_backward(
         self, operands: Operands, weights: TokenWeights, problem: Problem, wanted: Wanted
     ) -> tuple[TokenResults, Unfinished]:
-        """Results, and dX and dW of the weighted sum of the losses as far as they can be without its upstream gradient."""
+        """Results, and dX, dW and db of the weighted sum of the losses as far as they can be without its upstream gradient."""
 
     def finish(
         self, operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
-    ) -> tuple[Tensor, Tensor]:
-        """dX and dW in the operands' dtype, times the upstream gradient: a gradient scaler's factor comes before the
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dX, dW and db, times the upstream gradient: a gradient scaler's factor comes before the
         rounding to 16 bits."""
 
 

@@ -22,7 +22,7 @@ class TokenResults(NamedTuple):
     share_score: Tensor  # sum_j share_j z_j with share_j = v_j p_j/(p_j + alpha/V)
     share_sum: Tensor  # sum_j share_j
     share_rest: Tensor  # sum_{j != c} share_j
-    target_ref: Tensor  # ||x - w_c||^2 without eps; with dot products x.w_c
+    target_ref: Tensor  # ||x - w_c||^2 without eps; with dot products the target's logit
     rival_score: Tensor  # z_r of the rival r, the best class that is not the target; -inf where there is none
     rival: Tensor  # r, int64
 
@@ -92,11 +92,15 @@ class Unfinished(NamedTuple):
     tokens: Tensor  # what belongs to a token: (N, TOKEN_FACTORS) (torch, few tokens), (8, N rounded up to a multiple of 4) (Triton)
     scores: Tensor  # (N, V and more) coefficients of both products (torch, few tokens)
     columns: Tensor  # (V, COLUMNS) column sums (Triton)
+    bias: Tensor  # (V,) compute dtype, where it is not made of the column sums
     center: Tensor  # (D,) of the class vectors, or what was subtracted from both operands
 
 
-def token_losses(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Tensor:
-    """(N,) weighted losses; differentiable."""
+def token_losses(
+    results: TokenResults, weights: TokenWeights, mix: float, classes: int, scaling: bool = False
+) -> Tensor:
+    """(N,) weighted losses; differentiable. With ``scaling`` each counts as often as its target is probable."""
+    weights = _by_probability(results, weights) if scaling else weights
     losses = weights.nll * (_of_numbers(results.nll, lambda nll: mixed_nll(nll, mix, classes)) if mix else results.nll)
     if weights.smooth is not None:
         losses = losses + weights.smooth * results.smooth
@@ -111,8 +115,18 @@ def _of_numbers(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.where(bad, values, function(values.masked_fill(bad, 0.0)))
 
 
-def upstream_of(results: TokenResults, weights: TokenWeights, mix: float, classes: int) -> Upstream:
+def _by_probability(results: TokenResults, weights: TokenWeights) -> TokenWeights:
+    """The weights times p_c, a constant; a NaN stays in the loss alone, so that what masks it out masks it."""
+    nll = results.nll.detach()
+    p = torch.exp(-nll.masked_fill(nll.isnan(), 0.0))
+    return TokenWeights._make(None if field is None else field * p for field in weights)
+
+
+def upstream_of(
+    results: TokenResults, weights: TokenWeights, mix: float, classes: int, scaling: bool = False
+) -> Upstream:
     """The derivatives of the sum of ``token_losses``."""
+    weights = _by_probability(results, weights) if scaling else weights
     nll = weights.nll * mixed_slope(results.nll, mix, classes)
     if weights.log_sum is None:
         return Upstream(nll, weights.smooth, None)

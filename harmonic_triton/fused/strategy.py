@@ -86,6 +86,7 @@ class Shapes(NamedTuple):
     tokens: tuple[int, ...] = (0,)
     scores: tuple[int, ...] = (0,)
     columns: tuple[int, ...] = (0,)
+    bias: tuple[int, ...] = (0,)
     center: tuple[int, ...] = (0,)
 
 
@@ -94,13 +95,15 @@ def unfinished_shapes(problem: Problem, operands: Operands, wanted: Wanted) -> S
     (tokens, width), classes = operands.x.shape, operands.w.shape[0]
     products = Shapes((tokens, width) if wanted.x else (0,), (classes, width) if wanted.w else (0,))
     if problem.backend == "triton":
-        columns = (classes, COLUMNS) if wanted.w and operands.n is not None else (0,)
+        columns = (classes, COLUMNS) if wanted.bias or (wanted.w and operands.n is not None) else (0,)
+        if not one_pass_serves(operands):  # nobody asks for it but who calls the operator himself
+            products = products._replace(bias=(classes,) if wanted.bias else (0,))
         return products._replace(tokens=(8, -(-tokens // 4) * 4), columns=columns, center=(width,))
     size = compute_dtype(operands.x.dtype).itemsize
     few = tokens <= torch_chunk(tokens, classes, size, problem.budget)
-    if few and classes * width > SMALL_HEAD and (wanted.x or wanted.w):
+    if few and classes * width > SMALL_HEAD and (wanted.x or wanted.w or wanted.bias):
         return Shapes(tokens=(tokens, TOKEN_FACTORS), scores=(tokens, pitch(tokens, classes)), center=(width,))
-    return products
+    return products._replace(bias=(classes,) if wanted.bias else (0,))
 
 
 def torch_chunk(tokens: int, classes: int, size: int, budget: int) -> int:

@@ -103,15 +103,16 @@ class _Vocabulary(torch.autograd.Function):
             g_smooth = torch.zeros_like(g) if given.smooth is None else given.smooth
         x, w = local.x, local.w
         dx, dw, dn = x.new_zeros(x.shape if need.x else 0), w.new_zeros(w.shape if need.w else 0), None
-        if owned is not None and (need.x or need.w):
+        db = None if local.bias is None else torch.zeros_like(local.bias)
+        if owned is not None and (need.x or need.w or need.bias):
             here = _local_upstream(g, g_smooth, given.target_ref, owned, shares, smooth_weight, ctx.shard)
-            wanted = Wanted(need.x, need.w, False)  # type: ignore[arg-type]
-            dx, dw = ops.perform("backward", local, TokenResults._make(mine), here, ctx.problem, wanted)
+            wanted = Wanted(need.x, need.w, False, need.bias)  # type: ignore[arg-type]
+            dx, dw, db = ops.perform("backward", local, TokenResults._make(mine), here, ctx.problem, wanted)
         if need.x and ctx.reduce_input:
             dx = ctx.shard.all_reduce(dx.contiguous(), dist.ReduceOp.SUM, "add up the gradient of input")
         if need.n and local.n is not None:
             dn = exponent_gradient(results, local.n, Upstream(g, g_smooth, None)).to(local.n.dtype)
-        return dx if need.x else None, dw if need.w else None, None, dn, *(None,) * 5
+        return dx if need.x else None, dw if need.w else None, None, dn, None, db if need.bias else None, *(None,) * 4
 
 
 def _local(given: Operands, problem: Problem, shard: Shard) -> Operands:
@@ -124,7 +125,7 @@ def _local(given: Operands, problem: Problem, shard: Shard) -> Operands:
     smooth_weight = given.smooth_weight
     if smooth_weight is not None:
         smooth_weight = _own(smooth_weight, shard).contiguous()
-    return Operands(given.x, given.w, target, given.n, smooth_weight)
+    return given._replace(target=target, smooth_weight=smooth_weight)
 
 
 def _own(values: Tensor, shard: Shard) -> Tensor:
@@ -137,11 +138,11 @@ def _find(given: Operands, local: Operands, problem: Problem, shard: Shard, want
     counted = given.target != problem.ignore_index
     owned = (given.target >= shard.first) & (given.target < shard.first + shard.own) & counted
     results = TokenResults._make(ops.perform("forward", local, problem))
-    measured, score = _measured(local, torch.where(counted, local.target, 0), owned, problem.eps)
+    measured, score = _measured(local, torch.where(counted, local.target, 0), owned, problem)
     best, rival, rival_score = torch.full_like(score, -math.inf), results.rival, results.rival_score
     if want_rival:  # measured here: equal class vectors of two processes have equal scores
         rival = torch.where(~owned & (rival_score <= 0) & counted, local.target, rival)
-        best = _measured(local, rival, owned & False, problem.eps)[1]
+        best = _measured(local, rival, owned & False, problem)[1]
         best = best.masked_fill((owned & (rival == local.target)) | ~counted, -math.inf)
     nll = results.nll.double()
     others = torch.where(owned, _before_softplus(nll), nll) + score
@@ -154,8 +155,8 @@ def _log_score(distance_sq: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
     return distance_sq.clamp_min(divisor_floors(dtype).least).log() * (-0.5 * n.double())
 
 
-def _measured(local: Operands, index: Tensor, is_target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """||x - w_index||^2, or x.w_index with dot products, and the log-score; fp64 (N,). Only a target's distance has no floor."""
+def _measured(local: Operands, index: Tensor, is_target: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """||x - w_index||^2, or the logit with dot products, and the log-score; fp64 (N,). Only a target's distance has no floor."""
     x, w, n = local.x, local.w, local.n
     measured = torch.empty(len(x), dtype=torch.float64, device=x.device)
     floor = torch.zeros_like(measured)
@@ -169,8 +170,12 @@ def _measured(local: Operands, index: Tensor, is_target: Tensor, eps: float) -> 
             measured[at] = (vectors - rows).square().sum(1)
             floor[at] = NEAREST_SHARE * (vectors.square().sum(1) + rows.square().sum(1)) + NEAREST_SQ
     if n is None:
+        if local.bias is not None:
+            measured += local.bias.index_select(0, index)
+        if problem.softcap:
+            measured = problem.softcap * torch.tanh(measured / problem.softcap)
         return measured, measured
-    distance_sq = measured + eps
+    distance_sq = measured + problem.eps
     distance_sq = torch.where(is_target, distance_sq, torch.maximum(distance_sq, floor))
     return measured, _log_score(distance_sq, n, compute_dtype(x.dtype))
 

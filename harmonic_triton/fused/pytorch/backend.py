@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from harmonic_triton.fused import strategy
 from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
 from harmonic_triton.fused.pytorch import per_token
 from harmonic_triton.fused.pytorch.chunk import EVERY, Chunk, Terms, first, part
-from harmonic_triton.fused.pytorch.dot import DotChunk
+from harmonic_triton.fused.pytorch.dot import CappedChunk, DotChunk
 from harmonic_triton.fused.pytorch.gradients import Gradients
 from harmonic_triton.fused.pytorch.harmonic import HarmonicChunk
 from harmonic_triton.fused.pytorch.head import Head
@@ -35,8 +36,8 @@ def forward(operands: Operands, problem: Problem) -> TokenResults:
 
 def backward(
     operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
-    """(dX, dW), distances computed again."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db), distances computed again."""
     head = Head.of(operands, problem)
     out = Gradients(head, len(operands.x), wanted)
     with _settings():
@@ -53,8 +54,8 @@ def backward(
                 sums.append(chunk.to_coefficients(p, tile))
             terms = Terms.of(chunk.gradient_terms(mine, up, sums))
             out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, terms)
-        dx, dw = out.finish()
-    return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
+        dx, dw, db = out.finish()
+    return dx.to(operands.x.dtype), dw.to(operands.w.dtype), db
 
 
 def forward_backward(
@@ -63,10 +64,11 @@ def forward_backward(
     """Results, and of dX and dW of the weighted sum of the losses the coefficients of both products where those are few,
     else both, without the upstream gradient."""
     head = Head.of(operands, problem)
-    results, gradients = _Results(operands, problem), wanted.x or wanted.w
+    results, gradients = _Results(operands, problem), wanted.x or wanted.w or wanted.bias
     shapes = strategy.unfinished_shapes(problem, operands, wanted)
     keeps = len(shapes.scores) > 1
-    out = Gradients(head, len(operands.x), Wanted(False, False, False) if keeps else wanted)
+    slopes = functools.partial(upstream_of, mix=problem.mix, classes=head.w.shape[0], scaling=problem.token_scaling)
+    out = Gradients(head, len(operands.x), Wanted(False, False, False, False) if keeps else wanted)
     scores = head.w.new_empty(shapes.scores, dtype=head.dtype) if keeps else None
     tokens = None
     with _settings():
@@ -76,7 +78,7 @@ def forward_backward(
 
             def to_coefficients(tile: slice, p: Tensor, here: TokenResults | None) -> None:
                 if here is not None and weights.smooth is not None:  # called while it is this chunk's turn
-                    upstream = upstream_of(here, mine_weights.select(tile), problem.mix, len(head.w))  # noqa: B023
+                    upstream = slopes(here, mine_weights.select(tile))  # noqa: B023
                     p = chunk.smoothed(tile, p, here, upstream)  # noqa: B023
                 sums.append(chunk.to_coefficients(p, tile))  # noqa: B023
 
@@ -84,16 +86,16 @@ def forward_backward(
             results.store(at, mine)
             if not gradients:
                 continue
-            upstream = upstream_of(mine, mine_weights, problem.mix, len(head.w))
+            upstream = slopes(mine, mine_weights)
             table = chunk.gradient_terms(mine, upstream, sums)
             if keeps:
                 tokens = table
             else:
                 out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, Terms.of(table))
-        dx, dw = out.finish()
+        dx, dw, db = out.finish()
     none = dx.new_empty(0)
     if scores is None:
-        return results.all, Unfinished(dx, dw, none, none, none, none)
+        return results.all, Unfinished(dx, dw, none, none, none, db, none)
     if tokens is None or count < len(scores):
         some, tokens = tokens, none.new_zeros(shapes.tokens)
         if some is not None:
@@ -101,15 +103,15 @@ def forward_backward(
     scores[:, head.w.shape[0] :] = 0  # what nobody reads is not whatever was in memory
     scores[count:] = 0
     center = none.new_zeros(shapes.center) if head.center is None else head.center
-    return results.all, Unfinished(none, none, tokens, scores, none, center)
+    return results.all, Unfinished(none, none, tokens, scores, none, none, center)
 
 
 def finish(
     operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
-    """(dX, dW): the products of the coefficients that were kept, or what is there times the upstream gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db): the products of the coefficients that were kept, or what is there times the upstream gradient."""
     if unfinished.scores.dim() == 1:
-        dx, dw = scaled(unfinished[:2], finishing.g, finishing.last)
+        dx, dw, db = scaled((unfinished.x, unfinished.w, unfinished.bias), finishing.g, finishing.last)
     else:
         head = Head.finished(operands, problem, unfinished.center)
         out = Gradients(head, len(operands.x), wanted)
@@ -120,8 +122,8 @@ def finish(
             terms = Terms.of(factors, finishing.g.to(head.dtype))
             with _settings():
                 out.add(at, x.to(head.dtype), target, rival, a, terms)
-        dx, dw = out.finish()
-    return dx.to(operands.x.dtype), dw.to(operands.w.dtype)
+        dx, dw, db = out.finish()
+    return dx.to(operands.x.dtype), dw.to(operands.w.dtype), db
 
 
 @contextmanager
@@ -181,7 +183,7 @@ def _chunks(
     tile = min(size, max(1, TILE_ELEMENTS // classes)) if head.w.is_cpu else size
     if room is None:
         room = head.w.new_empty(size, strategy.pitch(size, classes), dtype=head.dtype)
-    kind = HarmonicChunk if head.harmonic else DotChunk
+    kind = HarmonicChunk if head.harmonic else CappedChunk if head.softcap else DotChunk
     gap, work = room[:, :classes], head.w.new_empty(2, tile, classes, dtype=head.dtype).unbind(0)
     for start in range(0, tokens, size):
         here = (

@@ -1,4 +1,4 @@
-"""dX and dW from chunks whose gaps have become the products' coefficients."""
+"""dX, dW and db from chunks whose gaps have become the products' coefficients."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ MANY_TOKENS = 128  # whose products gain more from whole operands
 
 
 class Gradients:
-    """dX and dW over chunks, in the compute dtype, each only where it is asked for."""
+    """dX, dW and db over chunks, in the compute dtype, each only where it is asked for."""
 
     def __init__(self, head: Head, tokens: int, wanted: Wanted) -> None:
         self.head, self.wanted = head, wanted
         classes, width = head.w.shape
         self.tokens, self.dx = tokens, head.w.new_empty(0, dtype=head.dtype)
         self.dw = head.w.new_empty((classes, width) if wanted.w else (0,), dtype=head.dtype)
+        self.db = head.w.new_zeros(classes if wanted.bias else 0, dtype=head.dtype)
         self.first = True
 
     def add(self, at: Tensor | slice, x: Tensor, target: Tensor, rival: Tensor, a: Tensor, terms: Terms) -> None:
@@ -34,8 +35,11 @@ class Gradients:
             block, a_block = head.block(classes), columns(a, classes)
             if dx is not None:
                 torch.mm(a_block, block, out=dx) if i == 0 else dx.addmm_(a_block, block)
+            by_class = a_block.t()
+            if self.wanted.bias:
+                part(self.db, classes).add_(torch.mv(by_class, scale))
             if self.wanted.w:
-                dw, by_class = part(self.dw, classes), a_block.t()
+                dw = part(self.dw, classes)
                 if harmonic:
                     column_sum = torch.mv(by_class, scale).unsqueeze(1)
                     if self.first:
@@ -52,6 +56,8 @@ class Gradients:
         moved = (x - rows if harmonic else x) * terms.direct
         if self.wanted.w:
             _subtract(self.dw, index, moved.flatten(0, 1))
+        if self.wanted.bias:
+            _subtract(self.db, index, terms.direct.flatten())
         if dx is None:
             return
         dx.mul_(terms.scale)
@@ -77,13 +83,13 @@ class Gradients:
         else:
             self.dx.index_copy_(0, at, dx)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(dX, dW)."""
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dX, dW, db)."""
         if self.first:  # no token counts
             self.dw.zero_()
             if self.wanted.x:
                 self.dx = self.dw.new_zeros(self.tokens, self.head.w.shape[1])
-        return self.dx, self.dw
+        return self.dx, self.dw, self.db
 
 
 def _subtract(out: Tensor, index: Tensor, values: Tensor) -> None:

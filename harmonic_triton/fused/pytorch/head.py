@@ -37,6 +37,8 @@ class Head:
     smallest: Any = 0.0  # of the norms
     median: Any = None
     largest: Any = 0.0
+    bias: Tensor | None = None  # (V,) of the logits
+    softcap: float = 0.0  # of the logits, 0: none
 
     @classmethod
     def of(cls, operands: Operands, problem: Problem) -> Head:
@@ -45,6 +47,7 @@ class Head:
         dtype = compute_dtype(w.dtype)
         v = w.new_empty(0, dtype=dtype) if smooth_weight is None else smooth_weight.to(dtype)
         head = cls(w, dtype, None, n is not None, problem.eps, problem.mix, v)
+        head.bias, head.softcap = operands.bias, problem.softcap
         if not w.is_cpu:
             head.center = center_of(w)
         if n is not None:

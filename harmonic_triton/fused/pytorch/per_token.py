@@ -109,6 +109,11 @@ def expm1(values: Values) -> Values:
     return np.expm1(values) if isinstance(values, np.ndarray) else values.expm1()
 
 
+def tanh(values: Values) -> Values:
+    """Hyperbolic tangent."""
+    return np.tanh(values) if isinstance(values, np.ndarray) else values.tanh()
+
+
 def logaddexp(a: Values, b: Values) -> Values:
     """log(exp(a) + exp(b))."""
     return np.logaddexp(a, b) if isinstance(a, np.ndarray) else torch.logaddexp(a, b)

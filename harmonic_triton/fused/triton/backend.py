@@ -42,7 +42,7 @@ def forward(operands: Operands, problem: Problem) -> TokenResults:
     out = _room(operands, problem)
     if len(operands.x):
         with _on_device(operands.x):
-            call = Launch(operands, operands.target != problem.ignore_index, problem.eps).measure()
+            call = Launch(operands, operands.target != problem.ignore_index, problem.eps, problem.softcap).measure()
             _forward_in_chunks(call, out, problem)
     return out
 
@@ -96,18 +96,19 @@ def _forward(call: Launch, out: TokenResults, want_scores: bool, kept: Kept | No
     scores(None)
     forward_kernels.anchor_kernel[call.row_grid](
         near_, index, call.target, call.target_ref, scale, call.n, nearest, column, anchor,
-        call.tokens, tiles, call.eps, **call.sums, BLOCK_N=ROW_BLOCK, **ROW_OPTIONS,
+        call.tokens, tiles, call.eps, DOT=call.dot, **call.sums, BLOCK_N=ROW_BLOCK, **ROW_OPTIONS,
     )  # fmt: skip
     scores(anchor.abs().amax())
     forward_kernels.finish_kernel[call.row_grid](
-        call.x, call.w, call.norms, call.target, call.target_ref, scale, x_sq, call.n, call.smooth_weight, call.smooth_sum,
-        nearest, column, anchor, p_sum, score_sum, v_sum, a_sums,
+        call.x, call.w, call.norms, call.bias, call.target, call.target_ref, scale, x_sq, call.n,
+        call.smooth_weight, call.smooth_sum, nearest, column, anchor, p_sum, score_sum, v_sum, a_sums,
         out.nll, out.score_mean, out.entropy, out.smooth, out.share_score, out.share_sum, out.share_rest,
         out.rival_score, out.rival, *((None,) * 3 if kept is None else (kept.near_score, kept.plain, kept.by_gap)),
-        call.tokens, call.classes, call.features, call.eps, tiles, *call.strides,
-        WANT_SCORES=want_scores, SMOOTHING=smoothing, KEEP=keep, NEAR=call.tile["NEAR"], **call.sums, **call.rows,
+        call.tokens, call.classes, call.features, call.eps, call.softcap, tiles, *call.strides,
+        WANT_SCORES=want_scores, SMOOTHING=smoothing, KEEP=keep, NEAR=call.tile["NEAR"],
+        **call.logits, **call.sums, **call.rows,
     )  # fmt: skip
-    out.target_ref.copy_(call.target_ref)
+    out.target_ref.copy_(call.capped_logits() if call.softcap else call.target_ref)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -134,10 +135,11 @@ class TokenFactors:
         backward_kernels.coefficient_kernel[(triton.cdiv(call.tokens, 128),)](
             call.target, call.target_ref, scale, x_sq, call.norms, call.n, call.smooth_weight, call.smooth_sum,
             *upstream, results.nll, results.rival, results.rival_score,
+            call.logits_of(results.rival) if call.softcap else None,
             *((None,) * 3 if kept is None else (kept.anchor, kept.near_score, kept.a)),
             self.p_coef, self.v_coef, self.a_target, self.a_rival, self.r_part, self.unscale, self.log_norm, self.far,
-            call.tokens, call.eps, 0 if kept is None else kept.a.stride(0),
-            DOT=call.dot, SMOOTHING=upstream.smooth is not None, SCORED=upstream.target_ref is not None,
+            call.tokens, call.eps, call.softcap, 0 if kept is None else kept.a.stride(0),
+            DOT=call.dot, CAP=call.softcap > 0, SMOOTHING=upstream.smooth is not None, SCORED=upstream.target_ref is not None,
             SCALED=call.x.dtype == torch.float16, KEEP=kept is not None, BLOCK_N=128, **ROW_OPTIONS,
         )  # fmt: skip
 
@@ -145,7 +147,7 @@ class TokenFactors:
 class RightOperand:
     """What A^T is multiplied with, (N, D) and (N, COLUMNS), and the numbers that this multiplied the products by."""
 
-    def __init__(self, call: Launch, unscale: Tensor, used: Tensor, center: Tensor) -> None:
+    def __init__(self, call: Launch, unscale: Tensor, used: Tensor, center: Tensor, wanted: Wanted) -> None:
         one = call.x.new_ones((), dtype=torch.float32)
         self.product_scale = self.column_scale = one
         if call.x.dtype == torch.float16:  # products and sums of powers of two, all in fp16's range
@@ -155,16 +157,17 @@ class RightOperand:
             self.product_scale = _into_fp16(torch.where(used, largest, 0.0) * scaled)
             self.column_scale = _into_fp16(scaled)
         self.values = call.x.new_empty((call.tokens, call.width))
-        self.columns = None if call.dot else call.x.new_empty((call.tokens, COLUMNS))
+        self.columns = call.x.new_empty((call.tokens, COLUMNS)) if wanted.bias or not call.dot else None
         backward_kernels.operand_kernel[call.row_grid + (triton.cdiv(call.width, FEATURE_BLOCK),)](
             call.x, center, unscale, used, self.product_scale, self.column_scale, self.values, self.columns,
-            call.tokens, call.width, *call.x.stride(), DOT=call.dot, COLUMNS=COLUMNS, UPCAST=call.upcast, **call.rows,
+            call.tokens, call.width, *call.x.stride(), DOT=call.dot, BIAS=wanted.bias, COLUMNS=COLUMNS, UPCAST=call.upcast, **call.rows,
         )  # fmt: skip
 
-    def multiply(self, a: Tensor, product: Tensor, columns: Tensor | None, add: bool) -> None:
-        """A^T times both, into ``product`` and ``columns``, or added to them."""
-        _product(a.t(), self.values, product, add)
-        if columns is not None and self.columns is not None:
+    def multiply(self, a: Tensor, product: Tensor, columns: Tensor, add: bool) -> None:
+        """A^T times both, into ``product`` and ``columns``, or added to them: those of them that there is room for."""
+        if len(product):
+            _product(a.t(), self.values, product, add)
+        if len(columns) and self.columns is not None:
             _product(a.t(), self.columns, columns, add)
 
 
@@ -200,57 +203,79 @@ def _finish_x(
 
 
 def _finish_w(
-    call: Launch, by_class: tuple[Tensor, ...], center: Tensor, g: Tensor, product: Tensor, columns: Tensor | None,
-    scales: tuple[Tensor, Tensor], first: int, dw: Tensor,
+    call: Launch, by_class: tuple[Tensor, ...], center: Tensor, g: Tensor, product: Tensor, columns: Tensor,
+    scales: tuple[Tensor, Tensor], first: int, dw: Tensor, db: Tensor,
 ) -> None:  # fmt: skip
-    """dW of the classes from ``first`` on from their product (width, D)."""
-    backward_kernels.finish_w_kernel[(len(product), triton.cdiv(call.width, FEATURE_BLOCK))](
-        call.x, call.w, product, columns, *by_class, center, g, dw, *scales, call.width, first, *call.strides,
-        DOT=call.dot, COLUMNS=COLUMNS, UPCAST=call.upcast, **call.rows,
-    )  # fmt: skip
+    """dW and db of the classes from ``first`` on from their product (width, D) and column sums, where there are such."""
+    if len(product):
+        backward_kernels.finish_w_kernel[(len(product), triton.cdiv(call.width, FEATURE_BLOCK))](
+            call.x, call.w, product, None if call.dot else columns, *by_class, center, g, dw, *scales,
+            call.width, first, *call.strides, DOT=call.dot, COLUMNS=COLUMNS, UPCAST=call.upcast, **call.rows,
+        )  # fmt: skip
+    if len(db):
+        starts, _, coefficients = by_class
+        backward_kernels.finish_bias_kernel[(len(columns),)](
+            columns,
+            starts,
+            coefficients,
+            g,
+            scales[1],
+            db,
+            first,
+            COLUMNS=COLUMNS,
+            BLOCK_N=FEATURE_BLOCK,
+            **ROW_OPTIONS,
+        )
 
 
 def _center(call: Launch, w: Tensor) -> Tensor:
-    """What is subtracted from both operands where A is rounded; fp32's own digits need none."""
-    return center_of(w) if w.element_size() == 2 else w.new_zeros(w.shape[1], dtype=torch.float32)
+    """What is subtracted from both operands where A is rounded; fp32's own digits need none.
+
+    Nor has it a use under a soft cap, where the A of a token do not add up to 0.
+    """
+    return center_of(w) if w.element_size() == 2 and not call.softcap else w.new_zeros(w.shape[1], dtype=torch.float32)
 
 
 def backward(
     operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
-    """(dX, dW), distances computed again."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db), distances computed again."""
     return _recompute(operands, results, upstream, problem, wanted, operands.x.dtype)
 
 
 def _recompute(
     operands: Operands, results: TokenResults, upstream: Upstream, problem: Problem, wanted: Wanted, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x, w = operands.x, operands.w
     dx, dw = x.new_empty(x.shape if wanted.x else 0, dtype=dtype), w.new_empty(w.shape if wanted.w else 0, dtype=dtype)
+    db = w.new_empty(len(w) if wanted.bias else 0, dtype=torch.float32)
     if not len(x):
-        return dx, dw.zero_()
+        return dx, dw.zero_(), db.zero_()
+    by_classes, with_columns = wanted.w or wanted.bias, wanted.bias or (wanted.w and operands.n is not None)
     used = (operands.target != problem.ignore_index) & upstream.used()
     with _on_device(x):
-        call = Launch(operands, used, problem.eps).measure()
+        call = Launch(operands, used, problem.eps, problem.softcap).measure()
         factors, center, one = (
             TokenFactors(call, vectors(x, 8, call.tokens).zero_()),
             _center(call, w),
             x.new_ones((), dtype=torch.float32),
         )
         factors.compute(call, results, upstream)
-        if wanted.w:
-            right = RightOperand(call, factors.unscale, used, center)
+        if by_classes:
+            right = RightOperand(call, factors.unscale, used, center, wanted)
             by_class = _by_class(operands.target, results.rival, used, factors, call.classes)
         product = x.new_empty(x.shape if wanted.x else 0, dtype=torch.float32)
         block = call.config.block_v
         per_class = (
-            call.tokens * x.element_size() + 4 * (call.width + COLUMNS) * wanted.w + triton.cdiv(8 * call.tokens, block)
+            call.tokens * x.element_size()
+            + 4 * (call.width * wanted.w + COLUMNS * by_classes)
+            + triton.cdiv(8 * call.tokens, block)
         )
         width = min(block * max(1, (problem.budget or DEFAULT_BUDGET) // per_class // block), call.classes)
         slice_ = x.new_empty((call.tokens, triton.cdiv(width, 64) * 64))
         partial = x.new_empty(2 * triton.cdiv(width, block) * call.tokens, dtype=torch.float32)
         room_w = partial.new_empty((width, call.width) if wanted.w else 0)
-        room_columns = partial.new_empty((width, COLUMNS) if wanted.w and not call.dot else 0)
+        room_columns = partial.new_empty((width, COLUMNS) if with_columns else 0)
         for first in range(0, call.classes, width):
             a = slice_[:, : min(width, call.classes - first)]
             tiles = triton.cdiv(a.shape[1], block)
@@ -266,18 +291,16 @@ def _recompute(
                     factors.by_gap.add_(sums[1].sum(0))
                 _add_rounded_sums(call, a, center, factors.rounded)
                 _product(a, w[first : first + width], product, add=first > 0)
-            if wanted.w:
+            if by_classes:
                 if x.dtype == torch.float16:  # one scale for all tokens: those whose A is 0 may not choose it
-                    right = RightOperand(call, factors.unscale, used & a.any(1), center)
-                slice_w = room_w[: a.shape[1]]
-                columns = None if call.dot else room_columns[: a.shape[1]]
+                    right = RightOperand(call, factors.unscale, used & a.any(1), center, wanted)
+                slice_w, columns = room_w[: a.shape[1]], room_columns[: a.shape[1]]
                 right.multiply(a, slice_w, columns, add=False)
-                _finish_w(
-                    call, by_class, center, one, slice_w, columns, (right.product_scale, right.column_scale), first, dw
-                )
+                scales = right.product_scale, right.column_scale
+                _finish_w(call, by_class, center, one, slice_w, columns, scales, first, dw, db)
         if wanted.x:
             _finish_x(call, factors, results.rival, center, one, product, dx)
-    return dx, dw
+    return dx, dw, db
 
 
 def forward_backward(
@@ -294,15 +317,15 @@ def forward_backward(
     if not tokens:
         return out, unfinished
     with _on_device(x):
-        whole = Launch(operands, used, problem.eps).measure()
-        if not (wanted.x or wanted.w):
+        whole = Launch(operands, used, problem.eps, problem.softcap).measure()
+        if not (wanted.x or wanted.w or wanted.bias):
             _forward_in_chunks(whole, out, problem)
             return out, unfinished
         if not one_pass_serves(operands):  # nobody asks for it but who calls the operator himself
             _forward_in_chunks(whole, out, problem)
-            upstream = upstream_of(out, weights, problem.mix, classes)
-            dx, dw = _recompute(operands, out, upstream, problem, wanted, torch.float32)
-            return out, unfinished._replace(x=dx, w=dw)
+            upstream = upstream_of(out, weights, problem.mix, classes, problem.token_scaling)
+            dx, dw, db = _recompute(operands, out, upstream, problem, wanted, torch.float32)
+            return out, unfinished._replace(x=dx, w=dw, bias=db)
         center = unfinished.center.copy_(_center(whole, w))
         size = _chunk(tokens, chunk_tokens(tokens, classes, problem.budget, x.device), whole.config.block_n)
         entries = x.new_empty((min(size, tokens), triton.cdiv(classes, 64) * 64))[:, :classes]
@@ -312,39 +335,42 @@ def forward_backward(
             factors = TokenFactors(call, unfinished.tokens[:, at])
             kept = Kept(entries[: call.tokens], factors.plain, factors.by_gap)
             _forward(call, results, problem.want_scores, kept)
-            upstream = upstream_of(results, weights.select(at), problem.mix, classes)
+            upstream = upstream_of(results, weights.select(at), problem.mix, classes, problem.token_scaling)
             factors.compute(call, results, upstream, kept)
             if wanted.x:
                 _add_rounded_sums(call, kept.a, center, factors.rounded)
                 _product(kept.a, w, unfinished.x[at], add=False)
-            if wanted.w:
-                right = RightOperand(call, factors.unscale, used[at] & upstream.used(), center)
-                right.multiply(kept.a, unfinished.w, None if call.dot else unfinished.columns, add=start > 0)
+            if wanted.w or wanted.bias:
+                right = RightOperand(call, factors.unscale, used[at] & upstream.used(), center, wanted)
+                right.multiply(kept.a, unfinished.w, unfinished.columns, add=start > 0)
     return out, unfinished
 
 
 def finish(
     operands: Operands, unfinished: Unfinished, finishing: Finishing, problem: Problem, wanted: Wanted
-) -> tuple[Tensor, Tensor]:
-    """(dX, dW) in the operands' dtype from the products of ``forward_backward`` and the upstream gradient (): rounded once."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW) in the operands' dtype from the products of ``forward_backward`` and the upstream gradient (): rounded once; db."""
     x, w = operands.x, operands.w
     if not one_pass_serves(operands):
-        dx, dw = scaled((unfinished.x, unfinished.w), finishing.g, finishing.last)
-        return dx.to(x.dtype), dw.to(w.dtype)
+        dx, dw, db = scaled((unfinished.x, unfinished.w, unfinished.bias), finishing.g, finishing.last)
+        return dx.to(x.dtype), dw.to(w.dtype), db
     dx, dw = x.new_empty(x.shape if wanted.x else 0), w.new_empty(w.shape if wanted.w else 0)
+    db = w.new_empty(len(w) if wanted.bias else 0, dtype=torch.float32)
     if not len(x):
-        return dx, dw.zero_()
+        return dx, dw.zero_(), db.zero_()
     used = operands.target != problem.ignore_index
     with _on_device(x):
-        call = Launch(operands, used, problem.eps)
+        call = Launch(operands, used, problem.eps, problem.softcap)
         factors, one = TokenFactors(call, unfinished.tokens[:, : call.tokens]), x.new_ones((), dtype=torch.float32)
         if wanted.x:
             _finish_x(call, factors, finishing.rival, unfinished.center, finishing.g, unfinished.x, dx)
-        if wanted.w:
+        if wanted.w or wanted.bias:
             by_class = _by_class(operands.target, finishing.rival, used, factors, call.classes)
-            columns = None if call.dot else unfinished.columns
-            _finish_w(call, by_class, unfinished.center, finishing.g, unfinished.w, columns, (one, one), 0, dw)
-    return dx, dw
+            products = unfinished.w if wanted.w else unfinished.w[:0]
+            _finish_w(
+                call, by_class, unfinished.center, finishing.g, products, unfinished.columns, (one, one), 0, dw, db
+            )
+    return dx, dw, db
 
 
 def _chunk(tokens: int, most: int, block: int) -> int:

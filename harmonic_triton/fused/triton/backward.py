@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 
 from harmonic_triton._common.rounding import narrow
-from harmonic_triton.fused.triton.tile import LOG2E, NEAREST_SHARE, NEAREST_SQ, NOISE_SHARE, base_of, target_sq_of
+from harmonic_triton.fused.triton.tile import (
+    LOG2E,
+    NEAREST_SHARE,
+    NEAREST_SQ,
+    NOISE_SHARE,
+    base_of,
+    slope_of,
+    tanh_exactly,
+    target_sq_of,
+)
 
 MOST = tl.constexpr(1e38)  # of an operand: a token whose factor is that large has nothing but zeros to multiply
 NEVER_ABOVE = tl.constexpr(24.0)  # log2 of p_j at the most: what fp32 sums lose beside the nearest class's noise
@@ -21,14 +30,25 @@ def within_fp32(value):
 
 
 @triton.jit
+def largest_slope(rival_ref, cap):
+    """The most that exp(l_j - l_r) (1 - t_j^2) can be for a class behind the rival, t_j = l_j/cap: it rises up to
+    t = cap/(1 + sqrt(1 + cap^2)) and falls beyond."""
+    cap = tl.full((), 1.0, tl.float64) * cap
+    top = cap / (1.0 + tl.sqrt(1.0 + cap * cap))
+    behind = tl.minimum(top - tanh_exactly(rival_ref / cap), 0.0) * cap
+    return tl.where(behind < 0.0, tl.exp2(behind * LOG2E) * 2.0 * top / cap, slope_of(rival_ref, cap))
+
+
+@triton.jit
 def coefficient_kernel(
     target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, norms_ptr, n_ptr, smooth_weight_ptr, smooth_sum_ptr,
     g_ptr, g_smooth_ptr, g_score_ptr, nll_ptr, rival_ptr, rival_score_ptr,  # in (N,)
+    rival_ref_ptr,  # with CAP (N,) the rival's logit before its cap
     anchor_ptr, near_score_ptr, a_ptr,  # with KEEP (N,), (N,), in and out (N, V)
     p_coef_ptr, v_coef_ptr, a_target_ptr, a_rival_ptr, r_part_ptr, unscale_ptr, log_norm_ptr,  # out (N,)
     far_ptr,  # out (N,) 0 or 1
-    N, eps, stride_an,
-    DOT: tl.constexpr, SMOOTHING: tl.constexpr, SCORED: tl.constexpr, SCALED: tl.constexpr, KEEP: tl.constexpr,
+    N, eps, softcap, stride_an,
+    DOT: tl.constexpr, CAP: tl.constexpr, SMOOTHING: tl.constexpr, SCORED: tl.constexpr, SCALED: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Per-token factors, in fp64: A_j = (p_coef p_j - v_coef v_j)/(1 + gap_j) for the classes in the products.
@@ -70,6 +90,11 @@ def coefficient_kernel(
         factor = tl.where(valid, 1.0, 0.0).to(tl.float64)
         on_target = factor
         nearer = factor
+        if CAP:
+            rival_ref = tl.load(rival_ref_ptr + rows, mask=valid, other=0.0)
+            g_others *= slope_of(tl.load(target_ref_ptr + rows, mask=valid, other=0.0), softcap)
+            g_rival *= slope_of(rival_ref, softcap)
+            nearer = largest_slope(rival_ref, softcap)
         a_rival = tl.where(valid & (no_rival == 0), -g_rival, 0.0)
         r_part = 0.0 * factor
         far = valid
@@ -126,11 +151,11 @@ def operand_kernel(
     x_ptr, center_ptr, unscale_ptr, used_ptr, product_scale_ptr, column_scale_ptr,  # (N, D), (D,), (N,), (N,) int8, (), ()
     operand_ptr, column_ptr,  # out (N, D), (N, COLUMNS)
     N, D, stride_xn, stride_xd,
-    DOT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    DOT: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What A^T is multiplied with: ``unscale`` (x - center) for dW, and ``unscale`` for the column sums.
 
-    That one is in two columns, rounded and what rounding lost. A NaN in a token that is not used stays out of the product.
+    That one is in two columns, rounded and what rounding lost; with DOT they are the bias's gradient. A NaN in a token that is not used stays out of the product.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -148,7 +173,7 @@ def operand_kernel(
     tl.store(
         operand_ptr + rows[:, None] * D + features[None, :], out, mask=(rows < N)[:, None] & (features < D)[None, :]
     )
-    if not DOT:
+    if BIAS or not DOT:
         if tl.program_id(1) == 0:
             scaled = unscale * tl.load(column_scale_ptr)
             rounded = narrow(scaled, column_ptr.dtype.element_ty, UPCAST)
@@ -260,3 +285,23 @@ def finish_w_kernel(
         direct += tl.sum(tl.where(used, a[:, None] * (x.to(tl.float32) - w[None, :]), 0.0), 0)
     dw = (dw - direct) * tl.load(g_ptr)
     tl.store(dw_ptr + j * D + features, narrow(dw, dw_ptr.dtype.element_ty, UPCAST), mask=inside)
+
+
+@triton.jit
+def finish_bias_kernel(
+    columns_ptr, starts_ptr, coefficients_ptr, g_ptr, column_scale_ptr,  # (width, COLUMNS), (V + 1,), (2N,), (), ()
+    db_ptr,  # out (V,)
+    first,
+    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """db_j = the column sum of -A less the a of the tokens whose target or rival is j, all times g."""
+    local = tl.program_id(0).to(tl.int64)
+    column = tl.load(columns_ptr + local * COLUMNS) + tl.load(columns_ptr + local * COLUMNS + 1)
+    begin = tl.load(starts_ptr + first + local)
+    end = tl.load(starts_ptr + first + local + 1)
+    direct = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        entries = start + tl.arange(0, BLOCK_N)
+        direct += tl.load(coefficients_ptr + entries, mask=entries < end, other=0.0)
+    db = (column / tl.load(column_scale_ptr) - tl.sum(direct, 0)) * tl.load(g_ptr)
+    tl.store(db_ptr + first + local, db)

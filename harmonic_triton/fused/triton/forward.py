@@ -11,11 +11,13 @@ from harmonic_triton.fused.triton.tile import (
     NEAREST_SQ,
     NOISE_SHARE,
     base_of,
+    capped_difference,
     difference_sq,
     exp2_of,
     log2_of,
     measured,
     reference_of,
+    tanh_exactly,
     target_sq_of,
 )
 
@@ -41,18 +43,18 @@ def norms_kernel(w_ptr, norms_ptr, V, D, stride_wv, stride_wd, BLOCK_N: tl.const
 
 @triton.jit
 def geometry_kernel(
-    x_ptr, w_ptr, target_ptr,  # (N, D), (V, D), (N,); target < 0: the token does not count
+    x_ptr, w_ptr, target_ptr, bias_ptr,  # (N, D), (V, D), (N,), with BIAS (V,); target < 0: the token does not count
     smallest_ptr, median_ptr, largest_ptr,  # () of ||w_j||^2
     target_ref_ptr, scale_ptr, x_sq_ptr,  # out (N,) fp64, fp32
     offset_ptr, inverse_ptr, least_ptr,  # out (N,) what the scores are made with
-    N, D, eps, stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, D, eps, softcap, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """s_c = ||x - w_c||^2 without eps, the reference's distance, ||x||^2; 1 + gap_j is at least ``least`` and
 
-        gap_j = (||w_j||^2 - 2 x.w_j) inverse + offset,  or with DOT the nearness -x.w_j log2(e) + offset.
+        gap_j = (||w_j||^2 - 2 x.w_j) inverse + offset,  or with DOT the nearness -l_j log2(e) + offset.
 
-    A token that does not count has no class that is near.
+    With DOT ``target_ref`` is the logit x.w_c + b_c, before its cap. A token that does not count has no class that is near.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
@@ -61,7 +63,10 @@ def geometry_kernel(
         apart = measured(
             x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_D
         )
-        tl.store(offset_ptr + rows, (apart * LOG2E).to(tl.float32), mask=rows < N)
+        if BIAS:
+            apart += tl.load(bias_ptr + target, mask=valid, other=0.0).to(tl.float64)
+        logit = softcap * tanh_exactly(apart / softcap) if CAP else apart
+        tl.store(offset_ptr + rows, (logit * LOG2E).to(tl.float32), mask=rows < N)
     else:
         apart, target_offset, x_sq = difference_sq(
             x_ptr, w_ptr, rows, target, valid, D, stride_xn, stride_xd, stride_wv, stride_wd, BLOCK_N, BLOCK_D
@@ -147,8 +152,8 @@ def partial_sums(ptr, rows, N, COL_TILES, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def nearest_of(
-    x_ptr, w_ptr, rows, column, target, V, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, NEAR: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, rows, column, target, V, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """(class, squared distance or logit) of the best of the classes ``column`` + NEAR k of a tile, in fp64.
 
@@ -163,6 +168,8 @@ def nearest_of(
         here = measured(
             x_ptr, w_ptr, rows, candidate, counted, D, stride_xn, stride_xd, stride_wv, stride_wd, DOT, BLOCK_N, BLOCK_D
         )
+        if BIAS:
+            here += tl.load(bias_ptr + candidate, mask=counted, other=0.0).to(tl.float64)
         better = counted & ((here > best) if DOT else (here < best))
         rival = tl.where(better, candidate, rival)
         best = tl.where(better, here, best)
@@ -171,14 +178,14 @@ def nearest_of(
 
 @triton.jit
 def finish_kernel(
-    x_ptr, w_ptr, norms_ptr, target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, n_ptr, smooth_weight_ptr, smooth_sum_ptr,
-    nearest_ptr, column_ptr, anchor_ptr,  # in (N,)
+    x_ptr, w_ptr, norms_ptr, bias_ptr, target_ptr, target_ref_ptr, scale_ptr, x_sq_ptr, n_ptr,
+    smooth_weight_ptr, smooth_sum_ptr, nearest_ptr, column_ptr, anchor_ptr,  # in (N,)
     p_sum_ptr, score_sum_ptr, v_sum_ptr, a_sums_ptr,  # in (tiles, N), the last with KEEP (2, tiles, N)
     nll_ptr, score_mean_ptr, entropy_ptr, out_smooth_ptr, share_score_ptr, share_sum_ptr, share_rest_ptr,  # out (N,)
     rival_score_ptr, rival_ptr,  # out (N,)
     near_score_ptr, plain_ptr, by_gap_ptr,  # out with KEEP (N,): sums of A~ and of A~ gap without the rival's
-    N, V, D, eps, COL_TILES, stride_xn, stride_xd, stride_wv, stride_wd,
-    DOT: tl.constexpr, WANT_SCORES: tl.constexpr, SMOOTHING: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
+    N, V, D, eps, softcap, COL_TILES, stride_xn, stride_xd, stride_wv, stride_wd,
+    DOT: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, WANT_SCORES: tl.constexpr, SMOOTHING: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles up, measure the rival directly in place of its score, and turn the sums into results, in fp64."""
@@ -205,11 +212,12 @@ def finish_kernel(
     target_ref = tl.load(target_ref_ptr + rows, mask=valid, other=0.0)
     lacking = tl.zeros((BLOCK_N,), dtype=tl.float64)  # to be relative to the target's
     rival, measured = nearest_of(
-        x_ptr, w_ptr, rows, column, target, V, D, stride_xn, stride_xd, stride_wv, stride_wd,
-        DOT, BLOCK_N, BLOCK_D, BLOCK_V, NEAR,
+        x_ptr, w_ptr, bias_ptr, rows, column, target, V, D, stride_xn, stride_xd, stride_wv, stride_wd,
+        DOT, BIAS, BLOCK_N, BLOCK_D, BLOCK_V, NEAR,
     )  # fmt: skip
     if DOT:
-        rival_score = (measured - target_ref) * LOG2E
+        apart = capped_difference(measured, target_ref, softcap) if CAP else measured - target_ref
+        rival_score = apart * LOG2E
         on_target = valid & False
         identical = on_target
         sound = tl.abs(target_ref) < float("inf")

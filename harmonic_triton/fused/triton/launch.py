@@ -35,12 +35,20 @@ ALIGNED = 16  # entries: rows that start on multiples are copied asynchronously 
 class Launch:
     """The operands of one call and what every kernel is told about them."""
 
-    def __init__(self, operands: Operands, valid: Tensor, eps: float) -> None:
+    def __init__(self, operands: Operands, valid: Tensor, eps: float, softcap: float = 0.0) -> None:
         (self.tokens, self.width), self.classes = operands.x.shape, len(operands.w)
         self.x, self.w = x, w = _aligned(operands.x), _aligned(operands.w)
         self.target = torch.where(valid, operands.target, -1)  # of tokens that count
         self.n, self.smooth_weight, self.eps = operands.n, operands.smooth_weight, eps
         self.dot = operands.n is None
+        self.bias, self.softcap = operands.bias, softcap
+        if softcap and self.bias is None:  # one kernel less to compile
+            self.bias = w.new_zeros(self.classes, dtype=torch.float32)
+        self.logits = {
+            "DOT": self.dot,
+            "BIAS": self.bias is not None,
+            "CAP": softcap > 0,
+        }  # what the scores are made of
         self.features = x.shape[1]  # with the padding, which adds nothing
         self.strides = (*x.stride(), *w.stride())
         self.upcast = interpreted()
@@ -49,19 +57,19 @@ class Launch:
 
     def measure(self) -> Launch:
         """Norms and the geometry of targets, which the scores are made with."""
-        x, w, new = self.x, self.w, self.x.new_empty
+        x, w = self.x, self.w
         arch, size = architecture(x.device), x.element_size()
         self.config = config = tile_config(x.device, x.dtype, self.width)
         self.tma = described(arch, size) and x.stride(1) == w.stride(1) == 1
         self.fast = x.is_cuda and not interpreted() and not torch.version.hip
         self.tile = {
-            "DOT": self.dot, "TMA": self.tma, "UPCAST": self.upcast, "FAST": self.fast,
+            **self.logits, "TMA": self.tma, "UPCAST": self.upcast, "FAST": self.fast,
             "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d,
             "GROUP": GROUP, "PARTS": parts(config), "NEAR": near(config),
             "num_warps": config.num_warps, "num_stages": config.num_stages if self.tma else stages(arch, config.num_stages, size),
             **FUSION,
         }  # fmt: skip
-        self.sums = {"DOT": self.dot, "FAST": self.fast, "BLOCK_V": config.block_v}  # of the kernels that add tiles up
+        self.sums = {"FAST": self.fast, "BLOCK_V": config.block_v}  # of the kernels that add tiles up
         self.smooth_sum = None if self.smooth_weight is None else self.smooth_weight.sum()
         self.norms = None
         norm_range: tuple[Tensor | None, ...] = (None, None, None)
@@ -71,13 +79,25 @@ class Launch:
                 w, self.norms, self.classes, self.features, *w.stride(), **self.rows
             )
             norm_range = NormRange.of(self.norms[: self.classes])
-        self.target_ref = new(self.tokens, dtype=torch.float64)  # s_c, or x.w_c
-        self.vectors = vectors(x, 5, self.tokens)
-        forward_kernels.geometry_kernel[self.row_grid](
-            x, w, self.target, *norm_range, self.target_ref, *self.vectors,
-            self.tokens, self.features, self.eps, *self.strides, DOT=self.dot, **self.rows,
-        )  # fmt: skip
+        self.target_ref, self.vectors = self._geometry(self.target, norm_range)
         return self
+
+    def _geometry(self, index: Tensor, norm_range: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        """s_index, or the logit of index before its cap, in fp64, and what the scores relative to it are made with."""
+        direct, more = self.x.new_empty(self.tokens, dtype=torch.float64), vectors(self.x, 5, self.tokens)
+        forward_kernels.geometry_kernel[self.row_grid](
+            self.x, self.w, index, self.bias, *norm_range, direct, *more,
+            self.tokens, self.features, self.eps, self.softcap, *self.strides, **self.logits, **self.rows,
+        )  # fmt: skip
+        return direct, more
+
+    def capped_logits(self) -> Tensor:
+        """Those of the targets, in fp64."""
+        return self.softcap * torch.tanh(self.target_ref / self.softcap)
+
+    def logits_of(self, index: Tensor) -> Tensor:
+        """A class's logit for each token, before its cap."""
+        return self._geometry(index, (None, None, None))[0]
 
     def select(self, at: slice) -> Launch:
         """The same call for some of the tokens."""
@@ -123,8 +143,8 @@ def launch_scores(call: Launch, a: Tensor | None, first: int, width: int, inputs
         programs = min(tiles, _processors(call.x))
     _, _, offset, inverse, least = call.vectors
     scores_kernels.scores_kernel[(programs,)](
-        x, w, entries, call.norms, call.target, offset, inverse, least, call.n, call.smooth_weight, *inputs, *out,
-        call.tokens, call.classes, call.features, first, width, *call.strides, 0 if a is None else a.stride(0),
+        x, w, entries, call.norms, call.bias, call.target, offset, inverse, least, call.n, call.smooth_weight, *inputs, *out,
+        call.tokens, call.classes, call.features, call.softcap, first, width, *call.strides, 0 if a is None else a.stride(0),
         **switches, SMOOTHING=call.smooth_weight is not None, **call.tile,
     )  # fmt: skip
 

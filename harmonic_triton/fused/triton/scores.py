@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from harmonic_triton._common.rounding import narrow
-from harmonic_triton.fused.triton.tile import LOG2E, exp2_of, log2_of
+from harmonic_triton.fused.triton.tile import LOG2E, exp2_of, log2_of, tanh_of
 
 NOT_COUNTED = tl.constexpr(2.0**127)  # the nearness of target and padding: beyond every 1 + gap, and A~ of it is 0
 
@@ -76,14 +76,14 @@ def grouped(values, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.const
 @triton.jit
 def scores_kernel(
     x_ptr, w_ptr, a_ptr,  # (N, D), (V, D), out (N, width): with TMA descriptors of them
-    norms_ptr, target_ptr, offset_ptr, inverse_ptr, least_ptr, n_ptr, smooth_weight_ptr,  # norms in whole tiles
+    norms_ptr, bias_ptr, target_ptr, offset_ptr, inverse_ptr, least_ptr, n_ptr, smooth_weight_ptr,  # norms in whole tiles
     anchor_ptr, largest_anchor_ptr,  # with REPAIR (N,), ()
     rival_ptr, p_coef_ptr, v_coef_ptr, log_norm_ptr,  # with RECOMPUTE (N,)
     near_ptr, index_ptr, p_sum_ptr, score_sum_ptr, smooth_sum_ptr,  # out (class tiles, N), without RECOMPUTE
     a_sums_ptr,  # out (2, class tiles, N), with KEEP or RECOMPUTE
-    N, V, D, first, width, stride_xn, stride_xd, stride_wv, stride_wd, stride_an,  # classes first ... first + width
-    DOT: tl.constexpr, KEEP: tl.constexpr, REPAIR: tl.constexpr, RECOMPUTE: tl.constexpr, WANT_SCORES: tl.constexpr,
-    SMOOTHING: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, FAST: tl.constexpr,
+    N, V, D, softcap, first, width, stride_xn, stride_xd, stride_wv, stride_wd, stride_an,  # classes first ... first + width
+    DOT: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, KEEP: tl.constexpr, REPAIR: tl.constexpr, RECOMPUTE: tl.constexpr,
+    WANT_SCORES: tl.constexpr, SMOOTHING: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, FAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     NEAR: tl.constexpr,
 ):  # fmt: skip
@@ -97,6 +97,7 @@ def scores_kernel(
     The anchor is 0, and sums leave fp32 for tokens to which other classes are much nearer than the target. REPAIR does
     the tiles of those again, with anchors of their own; where there are none it ends at once.
     RECOMPUTE writes -A as it is, by the token's own factors, 0 at the rival too: A = (p_coef p - v_coef v)/(1 + gap).
+    With CAP entries also have the slope of their logit's cap (``p_sum`` and ``a_sums`` have not: no center asks for those).
     """
     WIDTH: tl.constexpr = BLOCK_V // PARTS
     SUMS: tl.constexpr = 8  # of every token: a thread adds up what it holds of them, and threads add theirs at the end
@@ -158,8 +159,17 @@ def scores_kernel(
                 begin = col_tile * BLOCK_V + part * WIDTH  # of the slice
                 lanes = tl.arange(0, WIDTH)
                 zeros = tl.zeros_like(part_dot)
-                if DOT:
-                    nearness = tl.fma(part_dot, factor[:, None] + zeros, offset[:, None] + zeros)
+                if BIAS:
+                    inside_v = begin + lanes < width
+                    bias = tl.load(bias_ptr + first + begin + lanes, mask=inside_v, other=0.0)[None, :] + zeros
+                if CAP:
+                    bent, slope = tanh_of((part_dot + bias) * (1.0 / softcap), FAST)
+                    nearness = tl.fma(bent, factor[:, None] * softcap + zeros, offset[:, None] + zeros)
+                elif DOT:
+                    shifted = offset[:, None] + zeros
+                    if BIAS:
+                        shifted = tl.fma(bias, factor[:, None] + zeros, shifted)
+                    nearness = tl.fma(part_dot, factor[:, None] + zeros, shifted)
                 else:
                     # u_j - u_ref with u_j = ||w_j||^2 - 2 x.w_j: ||x||^2 has dropped out
                     norms = tl.load(norms_ptr + first + begin + lanes)
@@ -204,6 +214,8 @@ def scores_kernel(
                     if SMOOTHING:
                         term = tl.where(nearness == NOT_COUNTED, 0.0, score * v[None, :])
                         sum_smooth += tl.sum(grouped(term, BLOCK_N, WIDTH, SUMS), 1)
+                if CAP:
+                    a *= tl.where(counted, slope, 0.0)
                 if KEEP or RECOMPUTE:
                     if TMA:
                         rounded = narrow(a, a_ptr.dtype, UPCAST)

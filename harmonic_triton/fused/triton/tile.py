@@ -3,7 +3,8 @@
 ``gap[i, j] = s_ij/s_ref - 1`` where ``s_ij = ||x_i - w_j||^2 + eps`` and s_ref is the token's reference distance, that of
 its target c unless other classes must be much nearer (``reference_of``). Log-scores are in base 2 and
 relative to the reference: ``z2 = -(n/2) log2(1 + gap)``; ``base_of`` is what they lack to be relative to the target's.
-With DOT (cross-entropy) ``z2 = (x_i.w_j - x_i.w_c) log2(e)``, relative to the target's.
+With DOT (cross-entropy) ``z2 = (l_ij - l_ic) log2(e)``, relative to the target's, of logits ``l = a = x.w + b``, with a soft cap
+``l = cap tanh(a/cap)``.
 What is least for the best class, 1 + gap or -z2, is called its nearness.
 """
 
@@ -44,6 +45,65 @@ def log2_of(value, FAST: tl.constexpr):
         )
     else:
         return tl.log2(value)
+
+
+@triton.jit
+def inverse_of(value, FAST: tl.constexpr):
+    """1/value in fp32. FAST is NVIDIA's instruction alone, off by one unit in the last place at most (PTX ISA, rcp.approx)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / value
+
+
+@triton.jit
+def tanh_of(u, FAST: tl.constexpr):
+    """(tanh u, 1 - tanh^2 u) in fp32, both with their digits: off by 2^-22, the second by (1 + 2|u|) 2^-22, relatively.
+
+    With e = exp(-2|u|) they are (1 - e)/(1 + e) and 4 e/(1 + e)^2; where 1 - e cancels, a polynomial stands for the first.
+    """
+    size = tl.abs(u)
+    e = exp2_of(size * (-2.0 * LOG2E), FAST)
+    inverse = inverse_of(1.0 + e, FAST)
+    large = (1.0 - e) * inverse
+    square = u * u
+    series = tl.fma(square, 0.016232913 + 0.0 * u, -0.052565116 + 0.0 * u)
+    series = tl.fma(series, square, 0.1331908 + 0.0 * u)
+    series = tl.fma(series, square, -0.33332875 + 0.0 * u)
+    small = tl.fma(series * square, u, u)
+    return tl.where(size < 0.5625, small, tl.where(u < 0.0, -large, large)), 4.0 * e * inverse * inverse
+
+
+@triton.jit
+def tanh_exactly(u):
+    """tanh u in fp64."""
+    e = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
+    square = u * u
+    small = u * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315 - square * (62.0 / 2835)))))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(u) < 0.05, small, tl.where(u < 0.0, -large, large))
+
+
+@triton.jit
+def capped_difference(a, b, cap):
+    """cap tanh(a/cap) - cap tanh(b/cap) in fp64, as cap sinh(u - v)/(cosh u cosh v): right also where both are at the cap."""
+    u = tl.abs(a / cap)
+    v = tl.abs(b / cap)
+    apart = tl.abs((a - b) / cap)
+    ends = (1.0 + tl.exp2(u * (-2.0 * LOG2E))) * (1.0 + tl.exp2(v * (-2.0 * LOG2E)))
+    grown = (
+        tanh_exactly(apart) * (1.0 + tl.exp2(apart * (-2.0 * LOG2E))) * tl.exp2((apart - u - v) * LOG2E) * 2.0 / ends
+    )
+    return cap * tl.where(a < b, -grown, grown)
+
+
+@triton.jit
+def slope_of(a, cap):
+    """1 - tanh^2(a/cap), the derivative of the capped logit, in fp64."""
+    e = tl.exp2(tl.abs(a / cap) * (-2.0 * LOG2E))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from harmonic_triton.functional import harmonic_logits, linear_cross_entropy, linear_harmonic_loss
 from harmonic_triton.integrations.transformers.transform import IDENTITY, Transform, probes, version
-
-CHUNK = 2**26  # bytes of logits that plain PyTorch holds at a time where the fused loss does not serve
 
 CHANGED = (
     "the model turns its head's output v into {}, which makes sense for logits and not for the log-probabilities of the"
@@ -138,40 +135,12 @@ class CrossEntropyLinear(LossHead):
     def loss(
         self, input: Tensor, labels: Tensor, *, transform: Transform, num_items: Any, ignore_index: int, shift: bool
     ) -> Tensor:
-        if self.bias is None and transform.cap is None:
-            scaled = input if transform.scale == 1 else input * transform.scale
-            result: Tensor = linear_cross_entropy(
-                scaled, self.weight, labels, num_items=num_items, ignore_index=ignore_index, shift=shift, **self.loss_options
-            )  # fmt: skip
-            return result
-        return self._by_chunks(input, labels, transform, num_items, ignore_index, shift)
-
-    def _by_chunks(
-        self, input: Tensor, labels: Tensor, transform: Transform, num_items: Any, ignore_index: int, shift: bool
-    ) -> Tensor:
-        """A bias or a cap, which the fused loss does not know: a few tokens' logits at a time, formed again in backward."""
-        if labels.shape != input.shape[:-1]:
-            raise ValueError(f"labels must have the shape {tuple(input.shape[:-1])}, got {tuple(labels.shape)}")
-        if shift:
-            input, labels = input[..., :-1, :], labels[..., 1:]
-        x, target = input.reshape(-1, input.shape[-1]), labels.reshape(-1).long()
-        budget = self.loss_options.get("memory_budget") or CHUNK
-        step = max(1, budget // (4 * self.out_features))
-        total: Tensor = x.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(x), step):
-            at = slice(start, start + step)
-            part: Tensor = checkpoint(self._part, x[at], target[at], transform, ignore_index, use_reentrant=False)
-            total = total + part
-        if num_items is None:
-            num_items = (target != ignore_index).sum().clamp(min=1)
-        mean: Tensor = total / num_items
-        return mean
-
-    def _part(self, x: Tensor, target: Tensor, transform: Transform, ignore_index: int) -> Tensor:
-        """The sum over some tokens."""
-        logits = transform(self.scores(x)).float()
-        smoothing, z_loss = self.loss_options.get("label_smoothing", 0.0), self.loss_options.get("z_loss", 0.0)
-        loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing)
-        if z_loss:
-            loss = loss + z_loss * torch.where(target != ignore_index, logits.logsumexp(-1), 0.0).square().sum()
-        return loss
+        scaled: Tensor = input
+        bias: Tensor | None = self.bias
+        if transform.scale != 1:
+            scaled, bias = input * transform.scale, None if bias is None else bias * transform.scale
+        result: Tensor = linear_cross_entropy(
+            scaled, self.weight, labels, bias=bias, softcap=transform.cap, num_items=num_items, ignore_index=ignore_index,
+            shift=shift, **self.loss_options,
+        )  # fmt: skip
+        return result
