@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: demo kernel test slow pretend emulate lint docs doctor verify bench clean
+.PHONY: demo kernel test slow pretend emulate matrix lint docs doctor verify bench clean
 demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
 	$(BIN)/python -m examples.train_gpt $(ARGS)
 
@@ -31,6 +31,10 @@ lint: $(VENV)/test ## linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix: $(VENV)/core ## the wheel in clean environments, the oldest and the newest Python and torch; hours, see .ci/matrix
+	$(PIP) build
+	$(BIN)/python .ci/matrix $(ARGS)
 
 docs: $(VENV)/docs ## the documentation, into build/docs; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict # with --quiet no warning would count

@@ -31,8 +31,12 @@ setup(
     description="Fused harmonic loss for large vocabularies, and the loss kernel of trained models",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
+    project_urls={
+        "Harmonic loss (paper)": "https://arxiv.org/abs/2502.01628",
+        "The loss kernel (paper)": "https://arxiv.org/abs/2509.26537",
+    },
     python_requires=">=3.10",
     packages=find_packages(include=["harmonic_triton", "harmonic_triton.*"]),
     package_data={"harmonic_triton": ["py.typed"]},
@@ -42,7 +46,8 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
-        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

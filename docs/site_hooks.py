@@ -14,7 +14,14 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "benchmarks/results/*", "examples/*/README.md")
+BESIDE = (
+    "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "benchmarks/results/*",
+    "examples/*/README.md",
+)
 FOREIGN = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\"' >]*", re.IGNORECASE)
 SECTION = re.compile(r"(Args|Returns|Raises|Returns, Raises|Example)::?")
 ENTRY = re.compile(r"([\w*.]+(?:,\s+[\w*.]+)*):\s+(.*)", re.DOTALL)
@@ -24,7 +31,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the repository's pages, and the pictures and data that they show."""
     for pattern in BESIDE:
         for path in sorted(ROOT.glob(pattern)):
-            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+            uri = path.relative_to(ROOT).as_posix()
+            uri = "readme.md" if uri == "README.md" else uri  # under its own name it would be the front page
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
 
 
@@ -32,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links from docs/ to the repository and back, as the site has them."""
     uri = page.file.src_uri
     if (ROOT / "docs" / uri).exists():
-        return markdown.replace("](../", "](")
+        return markdown.replace("](../README.md", "](readme.md").replace("](../", "](")
     up = "../" * uri.count("/")
     return markdown.replace(f"]({up}docs/", f"]({up}")
 

@@ -917,6 +917,36 @@ def test_compiled_gradient_of_torch_func(reduction, asked):
     assert all(wanted.norm() > 0 and relative(mine, wanted) < 1e-6 for mine, wanted in pairs)
 
 
+# Per-sample gradients, and a gradient of a batch of losses: what vmap wraps does not say that it wants a gradient.
+@pytest.mark.parametrize("function", [ht.linear_harmonic_loss, ht.linear_cross_entropy])
+@pytest.mark.parametrize(("reduction", "how"), [("mean", "vmap of grad"), ("none", "vmap of grad"), ("sum", "backward of vmap"),
+                                               ("none", "grad of vmap")])  # fmt: skip
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_vmap(reduction, how, function):
+    """Without a graph break, x and target batched, the class vectors shared."""
+    x, w, target, _ = (tensor.detach() for tensor in inputs(5, dtype=torch.float32))
+    up = torch.linspace(0.3, 1.2, 5)
+
+    def one(x, w, label):
+        return 0.7 * function(x[None], w, label[None], reduction=reduction).sum()
+
+    def weighted(x, w):
+        return (vmap(one, (0, None, 0))(x, w, target) * up).sum()
+
+    if how == "vmap of grad":
+        run = lambda x, w: vmap(grad(one, (0, 1)), (0, None, 0))(x, w, target)
+    elif how == "grad of vmap":
+        run = grad(weighted, (0, 1))
+    else:
+        run = weighted
+        x, w = x.requires_grad_(), w.requires_grad_()
+    mine, wanted = torch.compile(run, fullgraph=True, backend="aot_eager")(x, w), run(x, w)
+    if how == "backward of vmap":
+        mine, wanted = (torch.autograd.grad(out, (x, w)) for out in (mine, wanted))
+    for got, value in zip(mine, wanted, strict=True):
+        assert value.norm() > 0 and relative(got.flatten(1), value.flatten(1)) < 1e-6
+
+
 def test_who_looks_on_sees_operators():
     """In plain eager mode their bodies run at once; a dispatch mode and the profiler still see the operators, with equal results."""
 

@@ -59,7 +59,8 @@ DOCUMENTS = (
 def test_files_images_commands_and_make_targets_exist(document):
     path = ROOT / document
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", prose):
         assert (path.parent / name).exists(), name
     for name in re.findall(r"`((?:harmonic_triton|benchmarks|examples|tests|\.github)/[\w/.]*)`", text):
         assert (ROOT / name).exists(), name

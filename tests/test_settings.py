@@ -26,8 +26,8 @@ class Scale(nn.Module):
 def test_the_exponent_is_the_papers_where_classes_are_few():
     assert ht.recommend(128, 2).n == pytest.approx(128**0.5)
     assert ht.recommend(4096, 50304).n == pytest.approx(64)
-    assert ht.recommend(128, 2048) == (pytest.approx(3.5 * math.log(2048)), pytest.approx(3.6e-3))
-    assert ht.recommend(768, 50257).lr == pytest.approx(6e-4)
+    assert ht.recommend(128, 2048) == (pytest.approx(3.5 * math.log(2048)), pytest.approx(2e-3))
+    assert ht.recommend(768, 50257) == (28, pytest.approx(2e-3 / 6))
     assert ht.HarmonicHead(1, 1, n=ht.recommend(1, 1).n).n == 1  # never 0
 
 
@@ -98,6 +98,14 @@ def test_it_draws_no_random_numbers_of_the_program():
     state = torch.get_rng_state()
     ht.init_last_norm_(norm, head)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_default_device_does_not_matter():
+    """Some programs build their model within ``with torch.device("cuda")``."""
+    norm, head = nn.LayerNorm(48), ht.HarmonicHead(48, 100)
+    with torch.device("meta"):
+        ht.init_last_norm_(norm, head)
+    assert length(norm.weight) == pytest.approx(length(head.weight), rel=1e-3)
 
 
 def test_a_tied_embedding_and_a_linear_layer_are_heads():

@@ -32,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train or report; the exit status."""
     options = parser().parse_args(arguments)
     if options.what == "report":
-        from .report import write
+        from . import report
 
-        print(write(options.results))
+        records = report.load(options.results)
+        print("\n\n".join(f"{title}\n\n{table}" for title, table in report.tables(records).items()))
+        report.draw(records, report.PICTURE)
         return 0
     import torch
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from .waves import FRESH, TUNING
 
-DOCS = Path(__file__).parents[2] / "docs"
+PICTURE = Path(__file__).parents[2] / "docs" / "training.png"
 NAMES = {"gpt": "nanoGPT's shape", "nanogpt": "nanoGPT itself", "llama": "Llama"}
 STYLES = {"harmonic": ("#0b7a75", "-", "o"), "cross_entropy": ("#d1495b", "--", "s")}
 Record = dict[str, Any]
@@ -20,20 +19,25 @@ def final(record: Record) -> float:
     return float(record["val"][-1][1])
 
 
-def write(results: Path) -> str:
-    """Draw docs/training.png; the tables in Markdown."""
-    records = [json.loads(line) for line in results.read_text().splitlines()]
-    models = [model for model in NAMES if any(r["model"] == model for r in records)]
-    parts = []
-    for model in models:
-        mine = [r for r in records if r["model"] == model]
-        searched, fresh = ([r for r in mine if (r["seed"] == TUNING) == tuning] for tuning in (True, False))
-        parts += [f"### {NAMES[model]}", *(table(searched) if searched else []), *(differences(fresh) if fresh else [])]
-    draw([r for r in records if r["seed"] in FRESH], DOCS / "training.png")
-    return "\n".join(parts)
+def load(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table(records: list[Record]) -> list[str]:
+def tables(records: list[Record]) -> dict[str, str]:
+    """What docs/training.md shows, in Markdown, by title."""
+    out = {}
+    for model, name in NAMES.items():
+        searched, fresh = (
+            [r for r in records if r["model"] == model and (r["seed"] == TUNING) == tuning] for tuning in (True, False)
+        )
+        if searched:
+            out[f"{name}, seed {TUNING}"] = table(searched)
+        if fresh:
+            out[f"{name}, fresh seeds"] = differences(fresh)
+    return out
+
+
+def table(records: list[Record]) -> str:
     """The search: a row for each setting, a column for each learning rate."""
     rates = sorted({r["lr"] for r in records})
     rows: dict[tuple[str, float, float], dict[float, float]] = {}
@@ -46,7 +50,7 @@ def table(records: list[Record]) -> list[str]:
     for (loss, n, ratio), values in sorted(rows.items()):
         cells = [f"{values[rate]:.3f}" if rate in values else "" for rate in rates]
         out.append(f"| {named(loss, n, ratio)} | " + " | ".join(cells) + " |")
-    return [*out, ""]
+    return "\n".join(out)
 
 
 def named(loss: str, n: float, ratio: float) -> str:
@@ -55,7 +59,7 @@ def named(loss: str, n: float, ratio: float) -> str:
     return f"harmonic, n = {n:.3g}" + (f", hidden states {ratio:g} times as long" if ratio != 1 else "")
 
 
-def differences(records: list[Record]) -> list[str]:
+def differences(records: list[Record]) -> str:
     """The fresh seeds: both losses of each, and harmonic minus cross-entropy with its standard deviation."""
     by_loss = {loss: {r["seed"]: r for r in records if r["loss"] == loss} for loss in STYLES}
     seeds = sorted(set(by_loss["harmonic"]) & set(by_loss["cross_entropy"]))
@@ -65,20 +69,17 @@ def differences(records: list[Record]) -> list[str]:
         ours, theirs = (final(by_loss[loss][seed]) for loss in STYLES)
         gaps.append(ours - theirs)
         out.append(f"| {seed} | {ours:.3f} | {theirs:.3f} | {gaps[-1]:+.3f} |")
-    if len(gaps) > 1:
-        means = [mean(final(by_loss[loss][seed]) for seed in seeds) for loss in STYLES]
-        spread = stdev(gaps)
-        out.append(f"| mean | {means[0]:.3f} | {means[1]:.3f} | {mean(gaps):+.3f} ± {spread:.3f} |")
-        rates = ", ".join(f"{loss.replace('_', '-')} {by_loss[loss][seeds[0]]['lr']:g}" for loss in STYLES)
-        error = spread / math.sqrt(len(gaps))
-        out.append(f"\nPeak learning rates: {rates}. ± is the standard deviation over seeds; of the mean {error:.3f}.")
-    return [*out, ""]
+    means = [mean(final(by_loss[loss][seed]) for seed in seeds) for loss in STYLES]
+    spread = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 else ""
+    out.append(f"| mean | {means[0]:.3f} | {means[1]:.3f} | {mean(gaps):+.3f}{spread} |")
+    return "\n".join(out)
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Loss on held-out text by step, a panel for each model: the mean over the seeds, and each of them."""
+    """Loss on held-out text by step, a panel for each model: the mean over the fresh seeds, and each of them."""
     from matplotlib.figure import Figure
 
+    records = [r for r in records if r["seed"] in FRESH]
     models = [model for model in NAMES if any(r["model"] == model for r in records)]
     if not models:
         return
@@ -88,6 +89,7 @@ def draw(records: list[Record], path: Path) -> None:
             curves = [r["val"] for r in records if r["model"] == model and r["loss"] == loss]
             if not curves:
                 continue
+            curves = [curve[1:] for curve in curves]  # the loss before training would press the others together
             steps = [step for step, _ in curves[0]]
             for curve in curves:
                 axis.plot(steps, [value for _, value in curve], line, color=color, alpha=0.3, linewidth=0.8)

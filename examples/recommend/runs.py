@@ -18,6 +18,7 @@ from examples.train_gpt.train import Place, evaluate
 
 BLOCK, BATCH, HEADS = 64, 12, 4  # those of nanoGPT's run for one CPU
 STD = 0.02  # of the initial weights of GPT-2, nanoGPT and the models of transformers
+BPE_SIZE = 2048  # classes of the llama runs
 EVALUATIONS, EVALUATION_BATCHES = 4, 24
 
 
@@ -45,7 +46,7 @@ class Run:
         return Config(
             out=str(root / "bpe"),
             data=(str(characters(root)),) if binary else (),
-            vocab_size=vocabulary_size(root) if binary else 2048,
+            vocab_size=vocabulary_size(root) if binary else BPE_SIZE,
             layers=self.layers,
             heads=HEADS,
             width=self.width,

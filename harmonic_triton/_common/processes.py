@@ -40,7 +40,6 @@ def led(work: Callable[[], Result], group: Any) -> Result:
     """
     if group is None:
         return work()
-    result: Result
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank(group) == 0:
         try:
@@ -48,7 +47,7 @@ def led(work: Callable[[], Result], group: Any) -> Result:
         except BaseException as error:
             outcome = [None, error]
     torch.distributed.broadcast_object_list(outcome, torch.distributed.get_global_rank(group, 0), group=group)
-    result, error = outcome
-    if error is not None:
-        raise error
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
     return result

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._common.precision import compute_dtype
-from harmonic_triton._common.transforms import forward_mode
+from harmonic_triton._common.transforms import compiled_transform, forward_mode, whole
 from harmonic_triton.fused import checks, strategy
 from harmonic_triton.fused.problem import Backend, Finishing, Operands, Problem, Wanted, schema, unpack
 from harmonic_triton.fused.results import (
@@ -459,11 +459,17 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
+@whole
+def _whole(name: str, *flat: Any) -> tuple[Tensor, ...]:
+    return tuple({"forward": ForwardFunction, "forward_backward": ForwardBackwardFunction}[name].apply(*flat))
+
+
 def forward(operands: Operands, problem: Problem, *, differentiable: bool = False) -> TokenResults:
     """Per-token results, with gradients or without."""
     if not differentiable:
         return TokenResults._make(perform("forward", operands, problem))
-    return TokenResults._make(_applied(ForwardFunction, *operands, *problem))
+    flat = (*operands, *problem)
+    return TokenResults._make(_whole("forward", *flat) if compiled_transform() else _applied(ForwardFunction, *flat))
 
 
 def forward_backward(
@@ -475,5 +481,7 @@ def forward_backward(
         found: list[TokenResults] = []
         loss = _applied(_PlainForwardBackward, operands.x, operands.w, operands.n, operands.bias, parts, found)
         return loss, found[0]
-    loss, *rest = _applied(ForwardBackwardFunction, *chain.from_iterable(parts))
+    flat = tuple(chain.from_iterable(parts))
+    transform = compiled_transform()
+    loss, *rest = _whole("forward_backward", *flat) if transform else _applied(ForwardBackwardFunction, *flat)
     return loss, TokenResults._make(rest[-len(TokenResults._fields) :])

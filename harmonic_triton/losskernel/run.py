@@ -55,17 +55,20 @@ def loss_kernel(
         backend: of the accumulator, "auto", "triton" or "torch".
         trace_dtype: torch.bfloat16, 2 T m bytes, or torch.float32, twice as much, where single correlations matter: see
             :class:`LossTraces` for what rounding moves.
-        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), and the traces
-            (``traces-0``). A run that was killed at any moment, or interrupted, goes on from its last checkpoint when the
-            same call is made again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one
-            returns at once. The directory belongs to one run: another model, data, setting or seed is refused, and so is
-            a second process while the first is at it (a lock, which dies with its process). Every file has a checksum;
-            damage raises, with the file's name and what to do.
+        checkpoint_dir: keep the state of chains and sums here (``kernel-0.pt``; of rank r ``kernel-r.pt``), the traces
+            (``traces-0``), and the state of sharded chains (``chains-0-*``, which any number of processes can go on from). A
+            run that was killed at any moment, or interrupted, goes on from its last checkpoint when the same call is made
+            again, and ends with bitwise the numbers of an uninterrupted run (CPU); a finished one returns at once. The
+            directory belongs to one run: another model, data, setting or seed is refused, and so is a second process while
+            the first is at it (a lock, which dies with its process). Every file has a checksum; damage raises, with the
+            file's name and what to do.
         checkpoint_seconds: at least this long between two checkpoints; 0: one at every draw.
         progress: show draws per second, time left and the chains' health.
 
     Returns:
-        The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one.
+        The kernel. Under ``torch.distributed`` (``torchrun``) the ranks share the chains, and each gets the same one. Ranks
+        over which ``fully_shard`` has spread the model run each chain together; with several such groups, each on its own
+        mesh, the groups share the chains.
 
     Raises:
         TypeError, ValueError: an argument is wrong, the checkpoint belongs to another run (what differs is listed) or is

@@ -6,6 +6,7 @@ names it with the checksum of each of its files.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def read(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], group: Any) 
     from torch.distributed import checkpoint
 
     reader = checkpoint.FileSystemReader(folder)
-    checkpoint.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant, for one process
+        checkpoint.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -54,6 +54,10 @@ class Sampler:
     alone. Frozen parameters stay; tied ones move together. Weights below float32 are sampled in float32 and rounded for
     each pass. An autocast around the call reaches the model's passes, as in training, and nothing else.
 
+    Weights that ``fully_shard`` has spread over processes stay spread: all processes of the mesh make the same calls with the
+    same arguments and data, chains run one at a time, and on a CPU the draws are bitwise those of one process that holds the
+    model (``chain_group_size=1``), for 1, 2, 4, 8, ... processes. While a draw is made the shards hold the chain's weights.
+
     A chain whose weights are no longer finite has diverged: one warning, NaN draws from then on, no further work for it. The
     others go on bitwise as if nothing had happened (in a vmapped group its row stays at w*, to keep their shapes).
 
@@ -67,7 +71,8 @@ class Sampler:
         mask: which parameters move. None: all that require a gradient; a shell-style pattern or several: those whose
             name (or alias, if tied) matches; a dict from names to bool tensors of the parameter's shape, or True:
             those entries.
-        chains: the chains this process runs; None: all, or under torch.distributed rank, rank + world, ...
+        chains: the chains this process runs; None: all, or under torch.distributed rank, rank + world, ... (of a sharded
+            model counted in groups of processes that hold one together).
 
     Raises:
         TypeError, ValueError: an argument is wrong, or a loss at w* is not finite.

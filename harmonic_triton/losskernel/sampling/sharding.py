@@ -12,6 +12,7 @@ for its forward and backward pass. The numbers do not depend on how many process
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -244,7 +245,7 @@ class ShardedParameters(FlatParameters):
         return float(self.over_all(torch.dot(one.double(), other.double()), "sum"))
 
     def norm(self, vector: Tensor) -> float:
-        return self.dot(vector, vector) ** 0.5
+        return math.sqrt(self.dot(vector, vector))
 
     def agreed(self, values: Tensor) -> Tensor:
         dist.broadcast(values, self.first_rank, group=self.group)

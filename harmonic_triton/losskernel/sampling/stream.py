@@ -42,7 +42,8 @@ def sample_losses(
 
     Args:
         model, per_sample_loss, train_data, eval_data, config, seed, mask, device: as for :class:`losskernel.Sampler`. Under
-            torch.distributed each rank runs and yields chains rank, rank + world, ...
+            torch.distributed each rank runs and yields chains rank, rank + world, ...; ranks that hold a sharded model
+            together all yield the chains of their group, and keep no ``checkpoint_dir``.
         checkpoint_dir: keep the draws (4 bytes a loss) and the state of the chains here (``draws.f32``, ``state.pt``). A
             later call with the same arguments yields the whole stream again, from the disk as far as it goes, and
             continues bitwise, whenever the process was killed. The directory belongs to one run: another one is refused,
