@@ -1,4 +1,4 @@
-"""Forward mode: an error where a fused loss would drop a tangent."""
+"""Forward mode, which the fused losses have no derivative in: an error instead of a dropped tangent."""
 
 from __future__ import annotations
 
