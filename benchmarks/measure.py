@@ -22,6 +22,7 @@ from benchmarks.workloads import Inputs, Workload, make_inputs
 
 PRODUCT_BYTES = {"cpu": 4 << 30, "cuda": 8 << 30}  # the products are taken whole up to this much scratch
 MAX_INPUT_SETS = 8
+PROCESS_SECONDS = 6.0  # a fresh process for the memory of a baseline, its imports included
 COLUMN_BLOCKS = (0, 512)  # x @ W.T whole, or in products of so many classes, which some CPU libraries do faster
 SOLVED_TOKENS = 64
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -38,8 +39,42 @@ class Plan:
     once: frozenset[str] = frozenset()  # baselines that are timed once, whatever the patience
 
 
+def expected_seconds(plan: Plan) -> float:
+    """About how long a run takes: every head as long as the bare products and a half, which one small product predicts.
+
+    Beside its repeats a baseline has a warm-up, a memory measurement in a process of its own and its gate; dense forms and
+    whatever compiles take longer, what does not run here less.
+    """
+    device = plan.workloads[0].device
+    a = torch.randn(1024, 1024, device=device)
+
+    def product() -> float:
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        return time.perf_counter() - start
+
+    rate = 2 * 1024**3 / min(product() for _ in range(4))
+    total = 0.0
+    for workload in plan.workloads:
+        here = [b for b in plan.baselines if b.unavailable(workload.device, workload.dtype) is None]
+        here = [b for b in here if plan.by_name or b.too_large(workload) is None]
+        passes = sum((1 if b.name in plan.once else plan.repeats) + 4 for b in here) + plan.repeats
+        one = 1.5 * workload.floor_flops / rate
+        total += one * passes + PROCESS_SECONDS * len(here)
+    return total
+
+
+def announcement(plan: Plan) -> str:
+    """How long it will take, and what takes less."""
+    seconds = expected_seconds(plan)
+    how_long = "a minute or two" if seconds < 120 else f"roughly {seconds / 60:,.0f} minutes"
+    less = "; --quick, fewer --repeats, --n or --baselines take less" if seconds > 300 else ""
+    return f"this takes {how_long} here, if nothing else runs; workloads: {len(plan.workloads)}, repeats: {plan.repeats}{less}"
+
+
 def run(plan: Plan, say: Say) -> Iterator[Record]:
     """Yield one record for each baseline and workload, and one for the three bare products of each workload."""
+    say(announcement(plan))
     for workload in plan.workloads:
         say(f"== {workload}, exponent {workload.exponent:.2f}")
         yield from _run_workload(plan, workload, say)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import UsageError
 from benchmarks.baselines import REGISTRY
-from benchmarks.head_figures import groups, ours, solved_error
+from benchmarks.head_figures import HEADS, groups, ours, solved_error
 from benchmarks.machine import ROOT
 from benchmarks.plots import bars_name
 from benchmarks.report import markdown_table
@@ -15,19 +15,6 @@ from benchmarks.workloads import Workload
 README = ROOT / "README.md"
 BLOCK = re.compile(r"<!-- figures of (\S+) -->\n.*?<!-- end of figures -->\n", re.DOTALL)
 COLUMNS = ("head", "time", "of ours", "of the products' rate", "peak memory", "loss error", "at a true loss of 1e-20")
-HEADS = {
-    "products": "the three matrix products alone",
-    "ours_torch": "`ht.linear_harmonic_loss`",
-    "ours_triton": "`ht.linear_harmonic_loss`",
-    "ours_lce_torch": "`ht.linear_cross_entropy`",
-    "ours_lce_triton": "`ht.linear_cross_entropy`",
-    "authors_dense": "the authors' dense harmonic loss",
-    "harmonic_dense": "dense harmonic loss in the log domain",
-    "cross_entropy": "`F.cross_entropy(x @ W.T)`",
-    "cross_entropy_compiled": "the same under `torch.compile`",
-    "torch_chunked": "`F.linear_cross_entropy`, chunked",
-    "cce_compiled": "Cut Cross-Entropy, `torch_compile`",
-}
 
 
 def block(run: Run, folder: str = "benchmarks/results") -> str:

@@ -5,6 +5,7 @@ pytest benchmarks/test_overhead.py --benchmark-save=before        # ... then, af
 pytest benchmarks/test_overhead.py --benchmark-compare --benchmark-compare-fail=median:20%
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+import harmonic_triton as ht
 from benchmarks.baselines import REGISTRY
+from harmonic_triton._common.dispatch import unsupported_reasons
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 128
@@ -53,3 +56,34 @@ def step(request: pytest.FixtureRequest, tokens: int, classes: int) -> Iterator[
 def test_call_on_a_small_head(benchmark: BenchmarkFixture, step: Callable[[bool], Tensor], phase: str) -> None:
     loss = benchmark(step, phase == "both")
     assert torch.isfinite(loss)
+
+
+class _Stub:
+    """In a kernel's place: what is left of a call is what its launches cost the host before Triton has them."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launch_path_with_stubbed_kernels(
+    benchmark: BenchmarkFixture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results are whatever was in memory. Without a GPU it needs TRITON_INTERPRET=1."""
+    pytest.importorskip("triton")
+    if unsupported_reasons("triton", torch.device(DEVICE), dtype):
+        pytest.skip("Triton does not serve here (TRITON_INTERPRET=1)")
+    for name in ("forward", "backward", "scores"):
+        module = importlib.import_module(f"harmonic_triton.fused.triton.{name}")
+        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, _Stub())
+    x = torch.randn(8, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
+    w = torch.randn(512, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
+    target = torch.arange(8, device=DEVICE)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = ht.linear_harmonic_loss(x, w, target, n=8.0, backend="triton")
+        return torch.autograd.grad(loss, (x, w))
+
+    gradients = benchmark(run)
+    assert [gradient.shape for gradient in gradients] == [x.shape, w.shape]

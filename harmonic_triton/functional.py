@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 from typing_extensions import Unpack
 
 from harmonic_triton._common import validate
@@ -54,6 +55,13 @@ class CrossEntropyStats(NamedTuple):
     correct: Tensor
     target_logit: Tensor  # x.w_c, with its bias and cap
     target_log_prob: Tensor
+
+
+for _statistics in (
+    HarmonicStats,
+    CrossEntropyStats,
+):  # so that torch.export.save can write a program that returns them
+    _register_namedtuple(_statistics, serialized_type_name=f"harmonic_triton.{_statistics.__name__}")
 
 
 @overload

@@ -31,9 +31,9 @@ def recommend(width: int, num_classes: int) -> Settings:
     than all others to have half of the probability: with V = 2048 twice as near for n = 11, 1.3 times for n = 28,
     which ended 0.11 nats lower. n = 64 ended higher than either, and 28 is also what the paper took for GPT-2.
 
-    The learning rate, 2e-3 at D = 128 and elsewhere in proportion to 1/D, was the best of three beside those of
-    cross-entropy, 2e-3 and 4e-3. The paper's ten times higher one is for hidden states that begin 50 times as long as
-    class vectors.
+    The learning rate is 2e-3 at D = 128, the best of 1e-3, 2e-3 and 4e-3 for a small Llama and 0.01 nats from the best for
+    nanoGPT's shape; cross-entropy took 2e-3 and 4e-3. Elsewhere it is in proportion to 1/D, which was not measured. The paper's
+    rate of ten times cross-entropy's is for hidden states that begin 50 times as long as class vectors.
 
     Args:
         width: D.
@@ -52,7 +52,8 @@ def init_last_norm_(norm: nn.Module, head: nn.Module) -> nn.Module:
 
     HarMax does not change when x and all w are scaled together, but it does when x alone is. A norm whose gain is 1 makes hidden
     states 50 times as long as class vectors drawn with GPT-2's standard deviation of 0.02: every class is then equally
-    far, and training spends its first thousand steps on growing one or shrinking the other. docs/training.md has the curves.
+    far, and training begins with growing one or shrinking the other: after 400 steps of a small GPT the loss was 2.53 nats
+    instead of 2.13 (docs/training.md).
 
     Call it once the weights are drawn, before the model is compiled, sharded or wrapped. Calling it again changes
     nothing. A norm that has been trained keeps the pattern of its gain: all of it is scaled, its bias too. Gains that

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from benchmarks import (
     gpu,
     growth,
     head,
+    head_figures,
     head_report,
     inner_loops,
     machine,
@@ -36,7 +38,7 @@ from benchmarks.__main__ import SUITES, main, parse_arguments, write
 from benchmarks.baselines import REGISTRY, Baseline, register
 from benchmarks.gate import Gate, Truth
 from benchmarks.head_memory import measure_in_fresh_process
-from benchmarks.measure import Plan, Products, has_turn, run
+from benchmarks.measure import Plan, Products, announcement, expected_seconds, has_turn, run
 from benchmarks.workloads import MODELS, Workload, make_inputs
 from harmonic_triton.tools.memory import peak_beyond
 
@@ -393,6 +395,20 @@ def test_the_verdicts_at_8192_ask_for_the_floor_and_for_every_cpu_baseline():
     assert not any("liger" in line for line in lines)
 
 
+def test_a_run_says_beforehand_how_long_it_takes():
+    def plan(tokens, repeats=5, once=()):
+        return Plan([Workload("small", tokens)], [REGISTRY["cross_entropy"]], True, repeats, 1, once=frozenset(once))
+
+    said = []
+    next(run(plan(16, repeats=1), said.append))
+    assert re.search(r"this takes a minute or two here, if nothing else runs; workloads: 1, repeats: 1$", said[0])
+    long = announcement(plan(10**7))
+    assert re.search(
+        r"this takes roughly [\d,]+ minutes here.*; --quick, fewer --repeats, --n or --baselines take less$", long
+    )
+    assert expected_seconds(plan(10**7)) > expected_seconds(plan(10**7, once=["cross_entropy"]))
+
+
 def test_plots_are_drawn_for_each_workload(tmp_path):
     pytest.importorskip("matplotlib")
     records = [*_records(Workload("tiny", 32)), *_records(Workload("tiny", 64))]
@@ -406,6 +422,85 @@ def test_plots_are_drawn_for_each_workload(tmp_path):
         "run-roofline.png",
     ]
     assert all(path.stat().st_size > 5000 for path in made)
+
+
+INTERNAL = re.compile(r"ours_|lce_|_dense|cross_entropy_compiled|torch_chunked|cce_|3U|floor|^products$")
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The figures of a run by file name, as they are when they are written."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    found = {}
+    monkeypatch.setattr(plt, "close", lambda figure: found.__setitem__(len(found), figure))
+
+    def draw(run):
+        found.clear()
+        return dict(zip((path.name for path in plots.draw(run, tmp_path)), found.values(), strict=True))
+
+    yield draw
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def texts_of(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_pictures_are_in_the_readers_words_and_units(drawn):
+    """Of every baseline that there is, on a run whose products took ten seconds."""
+    known = [
+        name for name, one in REGISTRY.items() if one.function.__module__ == "benchmarks.baselines"
+    ]  # no test's own
+    records = [
+        _record(name, 10.736 - 0.1 * i, 313_000_000 * (i + 1), Workload("tiny", 32)) for i, name in enumerate(known)
+    ]
+    records = [
+        _record("products", 10.9, None, Workload("tiny", 32)) | {"checks": None, "copy_bytes_per_second": 1e10},
+        *records,
+    ]
+    found = drawn(runs.Run("run", HEADER, records))
+    assert len(found) == 3
+    for figure in found.values():
+        assert not [text for text in texts_of(figure) if INTERNAL.search(text)]
+    bars = texts_of(found["run-tiny-32-random.png"])
+    assert (
+        "ht.linear_harmonic_loss" in bars
+        and "three matrix products alone" in bars
+        and "this library, harmonic loss" in bars
+    )
+    assert "10.7 s" in bars and "313 MB" in bars and "time, forward and backward (s)" in bars
+    names = [text.get_text() for text in found["run-tiny-32-random.png"].axes[0].get_yticklabels()]
+    assert len(names) == len(set(names)) == len(records)  # also where two backends stand side by side
+    errors = found["run-tiny-32-random-error.png"].axes[0]
+    assert len({line.get_marker() for line in errors.lines if line.get_linestyle() == "None"}) == len(known)
+
+
+@pytest.mark.parametrize(
+    ("value", "units", "text"),
+    [(10.736, "SECONDS", "10.7 s"), (0.2, "SECONDS", "200 ms"), (3.25e-3, "SECONDS", "3.25 ms"), (2e-7, "SECONDS", "0.200 µs"),
+     (13.006e9, "BYTES", "13.0 GB"), (313e6, "BYTES", "313 MB"), (math.nan, "BYTES", "–")],
+)  # fmt: skip
+def test_figures_are_shown_with_three_digits_and_a_unit(value, units, text):
+    assert head_figures.shown(value, getattr(head_figures, units)) == text
+
+
+def test_lines_of_growth_differ_without_colour(drawn):
+    records = [
+        record | {"baseline": name}
+        for name in ("ours_torch", "ours_lce_torch", "cross_entropy")
+        for record in _growing()
+    ]
+    for figure in drawn(runs.Run("run", HEADER, records)).values():
+        assert not [text for text in texts_of(figure) if INTERNAL.search(text)]
+        lines = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
+        assert [line.get_label() for line in lines] == [
+            "ht.linear_harmonic_loss", "ht.linear_cross_entropy", "F.cross_entropy(x @ W.T)"
+        ]  # fmt: skip
+        assert len({line.get_linestyle() for line in lines}) == len({line.get_marker() for line in lines}) == 3
+        assert figure.legends and not figure.axes[0].get_legend()  # beside the lines, not over them
 
 
 def _growing():

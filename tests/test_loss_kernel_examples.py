@@ -1,7 +1,9 @@
 """The loss-kernel examples: their data are what they say, their measures find what is there, their runs are whole."""
 
 import json
+import re
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ from torch.nn import functional as F
 for package in ("scipy", "sklearn", "matplotlib", "tokenizers", "tqdm", "safetensors"):
     pytest.importorskip(package)
 
-from examples.loss_kernel import arithmetic, development, gamma, gpt, hierarchies, mislabeled, modular, tokens  # noqa: E402
-from examples.loss_kernel.__main__ import main  # noqa: E402
+from examples.loss_kernel import arithmetic, development, figures, gamma, gpt, hierarchies, mislabeled, modular, tokens  # noqa: E402
+from examples.loss_kernel.__main__ import EXPERIMENTS, expectation, main  # noqa: E402
 from examples.loss_kernel.experiment import Clock  # noqa: E402
 from examples.train_gpt import train as train_gpt  # noqa: E402
 from harmonic_triton.losskernel.kernel import LossKernel  # noqa: E402
@@ -387,3 +389,46 @@ def test_cross_entropy_of_the_examples_is_precise_where_torchs_is_zero():
     batch = (torch.ones(1, 1), torch.tensor([0]))
     assert F.cross_entropy(model(batch[0]), batch[1]).item() == 0
     assert modular.classification_loss(model, batch).item() == pytest.approx(4.248e-18, rel=1e-3)  # exp(-40)
+
+
+# --- pictures and time -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The figures as they are when they would be written."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    found = []
+    monkeypatch.setattr(figures, "save", lambda path: found.append(plt.gcf()))
+    yield found
+    plt.close("all")
+
+
+def test_groups_differ_without_colour(kept):
+    groups = torch.arange(90) % 3
+    figures.histogram(Path("-"), torch.randn(90) + groups, groups, ["a", "b", "c"], "x", "")
+    figures.densities(Path("-"), [torch.randn(90) for _ in range(3)], ["a", "b", "c"], "x", "")
+    for figure in kept:
+        (axis,) = figure.axes
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "c"]
+        assert len({patch.get_linestyle() for patch in axis.patches}) == 3, [p.get_linestyle() for p in axis.patches]
+    _, axis = figures.plt.subplots()
+    figures.scatter(axis, torch.randn(90, 2).numpy(), torch.arange(90) % 9, [str(i) for i in range(9)], "")
+    assert len({dots.get_paths()[0].vertices.tobytes() for dots in axis.collections}) == 9
+
+
+def test_no_line_lies_over_a_map(kept):
+    figures.heatmap(Path("-"), torch.eye(40), [10, 25], "")
+    axis = kept[0].axes[0]
+    assert not axis.lines and axis.get_xticks().tolist() == axis.get_yticks().tolist() == [9.5, 24.5]
+
+
+def test_every_experiment_says_how_long_it_takes():
+    for name in EXPERIMENTS:
+        settings = import_module(f"examples.loss_kernel.{name}").SETTINGS
+        said = expectation(name, settings["quick"], settings["quick"])
+        assert re.match(r"takes \d+ (seconds|minutes) or so, by its steps", said)
+        longer = replace(settings["quick"], num_draws=1000 * settings["quick"].num_draws)
+        assert "hours or so" in expectation(name, longer, settings["quick"]) and "--setting quick" in expectation(
+            name, longer, settings["quick"]
+        )

@@ -51,6 +51,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
     "examples/loss_kernel/README.md",
+    "examples/recommend/README.md",
     "examples/train_gpt/README.md",
 )
 

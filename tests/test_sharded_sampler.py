@@ -338,14 +338,19 @@ def try_what_is_refused(rank, mesh, folder):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Shard
 
-    def head_outside(model, batch):
-        model(batch[:, :-1], batch[:, 1:])
-        return batch[:, :1].float() @ model.head.n.reshape(1, 1)
+    def read_outside(model, batch):
+        return model(batch[:, :-1], batch[:, 1:]).mean(1) * model.blocks[0].up.weight.square().mean()
+
+    def mix_outside(model, batch):
+        return (
+            F.linear(torch.ones(len(batch), D), model.blocks[0].up.weight) + model(batch[:, :-1], batch[:, 1:]).mean()
+        )
 
     with pytest.raises(ValueError, match="chain_group_size 2 needs torch.func.vmap over the weights"):
         draws(sharded(mesh), dataclasses.replace(CONFIG, chain_group_size=2))
-    with pytest.raises(TypeError, match="reads weights that fully_shard has sharded outside of the forward"):
-        Sampler(sharded(mesh), head_outside, TRAIN, EVAL, CONFIG, seed=3)
+    for outside in (read_outside, mix_outside):
+        with pytest.raises(TypeError, match="reads weights that fully_shard has sharded outside of the forward"):
+            Sampler(sharded(mesh), outside, TRAIN, EVAL, CONFIG, seed=3)
     with pytest.raises(
         ValueError, match="process 1 of the 2 that hold the model was given another train data than process 0"
     ):
@@ -356,7 +361,8 @@ def try_what_is_refused(rank, mesh, folder):
         ht.sample_losses(
             sharded(mesh), token_losses, TRAIN, EVAL, CONFIG, seed=3, checkpoint_dir=f"{folder}/stream", progress=False
         )
-    hsdp = fully_shard(GPT(), mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2)))
+    names = ("replicate", "shard")
+    hsdp = fully_shard(GPT(), mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=names))
     with pytest.raises(ValueError, match="a mesh of 2 dimensions; the sampler takes weights that fully_shard"):
         draws(hsdp, CONFIG)
     tensor_parallel = nn.Linear(4, 4)

@@ -27,7 +27,7 @@ pytest.importorskip("tqdm")
 matplotlib = pytest.importorskip("matplotlib")
 
 import harmonic_triton as ht  # noqa: E402
-from examples.train_gpt import analysis, data, head_cost, report, train  # noqa: E402
+from examples.train_gpt import analysis, data, figures, head_cost, pace, report, train, trained  # noqa: E402
 from examples.train_gpt.config import LOSSES, Config, from_arguments  # noqa: E402
 from examples.train_gpt.model import GPT  # noqa: E402
 
@@ -70,6 +70,16 @@ def assert_same_state(one, other):
     one, other = ({**state, "moments": state["optimizer"]["state"]} for state in (one, other))
     for key in ("model", "moments", "history", "step"):
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_number_of_threads():
+    """Runs here do not look for the fastest number of threads, and leave it as it was."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(threads))
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +155,7 @@ def test_the_report_needs_no_network_and_every_plot_in_it_is_filled(finished):
                 assert coloured.sum() > 500, name
                 continue
             drawn = [
-                (np.abs(half - matplotlib.colors.to_rgb(report.COLORS[loss])).max(-1) < 0.03).sum() > 100
+                (np.abs(half - matplotlib.colors.to_rgb(figures.COLORS[loss])).max(-1) < 0.03).sum() > 100
                 for loss in LOSSES
             ]
             # at this size a pass may fit into memory that the process has already: a bar of no height
@@ -176,6 +186,165 @@ def test_a_failed_report_leaves_the_training_and_the_next_run_writes_it(text, tm
     assert train.main(options) == 0
     assert (tmp_path / "report.html").exists()
     assert (tmp_path / "harmonic" / "checkpoint.pt").read_bytes() == before
+
+
+# --- pictures and words ----------------------------------------------------------------------------------------------
+
+
+def ended(loss, final, seed):
+    """A run that ended at a validation loss."""
+    vectors = torch.randn(300, 16, generator=torch.Generator().manual_seed(seed)) * (1 + 2 * seed)
+    history = {"val": [[0, 6.0], [40, final]], "train": [6.0, 5.0, final], "weight_norm": [[0, 1.0], [40, 1.1]]}
+    return trained.Trained(loss, history, 1.0, vectors, [], analysis.principal_components(vectors))
+
+
+BOTH = [ended("harmonic", 4.0, 0), ended("cross_entropy", 4.25, 1)]
+
+
+def drawn_lines(axis):
+    """Style by label of the lines with a name in the legend."""
+    return {str(line.get_label()): line for line in axis.lines if not str(line.get_label()).startswith("_")}
+
+
+def test_lines_are_told_apart_without_colour_and_a_guess_is_drawn():
+    for axis in figures.losses(BOTH, math.log(300)).axes:
+        lines = drawn_lines(axis)
+        assert list(lines) == ["harmonic", "cross-entropy", "a guess, ln V = 5.70"]
+        assert len({line.get_linestyle() for line in lines.values()}) == 3
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == list(lines)
+        assert set(lines["a guess, ln V = 5.70"].get_ydata()) == {math.log(300)}
+    marks = [line.get_marker() for line in drawn_lines(figures.losses(BOTH, 5.7).axes[1]).values()]
+    assert marks == ["o", "s", "None"]
+    (axis,) = figures.norms(BOTH).axes
+    assert len({line.get_linestyle() for line in drawn_lines(axis).values()}) == 2
+    values = [torch.rand(30), torch.rand(30)]
+    (axis,) = figures.parallelograms(BOTH, values, values).axes
+    assert list(drawn_lines(axis)) == [
+        "harmonic, related pairs", "cross-entropy, related pairs", "harmonic, random tokens", "cross-entropy, random tokens"
+    ]  # fmt: skip
+    kinds = {(line.get_linestyle(), line._dash_pattern[1] and tuple(line._dash_pattern[1])) for line in axis.lines}
+    assert len(kinds) == 4
+    figures.plt.close("all")
+
+
+def test_embeddings_have_one_scale_a_colour_bar_and_names_that_do_not_collide():
+    names = [(token, f"a long name {token}") for token in range(60)]
+    figure = figures.embeddings(BOTH, torch.arange(300), names)
+    left, right, bar = figure.axes
+    assert bar.get_ylabel() == "times in the training text"
+    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
+    assert left.get_aspect() == right.get_aspect() == 1.0
+    figure.canvas.draw()
+    for axis, run in ((left, BOTH[0]), (right, BOTH[1])):
+        assert 3 < len(axis.texts) <= figures.LABELS
+        boxes = [matplotlib.text.Text.get_window_extent(note) for note in axis.texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        for note in axis.texts:
+            token = int(note.get_text().removeprefix("a long name "))
+            assert note.xy == pytest.approx(run.principal.points[token].tolist())
+    figures.plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("finals", "steps", "words"),
+    [
+        (
+            (4.0, 4.25),
+            1200,
+            r"harmonic ends 0.250 nats a token lower than cross-entropy \(4.000 and 4.250\); .*ln V = 5.70.*noth",
+        ),
+        (
+            (4.5, 4.25),
+            40,
+            r"cross-entropy ends 0.250 nats a token lower than harmonic .*40 steps are a first look: not which",
+        ),
+        ((4.25, 4.25), 1200, "Both end equally low"),
+        ((5.8, 4.25), 1200, "harmonic has learned nothing yet: its validation loss is not below ln V = 5.70"),
+        ((4.5,), 40, r"The harmonic loss ends at 4.500 nats a token, 1.20 below a guess. 40 steps are a first look\."),
+    ],
+)
+def test_the_report_says_what_to_conclude(finals, steps, words):
+    runs = [ended(loss, final, 0) for loss, final in zip(LOSSES, finals, strict=False)]
+    corpus = types.SimpleNamespace(vocab_size=300)
+    assert re.search(words, report.conclusion(Config(**{**TINY, "steps": steps}), corpus, runs))
+
+
+def test_the_report_has_a_guess_beside_the_loss_before_training(finished):
+    page = (finished / "report.html").read_text()
+    assert f"validation loss before training (a guess: ln V = {math.log(300):.3f})" in page
+    assert page.count("<b>In short:</b>") == 1
+
+
+def test_parallelograms_are_held_beside_chance():
+    words = report.beside_chance(
+        BOTH, [torch.tensor([1.0]), torch.tensor([0.5])], [torch.tensor([1.05]), torch.tensor([1.0])]
+    )
+    assert (
+        words
+        == "Medians of related pairs and random tokens: harmonic 1.00 against 1.05, no better than chance; "
+        + ("cross-entropy 0.50 against 1.00.")
+    )
+
+
+# --- threads and time ------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_stand_in_their_own_way_are_not_taken():
+    assert pace.chosen({1: 0.45, 2: 8.0}) == 1
+    assert pace.chosen({1: 1.0, 2: 0.55, 4: 0.53}) == 2  # four are no faster to speak of
+    assert pace.chosen({1: 1.0, 2: 0.95}) == 1
+    calls = []
+
+    def seconds(threads):
+        calls.append(threads)
+        return {1: 0.45, 2: 8.0}[threads]
+
+    assert pace.fastest([1, 2], seconds) == {1: 0.45, 2: 8.0}
+    assert calls.count(2) == 1  # eight seconds tell enough
+
+
+def test_an_explicit_number_of_threads_wins_then_the_runs_own_then_the_environment(monkeypatch):
+    config, now = Config(**TINY), torch.get_num_threads()
+    assert pace.candidates(replace(config, threads=3), CPU, 2) == ([3], "as --threads says")
+    assert pace.candidates(config, CPU, 2)[0] == [2]
+    assert pace.candidates(config, CPU, None) == ([now], "as OMP_NUM_THREADS says")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert pace.candidates(config, train.Place(0, 2, torch.device("cpu")), None)[0] == [now]
+    assert pace.candidates(config, train.Place(0, 1, torch.device("cuda")), None)[0] == [now]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert pace.candidates(config, CPU, None) == ([1, 2, 4, 6], "")
+
+
+def test_a_run_says_how_long_it_takes_and_goes_on_with_its_threads(text, tmp_path, capsys, monkeypatch):
+    now = [1]  # in name alone: on a machine as busy as those this is about, two real threads take a minute
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: now.__setitem__(0, number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    options = {"data": str(text), "out": tmp_path, "loss": "harmonic", "steps": 2, "eval_batches": 1, "samples": 0}
+    assert train.main(arguments(**options, threads=3)) == 0
+    said = capsys.readouterr().out
+    assert "3 threads, as --threads says" in said
+    assert re.search(
+        r"training takes less than a minute here: 2 steps \(harmonic\) of \d+\.\d\d s; the report follows", said
+    )
+    assert checkpoint(tmp_path)["threads"] == now[0] == 3
+    assert pace.steps_left(Config(**{**TINY, "out": str(tmp_path), "loss": "harmonic", "steps": 2})) == 0
+    now[0], state = 1, checkpoint(tmp_path)
+    torch.save({**state, "step": 1}, tmp_path / "harmonic" / "checkpoint.pt")
+    assert train.main(arguments(**options)) == 0
+    assert "3 threads, as this run began" in capsys.readouterr().out and now[0] == 3
+
+
+def test_a_long_run_names_a_shorter_one():
+    found = pace.Pace(2, 0.5, "as --threads says")
+    said = pace.announcement(Config(), found, 2400)
+    assert "takes about 2" in said and "minutes here: 2,400 steps (harmonic and cross_entropy) of 0.50 s" in said
+    assert said.endswith("a first look: --preset quick, or fewer --steps")
+    assert "hours" in pace.announcement(Config(), found, 24000)
+    quick = from_arguments(["--preset", "quick"])
+    assert quick.steps * 6 == Config().steps and quick.out != Config().out
+    for bad in ("0", "-1"):
+        with pytest.raises(ValueError, match="--threads is .*: it must be at least 1"):
+            from_arguments(["--threads", bad]).validate()
 
 
 # --- stopping and going on -------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 import harmonic_triton as ht
 from harmonic_triton._common.dispatch import resolve, unsupported_reasons
 from harmonic_triton.fused import ops as _ops
-from harmonic_triton.losskernel.per_sample_losses import classification_loss
+from harmonic_triton.integrations.classifiers import replace_classifier
+from harmonic_triton.losskernel.per_sample_losses import classification_loss, per_sample_cross_entropy
 from harmonic_triton.losskernel.sampling.sampler import Sampler
 
 X, W, TARGET = torch.randn(6, 12), torch.randn(9, 12), torch.tensor([0, 3, 4, 8, 1, 2])
@@ -254,6 +255,34 @@ def test_a_flag_is_true_or_false(name, call):
         with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
             call(value)
     call(False)
+
+
+RUN_WITH = {  # what a new user passes, by the name of the argument and the mend that the message must hold
+    "arrays for tensors": (lambda: ht.loss_kernel(*RUN[:2], tuple(map(np.asarray, DATA)), *RUN[3:], seed=0), TypeError,
+                           "train_data holds arrays that are no tensors; pass each as torch.as_tensor"),
+    "no samples": (lambda: ht.loss_kernel(*RUN[:3], (DATA[0][:0], DATA[1][:0]), RUN[4], seed=0), ValueError,
+                   "eval_data has no samples"),
+    "floats for classes": (lambda: classification_loss(RUN[0], (DATA[0], DATA[1].float())), ValueError,
+                           r"target must be int64.*use target.long\(\)$"),
+    "classes out of range": (lambda: classification_loss(RUN[0], (DATA[0], DATA[1] + 5)), ValueError,
+                             r"target holds [56], outside 0 ... 1 \(logits have 2 classes\)"),
+    "a dict for a config": (lambda: ht.stability_bound(*RUN[:3], {"lr": 1e-4}, seed=0), TypeError,
+                            "config must be an SGLDConfig, got {'lr': 0.0001}"),
+    "a list for a model": (lambda: replace_classifier([RUN[0]]), TypeError, "model must be an nn.Module, got"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RUN_WITH)
+def test_the_loss_kernel_and_classifiers_refuse(what):
+    call, error, text = RUN_WITH[what]
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_a_mark_outside_the_classes_is_no_class():
+    logits, target = torch.randn(3, 2), torch.tensor([0, -100, 1])
+    assert per_sample_cross_entropy(logits, target)[1] == 0
+    assert per_sample_cross_entropy(logits, target.where(target >= 0, 7), ignore_index=7)[1] == 0
 
 
 def test_only_auto_falls_back(monkeypatch):

@@ -34,6 +34,18 @@ def test_truth_of_cross_entropy(inputs):
         )
 
 
+@pytest.mark.parametrize("inputs", ["far", "loss 1e-20", "wrong 20"])
+def test_truth_under_a_bias_and_a_cap(inputs):
+    case = verify.Case("", "none", torch.float64, (20, 100, 300), None, inputs, "capped")
+    x, w, target, g = verify.make_inputs(case, CPU)
+    logits = case.logits(CPU)
+    leaves = x.requires_grad_(), w.requires_grad_(), logits["bias"].double().requires_grad_()
+    loss = reference.linear_cross_entropy(*leaves[:2], target, bias=leaves[2], softcap=verify.SOFTCAP, reduction="none")
+    want = torch.autograd.grad(loss, leaves, g.double())
+    found = verify.truth(x.detach(), w.detach(), target, None, g, **logits)
+    torch.testing.assert_close((*found[:3], found[5]), (loss.detach(), *want), rtol=1e-9, atol=1e-14)
+
+
 def test_a_large_shape_is_checked_on_some_tokens(monkeypatch):
     monkeypatch.setattr(verify, "TRUTH_WORK", 4 * 100 * 300)
     case = verify.Case("torch", "none", torch.float32, (200, 100, 300), None, "loss 1e-10")

@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "gamma": "the localization: CKA and lift against two hierarchies",
     "tokens": "which tokens and files a GPT treats alike: harmonic loss beside cross-entropy",
 }
+TOOK = {"modular": 301, "mislabeled": 11, "development": 244, "gamma": 350, "tokens": 617}  # s, --setting quick: README
 NEEDED = ("matplotlib", "scipy", "sklearn", "tqdm", "umap")
 
 
@@ -52,6 +53,16 @@ def kind(f: Any) -> dict[str, Any]:
     return {"type": str if f.default is MISSING else type(f.default), "metavar": "X"}
 
 
+def expectation(name: str, settings: Any, quick: Any) -> str:
+    """How long sampling takes, by its steps beside those of the quick settings, whose time was measured."""
+    steps, measured = (probe.num_chains * probe.num_steps for probe in (settings.probe(), quick.probe()))
+    seconds = TOOK[name] * steps / measured
+    how_long = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
+    how_long = how_long if seconds < 7200 else f"{seconds / 3600:,.0f} hours"
+    less = "; --setting quick, or fewer --num-chains or --num-draws take less" if seconds > 900 else ""
+    return f"takes {how_long} or so, by its steps and what the quick settings took on two cores of an AMD EPYC{less}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment, write results.json and figures, print a summary."""
     missing = [name for name in NEEDED if find_spec(name) is None]
@@ -67,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = replace(module.SETTINGS[setting], **given)
     out = out or Path("runs/loss_kernel") / name
     out.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: {expectation(name, settings, module.SETTINGS['quick'])}", flush=True)
     clock = experiment.Clock()
     try:
         with clock("all"):

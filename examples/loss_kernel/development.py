@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 
 from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.tools import MARKERS, line_style
 
 from . import figures, modular
 from .arithmetic import TASKS, accuracy
@@ -106,10 +107,11 @@ def draw(rows: list[dict[str, Any]], alike: torch.Tensor, out: Path) -> None:
     figures.labeled_matrix(out / "cka.png", alike, [str(s) for s in steps], "training step", "CKA of the kernels")
     _, axes = plt.subplots(1, 2, figsize=(10, 3.8))
     for name, color in (("pc1_auc", 0), ("knn_purity", 1), ("test_accuracy", 3)):
-        axes[0].plot(steps, [row[name] for row in rows], "o-", color=figures.COLORS[color], label=name)
+        style = {**line_style(color), "marker": MARKERS[color]}
+        axes[0].plot(steps, [row[name] for row in rows], label=name.replace("_", " "), **style)
     for name, color in ((TASKS[0], 0), (TASKS[1], 1), ("cross", 4), ("same result", 2)):
         values = [row["mean_rho"][name] for row in rows]
-        axes[1].plot(steps, values, "o-", color=figures.COLORS[color], label=f"mean ρ, {name}")
+        axes[1].plot(steps, values, label=f"mean ρ, {name}", **line_style(color), marker=MARKERS[color])
     for each in axes:
         each.set_xlabel("training step")
         each.legend(frameon=False, fontsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-COLORS = ("#0b7a75", "#d1495b", "#edae49", "#30638e", "#8a8f98")
+from harmonic_triton.tools import DASHES, MARKERS, PALETTE
+
+COLORS = PALETTE
 
 
 def save(path: Path) -> None:
@@ -28,7 +31,9 @@ def histogram(path: Path, values: Tensor, groups: Tensor, names: Sequence[str], 
     plt.figure(figsize=(6, 3.6))
     bins = np.histogram_bin_edges(values.numpy(), 60).tolist()
     for group, name in enumerate(names):
-        plt.hist(values[groups == group].numpy(), bins, alpha=0.65, color=COLORS[group], label=name)
+        filled = {"histtype": "stepfilled", "alpha": 0.35} if group == 0 else {"histtype": "step"}
+        style = {"edgecolor": COLORS[group], "facecolor": COLORS[group], "linestyle": DASHES[group], "linewidth": 1.5}
+        plt.hist(values[groups == group].numpy(), bins, label=name, **filled, **style)
     plt.xlabel(axis)
     plt.ylabel("samples")
     plt.title(title)
@@ -40,8 +45,9 @@ def densities(path: Path, series: Sequence[Tensor], names: Sequence[str], axis: 
     """Densities of pair values on a logarithmic scale, drawn as steps (paper, Figure 2 D)."""
     plt.figure(figsize=(6, 3.6))
     bins = np.histogram_bin_edges(np.concatenate([values.numpy() for values in series]), 120).tolist()
-    for color, values, name in zip(COLORS, series, names, strict=False):
-        plt.hist(values.numpy(), bins, density=True, histtype="step", log=True, color=color, label=name)
+    for color, dashes, values, name in zip(COLORS, DASHES, series, names, strict=False):
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.4}
+        plt.hist(values.numpy(), bins, density=True, histtype="step", log=True, label=name, **style)
     plt.axvline(0, color="#c9ced6", lw=0.8)
     plt.xlabel(axis)
     plt.ylabel("density")
@@ -51,36 +57,37 @@ def densities(path: Path, series: Sequence[Tensor], names: Sequence[str], axis: 
 
 
 def heatmap(path: Path, matrix: Tensor, boundaries: Sequence[int], title: str) -> None:
-    """A correlation matrix as it is ordered, with lines where groups meet; colours end at the 98th percentile."""
+    """A correlation matrix as it is ordered, with ticks beside it where groups meet; colours end at the 98th percentile."""
     plt.figure(figsize=(5.6, 5))
     off_diagonal = matrix.numpy()[~np.eye(len(matrix), dtype=bool)]
     limit = float(np.quantile(np.abs(off_diagonal), 0.98)) if off_diagonal.size else 1.0
     plt.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="antialiased")
-    for at in boundaries:
-        plt.axhline(at - 0.5, color="k", lw=0.5)
-        plt.axvline(at - 0.5, color="k", lw=0.5)
-    plt.colorbar(label="ρ", shrink=0.85)
+    plt.colorbar(label="correlation ρ", shrink=0.85)
     plt.title(title)
-    plt.xticks([])
-    plt.yticks([])
+    plt.xticks([at - 0.5 for at in boundaries], [""] * len(boundaries))
+    plt.yticks([at - 0.5 for at in boundaries], [""] * len(boundaries))
+    plt.tick_params(length=8, width=1)
     save(path)
 
 
 def scatter(
     axes: Axes, points: np.ndarray, values: Tensor, names: Sequence[str] | None, title: str, cmap: str = "twilight"
 ) -> None:
-    """An embedding: coloured by group where ``names`` are given, else by value; smaller dots for more points."""
-    size = min(4.0, max(0.4, 2e4 / len(points)))
+    """An embedding: a colour and a marker for each group where ``names`` are given, else by value; smaller dots for more points."""
+    size = min(12.0, max(0.4, 2e4 / len(points)))
     if names is None:
-        drawn = axes.scatter(points[:, 0], points[:, 1], c=values.numpy(), s=size, cmap=cmap, linewidths=0)
+        drawn = axes.scatter(
+            points[:, 0], points[:, 1], c=values.numpy(), s=size, cmap=cmap, linewidths=0.2, edgecolors="0.6"
+        )
         axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
     else:
-        colors = COLORS if len(names) <= len(COLORS) else plt.colormaps["tab10"](range(10))
         for group, name in enumerate(names):
             part = points[(values == group).numpy()]
-            axes.scatter(part[:, 0], part[:, 1], s=size, color=colors[group], label=name, linewidths=0)
-        for handle in axes.legend(frameon=False, fontsize=8).legend_handles:
-            handle.set_sizes([20])  # type: ignore[union-attr]
+            style: dict[str, Any] = {"color": COLORS[group % len(COLORS)], "marker": MARKERS[group % len(MARKERS)]}
+            axes.scatter(part[:, 0], part[:, 1], s=1.5 * size, label=name, linewidths=0, **style)
+        legend = axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.02))
+        for handle in legend.legend_handles:
+            handle.set_sizes([24])  # type: ignore[union-attr]
     axes.set_title(title, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])

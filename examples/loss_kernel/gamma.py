@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from harmonic_triton.losskernel import classification_loss, estimators
 from harmonic_triton.losskernel.kernel import LossKernel
 from harmonic_triton.losskernel.run import loss_kernel
+from harmonic_triton.tools import MARKERS, line_style
 
 from . import figures
 from .classifiers import fit, perceptron
@@ -175,20 +176,28 @@ def run(settings: Gamma, out: Path, clock: Clock) -> dict[str, Any]:
 
 
 def draw(name: str, rows: list[dict[str, Any]], alike: Tensor, control: dict[str, float], out: Path) -> None:
-    """CKA between γ; lift against γ with the control as dashed lines."""
+    """CKA between γ; lift against γ with the control as thin lines."""
     stem = name.replace(" ", "-")
     gammas = [row["gamma"] for row in rows]
     figures.labeled_matrix(out / f"{stem}-cka.png", alike, [f"{g:g}" for g in gammas], "γ", f"{name}: CKA")
     plt.figure(figsize=(6, 3.8))
-    for color, depth in zip(figures.COLORS, control, strict=False):
+    for number, depth in enumerate(control):
         values = [row["lift"][depth] for row in rows]
-        plt.plot(gammas, values, "o-", color=color, label=f"ancestor at depth {depth}")
-        plt.axhline(control[depth], color=color, ls="--", lw=0.9)
+        style = line_style(number)
+        plt.plot(
+            gammas,
+            values,
+            marker=MARKERS[number % len(MARKERS)],
+            label=f"ancestor at depth {depth}",
+            linewidth=1.8,
+            **style,
+        )
+        plt.axhline(control[depth], linewidth=0.8, **style)
     plt.axhline(1, color="k", lw=0.6)
     plt.xscale("log")
     plt.xlabel("γ")
     plt.ylabel("lift of nearest neighbours")
-    plt.title(f"{name} (dashed: neighbours by input features)", fontsize=10)
+    plt.title(f"{name} (thin: neighbours by input features)", fontsize=10)
     plt.legend(frameon=False, fontsize=8)
     figures.save(out / f"{stem}-lift.png")
 

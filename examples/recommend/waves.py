@@ -31,6 +31,7 @@ WAVES = {
         *(cross_entropy("gpt", lr) for lr in (2e-3, 4e-3, 8e-3)),
         *(harmonic("gpt", lr, ROOT) for lr in (2e-3, 4e-3)),
         harmonic("gpt", 2e-3, 28.0),
+        harmonic("gpt", 2e-3, ROOT, ratio=50.0),  # a last norm left at 1
     ],
     "llama-search": [
         *(cross_entropy("llama", lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3, 8e-3)),

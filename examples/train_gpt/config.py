@@ -87,6 +87,9 @@ class Config:
         1, "under torchrun: processes that share a replica, its vocabulary and feed-forward layers split over them"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:INDEX")
+    threads: int | None = option(
+        None, "CPU threads; by default OMP_NUM_THREADS, or the number that a few steps at the start find fastest"
+    )
     compile: bool = option(False, "torch.compile the model")
     resume: bool = option(True, "go on from the checkpoint in --out; --no-resume starts over and replaces it")
 
@@ -128,6 +131,9 @@ class Config:
             return peak * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
         return peak * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on. The rest changes where a run is computed, or how it is watched."""
@@ -205,10 +211,10 @@ class Config:
 
 _FREE = {
     *("out", "loss", "data", "micro_batch_size", "checkpoint_every", "prompt", "samples", "sample_tokens"),
-    *("temperature", "measure_head", "fsdp", "tensor_parallel", "device", "compile", "resume"),
+    *("temperature", "measure_head", "fsdp", "tensor_parallel", "device", "threads", "compile", "resume"),
 }  # data is compared by its content instead; micro-batches, device, compile and processes change rounding alone
 _AT_LEAST = {
-    **dict.fromkeys(("layers", "heads", "width", "block", "steps", "batch_size", "micro_batch_size"), 1),
+    **dict.fromkeys(("layers", "heads", "width", "block", "steps", "batch_size", "micro_batch_size", "threads"), 1),
     **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every", "sample_tokens"), 1),
     **dict.fromkeys(("tensor_parallel",), 1),
     **dict.fromkeys(("vocab_size",), 2),
@@ -219,6 +225,7 @@ _FRACTIONS = ("val_fraction", "dropout", "warmup_harmonic", "warmup_cross_entrop
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
+    "quick": {"out": "runs/quick", "steps": 200, "eval_every": 25, "checkpoint_every": 50},
     "gpt2": {
         "out": "runs/gpt2",
         "tokenizer": "gpt2",
@@ -266,7 +273,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m examples.train_gpt",
         description="Train a GPT with the harmonic loss, with cross-entropy or with each in turn, and write a report.",
     )
-    out.add_argument("--preset", choices=PRESETS, default="demo", help="demo: minutes on two cores; gpt2: the paper's")
+    out.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="demo",
+        help="demo: minutes on two cores; quick: a sixth of its steps; gpt2: the paper's",
+    )
     for f in fields(Config):
         values = {f"{name}: {over.get(f.name, f.default)}" for name, over in PRESETS.items()}
         shown = f"{f.metadata['help']} [{'; '.join(sorted(values))}]".replace("%", "%%")
@@ -276,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
         elif isinstance(f.default, tuple):
             out.add_argument(flag(f.name), nargs="+", metavar="PATH", **common)
         else:
-            kind = {"int": int, "str": str, "float": float}.get(str(f.type), number_or_none)
+            kind = {"int": int, "int | None": int, "str": str, "float": float}.get(str(f.type), number_or_none)
             out.add_argument(flag(f.name), type=kind, choices=f.metadata["choices"], **common)
     return out
 

@@ -6,40 +6,36 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import tokenizers
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import harmonic_triton as ht
 from harmonic_triton.tools import write_text
 
-from . import analysis, head_cost
+from . import analysis, figures, head_cost
 from .config import Config
 from .data import Corpus
 from .model import GPT
+from .trained import AVERAGED, NAMES, Trained, load_trained
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
-NAMES = {"harmonic": "harmonic", "cross_entropy": "cross-entropy", "authors": "authors' dense form"}
-COLORS = {"harmonic": "#0b7a75", "cross_entropy": "#d1495b", "authors": "#8a8f98"}
-AVERAGED = 20  # last steps in the final training loss
+SHORT = 300  # steps below which a run is a first look
 CSS = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1f2328; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem }
 p { margin: .4rem 0 .8rem } .quiet { color: #656d76; font-size: .92rem }
-img { width: 100%; height: auto } .scroll { overflow-x: auto }
+.conclusion { border-left: 4px solid #0072B2; padding: .2rem 1rem } img { width: 100%; height: auto } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0 }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #e3e6ea; vertical-align: top }
 th { font-weight: 600 } td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
@@ -49,42 +45,6 @@ pre { font-size: .82rem; line-height: 1.4; background: #f4f6f8; padding: .8rem 1
 """
 
 
-@dataclass
-class Trained:
-    """What one loss left behind."""
-
-    loss: str
-    history: dict[str, list[Any]]
-    seconds: float
-    vectors: Tensor  # (V, D), the tied embedding
-    samples: list[str]
-    principal: analysis.Principal
-
-    @property
-    def name(self) -> str:
-        return NAMES[self.loss]
-
-    @property
-    def color(self) -> str:
-        return COLORS[self.loss]
-
-
-def load_trained(config: Config, corpus: Corpus, device: torch.device, loss: str) -> Trained:
-    """The end of a training run, with samples drawn from it."""
-    state = torch.load(Path(config.out) / loss / "checkpoint.pt", map_location=device, weights_only=True)
-    model = GPT(config, corpus.vocab_size, loss).to(device)
-    model.load_state_dict(state["model"])
-    vectors = model.tokens.weight.detach().float().cpu()
-    prompt = corpus.vocabulary.encode(config.prompt) or corpus.val[:8].tolist()
-    texts = []
-    if config.samples:
-        ids = torch.tensor([prompt] * config.samples, device=device)
-        generator = torch.Generator(device).manual_seed(config.seed)
-        drawn = model.generate(ids, config.sample_tokens, config.temperature, generator)
-        texts = [corpus.vocabulary.decode(row) for row in drawn.tolist()]
-    return Trained(loss, state["history"], state["seconds"], vectors, texts, analysis.principal_components(vectors))
-
-
 def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
     """Measure what the report shows and write <out>/report.html."""
     runs = [load_trained(config, corpus, device, loss) for loss in config.losses]
@@ -92,7 +52,7 @@ def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
     groups = analysis.find_parallelograms(corpus.vocabulary)
     sections = [
         numbers_section(config, corpus, runs, groups),
-        loss_section(config, runs),
+        loss_section(config, corpus, runs),
         head_section(config, corpus, device) if config.measure_head else "",
         norm_section(runs),
         embedding_section(corpus, runs, counts),
@@ -117,21 +77,25 @@ def write_report(config: Config, corpus: Corpus, device: torch.device) -> Path:
 def numbers_section(config: Config, corpus: Corpus, runs: list[Trained], groups: list[analysis.Parallelograms]) -> str:
     """The title and the table of final numbers."""
     tokens = config.steps * config.batch_size * config.block
+    guess = f"a guess: ln V = {math.log(corpus.vocab_size):.3f}"
 
     def quadruple_median(run: Trained) -> str:
         if not groups:
             return "none found"
-        return f"{all_losses(run, groups).median().item():.3f}"
+        return f"{run.parallelogram_losses(groups).median().item():.3f}"
 
     rows: list[tuple[str, Callable[[Trained], str]]] = [
         ("validation loss at the end (nats a token)", lambda r: f"{r.history['val'][-1][1]:.4f}"),
-        ("validation loss before training", lambda r: f"{r.history['val'][0][1]:.4f}"),
-        (f"training loss, mean of the last {min(AVERAGED, config.steps)} steps", lambda r: f"{last_mean(r):.4f}"),
+        (
+            f"validation loss before training ({guess})",
+            lambda r: f"{r.history['val'][0][1]:.4f}",
+        ),
+        (f"training loss, mean of the last {min(AVERAGED, config.steps)} steps", lambda r: f"{r.last_mean:.4f}"),
         ("peak learning rate", lambda r: f"{config.peak_lr(r.loss):.2e}"),
         ("training time (s)", lambda r: f"{r.seconds:.1f}"),
         ("training speed (tokens/s)", lambda r: f"{tokens / r.seconds:,.0f}"),
         ("mean norm of the class vectors", lambda r: f"{r.history['weight_norm'][-1][1]:.3f}"),
-        ("its growth over the last quarter", lambda r: f"{100 * late_growth(r):+.2f} %"),
+        ("its growth over the last quarter", lambda r: f"{100 * r.late_growth:+.2f} %"),
         ("variance in two principal components", lambda r: f"{100 * sum(r.principal.share):.1f} %"),
         ("parallelogram loss, median", quadruple_median),
     ]
@@ -144,28 +108,43 @@ def numbers_section(config: Config, corpus: Corpus, runs: list[Trained], groups:
         )
     return (
         f"<h1>GPT with {' and '.join(r.name for r in runs)} loss</h1>"
-        f"<p>{what}. Text: {esc(corpus.description)}.</p>{body}"
+        f"<p>{what}. Text: {esc(corpus.description)}.</p>{conclusion(config, corpus, runs)}{body}"
     )
 
 
-def loss_section(config: Config, runs: list[Trained]) -> str:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for run in runs:
-        losses = np.array(run.history["train"])
-        width = max(1, len(losses) // 50)
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        left.plot(np.arange(1, len(losses) + 1), losses, color=run.color, alpha=0.25, linewidth=0.7)
-        left.plot(np.arange(width, len(losses) + 1), smooth, color=run.color, label=run.name)
-        right.plot(*zip(*run.history["val"], strict=True), color=run.color, marker=".", label=run.name)
-    left.set(title="training", xlabel="step", ylabel="loss (nats a token)")
-    right.set(title="validation", xlabel="step")
-    left.legend(frameon=False)
+def conclusion(config: Config, corpus: Corpus, runs: list[Trained]) -> str:
+    """What to make of the numbers, in a few sentences."""
+    guess, first = math.log(corpus.vocab_size), runs[0]
+    unlearned = [run.name for run in runs if run.final >= guess]
+    if unlearned:
+        text = f"{' and '.join(unlearned)} has learned nothing yet: its validation loss is not below ln V = {guess:.2f}, a guess."
+    elif len(runs) == 1:
+        text = f"The {first.name} loss ends at {first.final:.3f} nats a token, {guess - first.final:.2f} below a guess."
+    else:
+        best, other = sorted(runs, key=lambda run: run.final)
+        gap = other.final - best.final
+        lower = (
+            f"{best.name} ends {gap:.3f} nats a token lower than {other.name}"
+            if gap >= 5e-4
+            else "Both end equally low"
+        )
+        text = f"{lower} ({best.final:.3f} and {other.final:.3f}); both are below a guess, ln V = {guess:.2f}."
+    caution = "One seed and one learning rate: differences of some hundredths mean nothing."
+    if config.steps < SHORT:
+        caution = f"{config.steps:,} steps are a first look" + (
+            "." if len(runs) == 1 else ": not which loss is better."
+        )
+    return f"<p class=conclusion><b>In short:</b> {esc(text)} {caution}</p>"
+
+
+def loss_section(config: Config, corpus: Corpus, runs: list[Trained]) -> str:
     mixed = f" Both contain the uniform mix with α = {config.uniform_mix}." if config.uniform_mix else ""
     return section(
         "Loss",
         "Mean of −log p of the next token; −log p means the same for both losses. Thin lines are single steps, "
-        f"thick lines running means; validation always uses the same sequences.{mixed}",
-        image("plot-loss", figure, "training and validation loss by step"),
+        "thick lines running means, the dotted line what equal probabilities for all classes cost; validation always uses the "
+        f"same sequences.{mixed}",
+        image("plot-loss", figures.losses(runs, math.log(corpus.vocab_size)), "training and validation loss by step"),
     )
 
 
@@ -186,17 +165,6 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
         write_text(cache, json.dumps(stored, indent=1))
     heads = stored["heads"]
     measured = {head: cost for head, cost in heads.items() if "error" not in cost}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 2.4), sharey=True)
-    for axis, key, scale, title in (
-        (axes[0], "ms", 1, "time, forward and backward (ms)"),
-        (axes[1], "bytes", 2**20, "peak memory beyond x, W and gradients (MiB)"),
-    ):
-        values = [cost[key] / scale for cost in measured.values()]
-        bars = axis.barh([NAMES[h] for h in measured], values, color=[COLORS[h] for h in measured], height=0.6)
-        axis.bar_label(bars, fmt="%.1f", padding=3)
-        axis.margins(x=0.15)
-        axis.set_xlabel(title)
-    axes[0].invert_yaxis()
     rows = [
         [NAMES[head], f"{cost['ms']:.1f}", f"{cost['bytes'] / 2**20:.1f}"]
         if head in measured
@@ -212,50 +180,34 @@ def head_section(config: Config, corpus: Corpus, device: torch.device) -> str:
         f"Time is the fastest of {head_cost.TIMINGS} passes in each of {head_cost.PROCESSES} fresh processes, memory "
         f"the median of their peaks by {methods}. "
         "The authors' dense form is s = |w|² + |x|² − 2w·x + 1e-4, p ∝ s<sup>−n/2</sup>, all N×V at once.",
-        image("plot-head", figure, "time and peak memory of the heads"),
+        image("plot-head", figures.head_costs(measured), "time and peak memory of the heads"),
         table(["head", "time (ms)", "peak memory (MiB)"], rows),
     )
 
 
 def norm_section(runs: list[Trained]) -> str:
-    figure, axis = plt.subplots(figsize=(10, 3.4))
-    for run in runs:
-        axis.plot(*zip(*run.history["weight_norm"], strict=True), color=run.color, label=run.name)
-    axis.set(xlabel="step", ylabel="mean of ‖w‖ over classes")
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
-    growth = "; ".join(f"{r.name} {100 * late_growth(r):+.2f} %" for r in runs)
+    growth = "; ".join(
+        f"{r.name} {r.history['weight_norm'][0][1]:.2f} to {r.history['weight_norm'][-1][1]:.2f},"
+        f" {100 * r.late_growth:+.2f} % over the last quarter"
+        for r in runs
+    )
     return section(
         "Norm of the class vectors",
         "The harmonic loss has a minimum at finite weights, cross-entropy on separable data has none. "
-        f"Growth over the last quarter of the run: {growth}. The falling learning rate slows both.",
-        image("plot-norm", figure, "mean weight norm by step"),
+        f"In this run: {growth}. The falling learning rate slows both.",
+        image("plot-norm", figures.norms(runs), "mean weight norm by step"),
     )
 
 
 def embedding_section(corpus: Corpus, runs: list[Trained], counts: Tensor) -> str:
-    figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 5), squeeze=False)
-    frequency = np.log10(counts.clamp_min(1).numpy())
-    for axis, run in zip(axes[0], runs, strict=True):
-        points, share = run.principal.points.numpy(), run.principal.share
-        axis.scatter(*points.T, c=frequency, s=5, cmap="viridis", linewidths=0, alpha=0.7)
-        spread, placed = points.std(0), np.empty((0, 2))
-        for token in analysis.words(corpus.vocabulary, counts, 60):
-            clear = np.abs((placed - points[token]) / spread) > (0.55, 0.22)
-            if clear.any(1).all() and len(placed) < 22:
-                placed = np.vstack([placed, points[token]])
-                axis.annotate(printable(analysis.label(corpus.vocabulary, token)), points[token], fontsize=8)
-        axis.set(
-            title=f"{run.name}: {100 * sum(share):.1f} % of the variance",
-            xlabel=f"first component ({100 * share[0]:.1f} %)",
-            ylabel=f"second component ({100 * share[1]:.1f} %)",
-        )
-    figure.tight_layout()
+    frequent = analysis.words(corpus.vocabulary, counts, 60)
+    names = [(token, printable(analysis.label(corpus.vocabulary, token))) for token in frequent]
     return section(
         "Embeddings",
         "The class vectors (tied with the token embedding) on their top two principal components, one dot a token; "
-        "brighter dots are more frequent tokens, ␣ is a space. Titles give the share of the variance.",
-        image("plot-embedding", figure, "class vectors in two principal components"),
+        "darker dots are more frequent tokens, ␣ is a space, all panels have one scale. Titles give the share of the variance: "
+        "where it is small, the picture shows little of what the vectors hold.",
+        image("plot-embedding", figures.embeddings(runs, counts, names), "class vectors in two principal components"),
     )
 
 
@@ -284,32 +236,41 @@ def parallelogram_section(
     if not groups:
         return section(title, "No relation has two pairs whose words are single tokens here: nothing to measure.")
     chance = analysis.random_quadruples(counts, 2000, config.seed) if len(counts) >= 4 else None
-    figure, axis = plt.subplots(figsize=(10, 3.6))
+    related = [run.parallelogram_losses(groups) for run in runs]
+    random = [] if chance is None else [analysis.parallelogram_loss(run.principal.points, chance) for run in runs]
+    picture = figures.parallelograms(runs, related, random)
     rows = []
-    for run in runs:
-        cdf(axis, all_losses(run, groups), color=run.color, label=run.name)
-        if chance is not None:
-            random = analysis.parallelogram_loss(run.principal.points, chance)
-            cdf(axis, random, color=run.color, linestyle=":", label=f"{run.name}, random tokens")
     for group in groups:
         medians = [analysis.parallelogram_loss(r.principal.points, group.quadruples).median().item() for r in runs]
         pairs = ", ".join("/".join(pair) for pair in group.pairs)
         rows.append([group.relation, pairs, str(len(group.quadruples)), *(f"{m:.3f}" for m in medians)])
     if chance is not None:
-        medians = [analysis.parallelogram_loss(r.principal.points, chance).median().item() for r in runs]
+        medians = [values.median().item() for values in random]
         rows.append(["random", "of the 500 most frequent tokens", str(len(chance)), *(f"{m:.3f}" for m in medians)])
-    axis.set(xlabel="parallelogram loss", ylabel="share of quadruples below", ylim=(0, 1.02))
-    axis.set_xlim(left=0)
-    axis.legend(frameon=False)
     return section(
         title,
         "Two pairs of one relation, such as get/set and open/close, should span a parallelogram. The loss is the "
         "paper's Eq. 3, ‖E<sub>i</sub> + E<sub>n</sub> − E<sub>j</sub> − E<sub>m</sub>‖/σ on the top two principal "
         "components, unsquared, with σ² the mean of ‖E‖² over the vocabulary: 0 is a perfect parallelogram. "
-        "Only words that are single tokens take part; dotted lines are four random frequent tokens.",
-        image("plot-parallelogram", figure, "cumulative distribution of the parallelogram loss"),
+        f"Only words that are single tokens take part; thin lines are four random frequent tokens. "
+        f"{beside_chance(runs, related, random)}",
+        image(
+            "plot-parallelogram",
+            picture,
+            "cumulative distribution of the parallelogram loss",
+        ),
         table(["relation", "pairs", "quadruples", *(f"median, {r.name}" for r in runs)], rows),
     )
+
+
+def beside_chance(runs: list[Trained], related: list[Tensor], random: list[Tensor]) -> str:
+    """Whether related pairs come nearer to parallelograms than random tokens do."""
+    found = [
+        f"{run.name} {mine.median():.2f} against {chance.median():.2f}"
+        + ("" if mine.median() < 0.9 * chance.median() else ", no better than chance")
+        for run, mine, chance in zip(runs, related, random, strict=False)
+    ]
+    return f"Medians of related pairs and random tokens: {'; '.join(found)}." if found else ""
 
 
 def sample_section(config: Config, runs: list[Trained]) -> str:
@@ -367,25 +328,6 @@ def configuration_section(config: Config, corpus: Corpus, runs: list[Trained], d
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
-def last_mean(run: Trained) -> float:
-    return float(np.mean(run.history["train"][-AVERAGED:]))
-
-
-def late_growth(run: Trained) -> float:
-    """Relative growth of the weight norm over the last quarter of the steps."""
-    steps, norms = zip(*run.history["weight_norm"], strict=True)
-    return norms[-1] / float(np.interp(0.75 * steps[-1], steps, norms)) - 1
-
-
-def all_losses(run: Trained, groups: list[analysis.Parallelograms]) -> Tensor:
-    """Parallelogram losses of every relation together."""
-    return analysis.parallelogram_loss(run.principal.points, torch.cat([g.quadruples for g in groups]))
-
-
-def cdf(axis: Any, values: Tensor, **style: Any) -> None:
-    axis.ecdf(values, **style)
-
-
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -426,6 +368,6 @@ def image(name: str, figure: Figure, text: str) -> str:
         axis.grid(alpha=0.2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
-    plt.close(figure)
+    figures.plt.close(figure)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img id="{name}" alt="{text}" src="data:image/png;base64,{encoded}">'

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from harmonic_triton.tools import replacing
 
-from . import parallel
-from .config import DTYPES, Config, flag, from_arguments
+from . import pace, parallel
+from .config import Config, flag, from_arguments
 from .data import Corpus, load
 from .model import GPT
 
@@ -98,6 +98,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
+                "threads": torch.get_num_threads(),
                 "history": self.history,
             }
             with replacing(self.path) as file:
@@ -168,7 +169,7 @@ class Trainer:
             parallel.sync_gradients(model, at == mine[-1])
             waits = isinstance(model, DistributedDataParallel) and at != mine[-1]
             with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-                with autocast(config, place.device):
+                with config.autocast(place.device):
                     loss = model(x, y, num_items)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -196,10 +197,6 @@ class Trainer:
         return (norms.full_tensor() if isinstance(norms, DTensor) else norms).mean().item()
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, DTYPES[config.dtype], enabled=config.dtype != "float32")
-
-
 @torch.no_grad()
 def evaluate(model: GPT, config: Config, corpus: Corpus, place: Place) -> float:
     """Mean loss over the same validation sequences every time, shared among the processes."""
@@ -209,7 +206,7 @@ def evaluate(model: GPT, config: Config, corpus: Corpus, place: Place) -> float:
     total = torch.zeros((), dtype=torch.float64, device=place.device)
     for at in range(place.rank * size, len(offsets), place.world * size):
         x, y = corpus.batch("val", config.block, offsets[at : at + size], place.device)
-        with autocast(config, place.device):
+        with config.autocast(place.device):
             total += model(x, y, num_items=1).double()
     model.train()
     return place.mean(total).item() * place.world / (len(offsets) * config.block)
@@ -283,6 +280,11 @@ def run(config: Config) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        steps = pace.steps_left(config)
+        if steps and not (config.fsdp or config.tensor_parallel > 1):  # a whole model may not fit there
+            found = pace.measure(config, corpus, place)
+            if first:
+                print(pace.announcement(config, found, steps), flush=True)
         for loss in config.losses:
             Trainer(config, corpus, place, loss).train()
     except FloatingPointError as error:

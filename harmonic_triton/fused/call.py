@@ -22,6 +22,7 @@ from harmonic_triton.fused.parallel.dtensor import localized
 from harmonic_triton.fused.parallel.shard import Shard, shard_of
 from harmonic_triton.fused.problem import Operands, Problem, Wanted
 from harmonic_triton.fused.results import TokenResults, TokenWeights, token_losses
+from harmonic_triton.fused.tangents import without_tangents
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _prepare(
     if torch.compiler.is_compiling():
         w = w.view_as(w)  # dynamo does not see that torch.func.grad differentiates what is no operation's result
     if backend != "reference":
-        x, w, n, class_weight, bias = ops.without_tangents(x, w, n, class_weight, bias)
+        x, w, n, class_weight, bias = without_tangents(x, w, n, class_weight, bias)
     smooth_weight = None
     if options.label_smoothing:
         classes = len(w) if shard is None else shard.classes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton._common.precision import compute_dtype
-from harmonic_triton._common.transforms import compiled_transform, forward_mode, whole
+from harmonic_triton._common.transforms import compiled_transform, whole
 from harmonic_triton.fused import checks, strategy
 from harmonic_triton.fused.problem import Backend, Finishing, Operands, Problem, Wanted, schema, unpack
 from harmonic_triton.fused.results import (
@@ -27,6 +27,7 @@ from harmonic_triton.fused.results import (
     Unfinished,
     Upstream,
     exponent_gradient,
+    summed,
     token_losses,
     upstream_of,
 )
@@ -135,7 +136,7 @@ def _forward_backward(
     if bad is not None:
         results.nll.masked_fill_(bad, math.nan)
     dtype, classes = results.nll.dtype, operands.w.shape[0]
-    exact = results._replace(**{name: getattr(results, name).double() for name in _summed(weights)})
+    exact = results._replace(**{name: getattr(results, name).double() for name in summed(weights)})
     exact_weights = TokenWeights._make(w if w is None else w.double() for w in weights)
     loss = token_losses(exact, exact_weights, problem.mix, classes, problem.token_scaling)
     dn = results.nll.new_zeros(())
@@ -143,13 +144,6 @@ def _forward_backward(
         upstream = upstream_of(exact, exact_weights, problem.mix, classes, problem.token_scaling)
         dn = exponent_gradient(exact, operands.n, upstream).to(dtype)
     return loss.sum().to(dtype), dn, unfinished, results
-
-
-def _summed(weights: TokenWeights) -> tuple[str, ...]:
-    """The results that a weighted loss is made of."""
-    if weights.smooth is None and weights.log_sum is None:
-        return ("nll",)
-    return DIFFERENTIABLE
 
 
 @_plainly
@@ -255,45 +249,6 @@ def perform(name: str, *parts: tuple[Any, ...]) -> Any:
     if _nobody_looks_on(*parts):
         return _BODIES[name](*parts)
     return getattr(torch.ops.harmonic_triton, name)(*chain.from_iterable(parts))
-
-
-NO_TANGENT = (
-    "harmonic_triton: a fused loss has no derivative in forward mode (jvp, jacfwd, hessian, linearize, dual tensors);"
-    ' use jacrev or grad, or backend="reference" (dense, fp64), which has one'
-)
-
-
-class _NoTangent(torch.autograd.Function):
-    """Passes its tensor through; a tangent that it carries is an error instead of being dropped."""
-
-    @staticmethod
-    def forward(tensor: Tensor) -> Tensor:  # type: ignore[override]
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], tensor: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
-        return _NoTangent.apply(tensor), in_dims[0]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError(NO_TANGENT)
-
-
-def without_tangents(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors; in forward mode an error for one with a tangent, which the operators would not see."""
-    if not forward_mode():
-        return tensors
-    if torch.compiler.is_compiling():  # dynamo would drop the check; without fullgraph it goes back to eager from here
-        raise NotImplementedError(NO_TANGENT)
-    return tuple(None if tensor is None else _NoTangent.apply(tensor) for tensor in tensors)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -449,6 +404,12 @@ def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     finishing = Finishing(rival, g, _last_backward(g))
     dx, dw, db = perform("finish", operands, unfinished, finishing, ctx.problem, need)
     return *_first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
+
+
+for _name, _function in (("forward", ForwardFunction), ("forward_backward", ForwardBackwardFunction)):
+    torch.library.register_autograd(  # for exported graphs, which hold operators alone
+        f"harmonic_triton::{_name}", _function.backward, setup_context=_function.setup_context, lib=_LIBRARY
+    )
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:

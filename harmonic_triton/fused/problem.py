@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from harmonic_triton._version import __version__
 from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream
 
 
@@ -38,6 +39,9 @@ class Problem(NamedTuple):
     budget: int  # bytes of scratch, 0 leaves them to the backend
     softcap: float = 0.0  # c of c tanh(logit/c) (cross-entropy), 0: none
     token_scaling: bool = False  # whether a token's loss counts as often as its target is probable
+    version: str = (
+        __version__  # not read: so that a compiler's cache on disk takes no graph of another version's operators
+    )
 
 
 class Wanted(NamedTuple):

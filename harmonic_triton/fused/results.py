@@ -77,6 +77,13 @@ class Upstream(NamedTuple):
         return used
 
 
+def summed(weights: TokenWeights) -> tuple[str, ...]:
+    """The results that a weighted loss is made of."""
+    if weights.smooth is None and weights.log_sum is None:
+        return ("nll",)
+    return DIFFERENTIABLE
+
+
 COLUMNS = 8  # of the operand that column sums are made with: two in use, the least that a matrix unit takes
 TOKEN_FACTORS = 6  # of the torch backend
 
@@ -127,7 +134,7 @@ def upstream_of(
 ) -> Upstream:
     """The derivatives of the sum of ``token_losses``."""
     weights = _by_probability(results, weights) if scaling else weights
-    nll = weights.nll * mixed_slope(results.nll, mix, classes)
+    nll = weights.nll * mixed_slope(results.nll, mix, classes) if mix else weights.nll
     if weights.log_sum is None:
         return Upstream(nll, weights.smooth, None)
     log_sum = 2 * weights.log_sum * (results.nll + results.target_ref)
@@ -153,10 +160,8 @@ def mixed_nll(nll: Tensor, mix: float, classes: int) -> Tensor:
     return torch.log1p((mix - share + rest) / (p + share))
 
 
-def mixed_slope(nll: Tensor, mix: float, classes: int) -> Tensor | float:
+def mixed_slope(nll: Tensor, mix: float, classes: int) -> Tensor:
     """d mixed_nll / d nll."""
-    if not mix:
-        return 1.0
     p = torch.exp(-nll)
     return p / (p + mix / classes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from typing_extensions import Unpack
 
+from harmonic_triton._common import validate
 from harmonic_triton.fused.options import HeadOptions
 from harmonic_triton.modules import HarmonicHead
 
@@ -37,6 +38,8 @@ def replace_classifier(
     Raises:
         TypeError, ValueError: there is no such layer, or an argument is wrong.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {validate.describe(model)}")
     layers = {at: module for at, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = name if name is not None else next(reversed(layers), None)
     if found is None or found not in layers:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmonic_triton._common import validate
+from harmonic_triton._common.transforms import in_transform
 
 
 def per_sample_cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -35,10 +36,17 @@ def per_sample_cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: in
     if target.shape != logits.shape[:-1] or target.is_floating_point():
         raise ValueError(
             f"target must be int64 of shape {tuple(logits.shape[:-1])} (logits without the last dimension),"
-            f" got {validate.describe(target)}"
+            f" got {validate.describe(target)}" + ("; use target.long()" if target.is_floating_point() else "")
         )
+    classes, ignored = logits.shape[-1], target == ignore_index
+    if target.device.type == "cpu" and not (in_transform() or torch.compiler.is_compiling()):
+        bad = target[((target < 0) | (target >= classes)) & ~ignored]
+        if len(bad):
+            raise ValueError(
+                f"target holds {bad[0].item()}, outside 0 ... {classes - 1} (logits have {classes} classes);"
+                f" mark what to skip with {ignore_index}"
+            )
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    ignored = target == ignore_index
     index = torch.where(ignored, 0, target.long()).unsqueeze(-1)
     others = (logits - logits.gather(-1, index)).scatter(-1, index, torch.finfo(logits.dtype).min)
     return F.softplus(others.logsumexp(-1), threshold=50.0).masked_fill(ignored, 0.0)

@@ -1,8 +1,8 @@
 """``python -m harmonic_triton verify``: every backend that serves here against the fp64 reference, as a table.
 
 The truth is computed in fp64 by direct differences from the *same rounded inputs*. Errors are relative: the largest over
-tokens for the loss, the largest over rows of ||out - truth||/||truth|| for dX and dW, |out - truth| over the sum of the
-tokens' absolute contributions for dn. The upstream gradient varies from token to token.
+tokens for the loss, the largest over rows of ||out - truth||/||truth|| for dX and dW, that of the whole for db, |out - truth|
+over the sum of the tokens' absolute contributions for dn. The upstream gradient varies from token to token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ LOSS_BOUND = 1e-5
 GRADIENT_BOUND = {torch.float64: 1e-9, torch.float32: 5e-5, torch.bfloat16: 8e-3, torch.float16: 8e-3}
 REFERENCE_ENTRIES = 2**25  # N x V entries of the fp64 truth that are held at a time
 DENSE_WORK = 2**32  # N x V x D up to which the dense reference is tried: its backward holds all differences
+SOFTCAP = 50.0  # beside logits of up to 80
 TRUTH_WORK = 2**36  # N x V x D differences in fp64 that one line is worth: a second on a GPU
 
 
@@ -42,12 +43,18 @@ class Case:
     shape: tuple[int, int, int]  # N, D, V
     n: float | None
     inputs: str  # "far", "loss 1e-10", "wrong 0.1"
-    loss: str = "harmonic"  # or "entropy": cross-entropy
+    loss: str = "harmonic"  # or "entropy": cross-entropy; "capped": with a bias and a soft cap
 
     @property
     def exponent(self) -> float:
         """The harmonic exponent in use."""
         return torch.tensor(math.sqrt(self.shape[1]) if self.n is None else self.n).item()  # as fp32 holds it
+
+    def logits(self, device: torch.device) -> dict[str, Any]:
+        """The options of cross-entropy."""
+        if self.loss != "capped":
+            return {}
+        return {"bias": torch.linspace(-1, 1, self.shape[2], device=device), "softcap": SOFTCAP}
 
     @property
     def growth(self) -> float:
@@ -86,7 +93,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> tuple[Tensor
     at = probes(case).to(device)
     kind, _, level = case.inputs.partition(" ")
     x = normal(tokens, width)
-    if case.loss == "entropy" and kind != "far":  # w_c, or a wrong class, has the largest logit by far
+    if case.loss != "harmonic" and kind != "far":  # w_c, or a wrong class, has the largest logit by far
         along = torch.nn.functional.normalize(w[(target + (kind == "wrong")) % classes].float(), dim=1)
         if kind == "wrong":
             x = float(level) * along / 0.02 / math.sqrt(width)
@@ -138,10 +145,13 @@ def length_for_loss(level: float, direction: Tensor, w: Tensor, target: Tensor) 
     return high.float()
 
 
-def truth(x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor) -> tuple[Tensor, ...]:
-    """(losses, dX, dW, dn) in fp64, a few rows at a time, and the sum of the absolute values that dn is the sum of.
+def truth(
+    x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor, bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(losses, dX, dW, dn, db) in fp64, a few rows at a time, and the sum of the absolute values that dn is the sum of.
 
-    ``n=None`` is cross-entropy, which has no dn (0).
+    ``n=None`` is cross-entropy, which has no dn (0), and alone a db.
 
     Rows without upstream gradient are left out: their losses are 0 here.
     The reference's distances and losses, and their derivative written out (A = -n G/s, as in the fused backends, but
@@ -151,19 +161,22 @@ def truth(x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor) -> t
 
     w = w.double()
     losses, dx = w.new_zeros(len(x)), torch.zeros_like(x, dtype=torch.float64)
-    dw, dn, dn_size = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(())
+    dw, dn, dn_size, db = torch.zeros_like(w), w.new_zeros(()), w.new_zeros(()), w.new_zeros(len(w))
     for rows in ((target >= 0) & (g != 0)).nonzero().squeeze(1).split(max(1, REFERENCE_ENTRIES // len(w))):
         part, index, grad = x[rows].double(), target[rows].unsqueeze(1), g[rows].double()
         if n is None:
-            z, _ = reference.relative_logits(part, w, target[rows])
+            z, _ = reference.relative_logits(part, w, target[rows], bias, softcap)
         else:
             z, s_c = reference.log_scores(part, w, target[rows], n)
         losses[rows] = loss = reference.negative_log_likelihood(z, target[rows])
         p = (z - loss.unsqueeze(1)).exp_().scatter_(1, index, 0.0)  # of the classes beside the target
         if n is None:
             slope = p.scatter_(1, index, -p.sum(1, keepdim=True)).mul_(grad.unsqueeze(1))
+            if softcap is not None:
+                slope *= torch.cosh((part @ w.t() + (0.0 if bias is None else bias)) / softcap) ** -2
             dx[rows] = slope @ w
             dw += slope.t() @ part
+            db += slope.sum(0)
             continue
         terms = (p * z).sum(1) * grad / n
         dn, dn_size = dn + terms.sum(), dn_size + terms.abs().sum()
@@ -171,7 +184,7 @@ def truth(x: Tensor, w: Tensor, target: Tensor, n: float | None, g: Tensor) -> t
         a = slope.mul_(z.mul_(2 / n).exp_())
         dx[rows] = a.sum(1, keepdim=True) * part - a @ w
         dw += a.sum(0).unsqueeze(1) * w - a.t() @ part
-    return losses, dx, dw, dn, dn_size
+    return losses, dx, dw, dn, dn_size, db
 
 
 def row_error(out: Tensor, ref: Tensor, dtype: torch.dtype) -> float:
@@ -190,28 +203,30 @@ def prepared(case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], tupl
     x, w, target, g = make_inputs(case, device)
     if case.reduction == "sum":
         g.fill_(0.75)
-    return (x, w, target, g), truth(x, w, target, case.exponent if case.loss == "harmonic" else None, g)
+    exponent = case.exponent if case.loss == "harmonic" else None
+    return (x, w, target, g), truth(x, w, target, exponent, g, **case.logits(device))
 
 
 def run_case(case: Case, device: torch.device) -> Outcome:
     """One backend on one set of inputs."""
     from harmonic_triton import linear_cross_entropy, linear_harmonic_loss
 
-    (x, w, target, g), (losses, dx, dw, dn, dn_size) = prepared(replace(case, backend=""), device)
+    (x, w, target, g), (losses, dx, dw, dn, dn_size, db) = prepared(replace(case, backend=""), device)
     counted = (target >= 0) & (g != 0)
     # A power of two brings the gradients into the middle of the dtype's range, as a gradient scaler would.
     typical = dx.norm(dim=1)[counted].median().item()
     scale = 2.0 ** -round(math.log2(typical)) if typical > 0 else 1.0
     x, w = (tensor.detach().clone().requires_grad_() for tensor in (x, w))
     n = torch.tensor(case.exponent, device=device, requires_grad=True)
-    backend = cast(BackendName, case.backend)
+    backend, logits = cast(BackendName, case.backend), case.logits(device)
+    bias = logits.get("bias", n.detach()).requires_grad_()
     start = time.perf_counter()
     if case.loss == "harmonic":
         out = linear_harmonic_loss(x, w, target, n=n, reduction=case.reduction, backend=backend)
     else:
-        out = linear_cross_entropy(x, w, target, reduction=case.reduction, backend=backend) + 0 * n
+        out = linear_cross_entropy(x, w, target, reduction=case.reduction, backend=backend, **logits) + 0 * n
     upstream = g * scale if case.reduction == "none" else out.new_tensor(0.75 * scale)
-    grad_x, grad_w, grad_n = torch.autograd.grad(out, (x, w, n), upstream.to(out.dtype))
+    grad_x, grad_w, grad_n, grad_b = torch.autograd.grad(out + 0 * bias.sum(), (x, w, n, bias), upstream.to(out.dtype))
     seconds = time.perf_counter() - start
     got, wanted = out.detach().double(), losses
     if case.reduction == "none":
@@ -225,9 +240,11 @@ def run_case(case: Case, device: torch.device) -> Outcome:
     }
     if case.loss == "harmonic":
         errors["dn"] = abs(grad_n.item() - dn.item() * scale) / (dn_size.item() * scale)
+    elif logits:
+        errors["db"] = float((grad_b.double() / scale - db).norm() / db.norm())
     gradient = GRADIENT_BOUND[case.dtype] * case.growth
     small = min(gradient, GRADIENT_BOUND[torch.float32] * case.growth)
-    bounds = {"loss": LOSS_BOUND, "dX": gradient, "dW": gradient, "dn": small}
+    bounds = {"loss": LOSS_BOUND, "dX": gradient, "dW": gradient, "dn": small, "db": gradient}
     if case.dtype == torch.float64:
         bounds["dn"] = 1e-6  # n itself is fp32
         bounds["loss"] = 1e-6
@@ -268,6 +285,10 @@ def cases(
             logits += [(shape, "loss 1e-10") for shape in more]
             lines += [Case("", "none", dtype, shape, None, kind, "entropy") for shape, kind in logits]
             lines.append(Case("", "sum", dtype, first, None, "far", "entropy"))
+            lines += [
+                Case("", "none", dtype, first, None, kind, "capped") for kind in ("far", "loss 1e-20", "wrong 20")
+            ]
+            lines.append(Case("", "sum", dtype, first, None, "far", "capped"))
             for line in lines:
                 if line.reduction == "sum" and len(probes(line)) < line.shape[0]:
                     continue  # its truth needs all tokens
@@ -309,7 +330,7 @@ def main(options: argparse.Namespace) -> int:
     backends = options.backend or ["reference", "torch", "triton"]
     dtypes = [DTYPES[name] for name in options.dtype] if options.dtype else None
     print(f"\n{'kind':8} {'backend':9} {'reduction':9} {'dtype':8} {'N x D x V':>18} {'n':>6} {'inputs':10} {'loss':>8}"
-          f"  {'error of loss':>17}  {'dX':>17}  {'dW':>17}  {'dn':>17}")  # fmt: skip
+          f"  {'error of loss':>17}  {'dX':>17}  {'dW':>17}  {'dn or db':>17}")  # fmt: skip
     failed = total = 0
     for case in cases(device, backends, options.shape, dtypes):
         outcome = run_case(case, device)

@@ -44,6 +44,9 @@ OPTIONS = {
     "logits": {"n": None},
     "logits, smoothing": {"n": None, "label_smoothing": 0.1},
     "logits, smoothing, class weights": {"n": None, "label_smoothing": 0.1, "class_weight": True},
+    "logits, bias": {"n": None, "bias": True},
+    "logits, cap": {"n": None, "softcap": 9.0},
+    "logits, bias, cap, smoothing": {"n": None, "bias": True, "softcap": 9.0, "label_smoothing": 0.1},
 }
 LAYOUTS = ("transposed", "unaligned", "budget")
 _rounds = itertools.cycle(ERRORS)
@@ -67,7 +70,7 @@ def test_lines_of_verify(arch, dtype, line, errors, strategy):
     # Beside the bounds: lg2.approx is off by 2^-22 of a logarithm, and absolutely by as much where its argument is near 1. A
     # loss of A's logarithm, which is n/2 + 1 times that of s_j/s_c; dn is the sum of the scores' means over n.
     if loss == "harmonic":
-        (_, _, target, g), (_, _, _, _, dn_size) = verify.prepared(dataclasses.replace(case, backend=""), CPU)
+        (_, _, target, g), (_, _, _, _, dn_size, _) = verify.prepared(dataclasses.replace(case, backend=""), CPU)
         outcome.bounds["loss"] += (1 + 2 / case.exponent) * abs(math.log(outcome.loss)) * 2.0**-22
         outcome.bounds["dn"] += 0.5 * math.log(2) * 2.0**-22 * (g[target >= 0].sum() / dn_size).item()
     assert outcome.passed, (outcome.errors, outcome.bounds)
@@ -77,6 +80,8 @@ def compare(x, w, target, n, strategy, layout=None, **options):
     """A sum's loss and gradients under the bounds of the oracle, with an upstream gradient of -0.75 times a power of two."""
     if options.get("class_weight") is True:
         options["class_weight"] = 0.1 + torch.rand(len(w), generator=torch.Generator().manual_seed(1))
+    if options.get("bias") is True:
+        options["bias"] = 3 * torch.randn(len(w), generator=torch.Generator().manual_seed(2))
     function = ht.linear_harmonic_loss if n is not None else ht.linear_cross_entropy
     given = {"n": n, **options} if n is not None else options
     bounds = lambda g: oracle(x, w, target, torch.full((len(x),), g), n=n, **options)
@@ -95,13 +100,18 @@ def compare(x, w, target, n, strategy, layout=None, **options):
         w = torch.cat([w, w[:, :3]], 1)[:, : w.shape[1]]
     elif layout == "budget":
         more["memory_budget"] = 20000
-    leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+    leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
+    if "bias" in given:
+        leaves.append(given["bias"].detach().requires_grad_())
+        given = {**given, "bias": leaves[2]}
     with strategies.force(strategy):
-        loss = function(*leaves, target, reduction="sum", backend="triton", **given, **more)
-        dx, dw = torch.autograd.grad(loss, leaves, torch.tensor(upstream))
+        loss = function(*leaves[:2], target, reduction="sum", backend="triton", **given, **more)
+        dx, dw, *db = torch.autograd.grad(loss, leaves, torch.tensor(upstream))
     assert (loss.double() - truth.loss.sum()).abs() <= truth.loss_bound.sum() + 1e-6 * truth.loss.abs().sum()
     truth.check_rows("dX", dx, truth.dx, truth.dx_bound)
     truth.check_rows("dW", dw, truth.dw, truth.dw_bound)
+    if db:
+        truth.check_rows("db", db[0].unsqueeze(1), truth.db.unsqueeze(1), truth.db_bound)
 
 
 @pytest.mark.parametrize(("option", "errors"), rounds(OPTIONS))

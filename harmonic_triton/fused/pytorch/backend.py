@@ -93,7 +93,7 @@ def forward_backward(
             else:
                 out.add(at, chunk.x, chunk.target, mine.rival, chunk.gap, Terms.of(table))
         dx, dw, db = out.finish()
-    none = dx.new_empty(0)
+    none = out.none
     if scores is None:
         return results.all, Unfinished(dx, dw, none, none, none, db, none)
     if tokens is None or count < len(scores):
@@ -159,7 +159,7 @@ class _Results:
 def _counted(operands: Operands, problem: Problem) -> tuple[Tensor | slice, int]:
     """The tokens that count and how many there are."""
     target = operands.target
-    if target.is_cpu and (target.numpy() != problem.ignore_index).all():
+    if target.is_cpu and not np.count_nonzero(target.numpy() == problem.ignore_index):
         return EVERY, target.shape[0]
     return _where(target != problem.ignore_index)
 

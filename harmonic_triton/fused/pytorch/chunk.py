@@ -30,6 +30,7 @@ LARGE_SCORE = 2.0**20  # up to here fp32 rounds a log-score by a sixteenth at mo
 LOG2E = math.log2(math.e)  # exponentials are taken to base 2: on a CPU three times as fast
 FEW_ELEMENTS = 2**13  # of which a minimum takes no longer than a handful of calls
 
+Sums = tuple[Tensor, ...]  # (tokens,) each
 Rooms = tuple[Tensor, ...]  # two of a tile's size
 Then = Callable[[slice, Tensor, "TokenResults | None"], None]
 
@@ -96,6 +97,7 @@ class Chunk(ABC):
 
     def __init__(self, head: Head, x: Tensor, target: Tensor, gap: Tensor, work: Rooms) -> None:
         self.head, self.x, self.target, self.gap, self.work = head, x, target, gap, work
+        self.target_values = values_of(target)
         if len(x) > work[0].shape[0]:  # several tiles fill them
             self.rival = torch.empty_like(target)
             for name in ("offset", "mass", "nll", "rival_score", "to_prob"):
@@ -122,12 +124,12 @@ class Chunk(ABC):
         """z_r by direct computation (-inf where the target is the only class), and whether it cannot be told from 0/0."""
 
     @abstractmethod
-    def to_coefficients(self, p: Tensor, tile: slice) -> Tensor | None:
-        """Turn G_j into the products' coefficients, in ``gap``; returns the sums that ``terms`` needs, (tokens, 2)."""
+    def to_coefficients(self, p: Tensor, tile: slice) -> Sums:
+        """Turn G_j into the products' coefficients, in ``gap``; returns the sums that ``terms`` needs."""
 
     @abstractmethod
     def terms(
-        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Tensor | None]
+        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Sums]
     ) -> Tensor:
         """The table of ``Terms``. ``g_others`` is the sum of G_j over j != c, ``g_ref`` the upstream gradient of
         ``target_ref``, ``upstream`` what the coefficients are still to be multiplied by."""
@@ -213,7 +215,7 @@ class Chunk(ABC):
 
     def no_rival(self, rival: Tensor, tile: slice) -> Values:
         """Whether no class but the target was found: V = 1, or every gap infinite."""
-        return values_of(rival) == values_of(part(self.target, tile))
+        return values_of(rival) == part(self.target_values, tile)
 
     def off_target(self, values: Values, tile: slice = EVERY) -> Values:
         """The values, 0 where x lies on its class vector."""
@@ -294,7 +296,7 @@ class Chunk(ABC):
             slope.scatter_(1, index.unsqueeze(1), 0.0)
         return slope
 
-    def gradient_terms(self, results: TokenResults, upstream: Upstream, sums: list[Tensor | None]) -> Tensor:
+    def gradient_terms(self, results: TokenResults, upstream: Upstream, sums: list[Sums]) -> Tensor:
         """The table of ``Terms`` for the coefficients that ``gap`` holds by now; ``sums`` are those of the tiles."""
         nll, g = self.nll, values_of(upstream.nll)
         others, rival_p = -per_token.expm1(-nll), per_token.exp(self.rival_score - nll)

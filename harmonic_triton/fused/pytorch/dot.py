@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, first, part
+from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, Sums, first, part
 from harmonic_triton.fused.pytorch.head import Head
 from harmonic_triton.fused.pytorch.per_token import Values, column_of, values_of
 
@@ -57,11 +57,12 @@ class DotChunk(Chunk):
         score = per_token.where(self.no_rival(rival, tile), alone, self.direct(rival, tile) - target_ref)
         return score, part(self.on_target, tile)
 
-    def to_coefficients(self, p: Tensor, tile: slice) -> None:
+    def to_coefficients(self, p: Tensor, tile: slice) -> Sums:
         part(self.gap, tile).copy_(p)
+        return ()
 
     def terms(
-        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Tensor | None]
+        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Sums]
     ) -> Tensor:
         zero = per_token.zeros_like(g_others)
         g_rival = per_token.where(self.no_rival(self.rival, EVERY), 0.0, g_rival)
@@ -110,24 +111,24 @@ class CappedChunk(DotChunk):
         score = capped_difference(logit, target_logit, self.head.softcap)
         return per_token.where(self.no_rival(rival, tile), alone, score), part(self.on_target, tile)
 
-    def to_coefficients(self, p: Tensor, tile: slice) -> Tensor | None:  # type: ignore[override]
+    def to_coefficients(self, p: Tensor, tile: slice) -> Sums:
         gap, work = part(self.gap, tile), first(self.work[1], p.shape[0])
         torch.mul(gap, -2 / self.head.softcap, out=work).abs_().neg_().exp_()
         p.mul_(work).mul_(4)  # 1 - tanh^2 u = 4 e/(1 + e)^2 with e = exp(-2|u|)
         p.div_(work.add_(1).square_())
         gap.copy_(p)
-        return None if self.head.center is None else p.sum(1, keepdim=True)
+        return () if self.head.center is None else (p.sum(1),)
 
     def terms(
-        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Tensor | None]
+        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Sums]
     ) -> Tensor:
         cap, zero = self.head.softcap, per_token.zeros_like(g_others)
         rival_logit = self.direct(self.rival, EVERY) if self.rival_logit is None else self.rival_logit
         g_target = (g_others if g_ref is None else g_others - g_ref) * slope(self.logit, cap)
         g_rival = per_token.where(self.no_rival(self.rival, EVERY), 0.0, g_rival * slope(rival_logit, cap))
-        found, on_center = [part for part in sums if part is not None], zero
-        if found:
-            on_center = upstream * values_of(torch.cat(found)) + g_rival - g_target
+        on_center = zero
+        for tiles in zip(*sums, strict=True):  # the one sum there is about a center
+            on_center = upstream * values_of(torch.cat(tiles)) + g_rival - g_target
         return per_token.table_of([upstream, g_target, -g_rival, zero, on_center, zero], self.x.dtype)
 
 

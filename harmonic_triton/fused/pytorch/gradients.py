@@ -17,11 +17,12 @@ class Gradients:
     """dX, dW and db over chunks, in the compute dtype, each only where it is asked for."""
 
     def __init__(self, head: Head, tokens: int, wanted: Wanted) -> None:
+        none = self.none = head.w.new_empty(0, dtype=head.dtype)
         self.head, self.wanted = head, wanted
         classes, width = head.w.shape
-        self.tokens, self.dx = tokens, head.w.new_empty(0, dtype=head.dtype)
-        self.dw = head.w.new_empty((classes, width) if wanted.w else (0,), dtype=head.dtype)
-        self.db = head.w.new_zeros(classes if wanted.bias else 0, dtype=head.dtype)
+        self.tokens, self.dx = tokens, none
+        self.dw = head.w.new_empty((classes, width), dtype=head.dtype) if wanted.w else none
+        self.db = head.w.new_zeros(classes, dtype=head.dtype) if wanted.bias else none
         self.first = True
 
     def add(self, at: Tensor | slice, x: Tensor, target: Tensor, rival: Tensor, a: Tensor, terms: Terms) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harmonic_triton.fused.floors import NEAREST_SHARE, NEAREST_SQ, divisor_floors, noise_share
 from harmonic_triton.fused.pytorch import per_token
-from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, first, part
+from harmonic_triton.fused.pytorch.chunk import EVERY, LOG2E, Chunk, Rooms, Sums, first, part
 from harmonic_triton.fused.pytorch.head import Head
 from harmonic_triton.fused.pytorch.per_token import Values, at_least, column_of, columns_of, values_of, where
 
@@ -90,20 +90,20 @@ class HarmonicChunk(Chunk):
         score = per_token.log(s / part(self.target_sq, tile)) * -self.head.half_n
         return where(self.no_rival(rival, tile), -math.inf, score), s <= floor
 
-    def to_coefficients(self, p: Tensor, tile: slice) -> Tensor:
+    def to_coefficients(self, p: Tensor, tile: slice) -> Sums:
         gap, work = part(self.gap, tile), first(self.work[1], p.shape[0])
         torch.add(gap, 1, out=work)
         if not self.some_far:
-            return torch.div(p, work, out=gap).sum(1, keepdim=True)  # 0 at target and rival, whose gaps are infinite
+            return (torch.div(p, work, out=gap).sum(1),)  # 0 at target and rival, whose gaps are infinite
         for index in (self.target, self.rival):
             gap.scatter_(1, part(index, tile).unsqueeze(1), 0.0)
         p.div_(work)
         torch.mul(p, gap, out=work)
         gap.copy_(p)
-        return torch.stack([p.sum(1), work.sum(1)], 1)
+        return p.sum(1), work.sum(1)
 
     def terms(
-        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Tensor | None]
+        self, g_others: Values, g_rival: Values, g_ref: Values | None, upstream: Values, sums: list[Sums]
     ) -> Tensor:
         n, s_c = 2 * self.head.half_n, self.target_sq
         s_r, floor = self.measured or self.rival_distance(self.rival, EVERY)
@@ -116,15 +116,14 @@ class HarmonicChunk(Chunk):
             g_others = g_others - g_ref
         a_target = self.off_target(n * g_others / s_c)
         a_rival = where(skip_rival, 0.0, -n * g_rival / s_r)
-        found = [part for part in sums if part is not None]
-        total = found[0] if len(found) == 1 else torch.cat(found)
-        on_x, far = -factor * values_of(total[:, :1]), self.far
+        plain, *by_gap = (tiles[0] if len(tiles) == 1 else torch.cat(tiles) for tiles in zip(*sums, strict=True))
+        on_x, far = -factor * values_of(plain), self.far
         if self.some_far:
             far = far & (s_r > self.norms_of(self.rival))
             r_form = where(skip_rival, 0.0, n * g_rival * (s_r - s_c) / (s_r * s_c))
             if g_ref is not None:
                 r_form = r_form - n * g_ref / s_c
-            on_x = where(far, r_form + factor * values_of(total[:, 1:]), on_x)
+            on_x = where(far, r_form + factor * values_of(by_gap[0]), on_x)
         columns = [factor, a_target, a_rival, on_x, per_token.zeros_like(on_x), far]
         return per_token.table_of(columns, self.x.dtype)
 

@@ -30,10 +30,11 @@ class Head:
     harmonic: bool  # else the scores are dot products
     eps: float
     mix: float  # alpha of the uniform mix, for the smoothing term
-    smooth_weight: Tensor  # (V,) v_j, empty where there is no smoothing
+    smoothing: bool = False  # whether the smoothing terms are wanted
+    smooth_weight: Tensor = field(init=False)  # (V,) v_j of theirs
     # numbers: on a GPU tensors () that nobody waits for
     half_n: Any = 0.0  # half of the harmonic exponent
-    norms: Tensor = field(default_factory=lambda: torch.empty(0))  # (V,) ||w_j - center||^2
+    norms: Tensor = field(init=False)  # (V,) ||w_j - center||^2, of distances
     smallest: Any = 0.0  # of the norms
     median: Any = None
     largest: Any = 0.0
@@ -45,8 +46,9 @@ class Head:
         """The head of a call."""
         w, n, smooth_weight = operands.w, operands.n, operands.smooth_weight
         dtype = compute_dtype(w.dtype)
-        v = w.new_empty(0, dtype=dtype) if smooth_weight is None else smooth_weight.to(dtype)
-        head = cls(w, dtype, None, n is not None, problem.eps, problem.mix, v)
+        head = cls(w, dtype, None, n is not None, problem.eps, problem.mix)
+        if smooth_weight is not None:
+            head.smoothing, head.smooth_weight = True, smooth_weight.to(dtype)
         head.bias, head.softcap = operands.bias, problem.softcap
         if not w.is_cpu:
             head.center = center_of(w)
@@ -64,7 +66,7 @@ class Head:
         """The same for what is left to do once the scores are known."""
         there = not center.is_cpu or bool(center.numpy().any())
         about = center if there else None
-        return cls(operands.w, center.dtype, about, operands.n is not None, problem.eps, problem.mix, center[:0])
+        return cls(operands.w, center.dtype, about, operands.n is not None, problem.eps, problem.mix)
 
     def measure(self) -> None:
         """The norms, each block while it is in cache; ``vecdot`` adds in pairs, which ``vector_norm`` does not, at the
@@ -81,11 +83,6 @@ class Head:
     def plain(self) -> bool:
         """Whether class vectors are multiplied as they are, neither moved nor converted."""
         return self.center is None and self.w.dtype == self.dtype
-
-    @property
-    def smoothing(self) -> bool:
-        """Whether the smoothing terms are wanted."""
-        return len(self.smooth_weight) > 0
 
     @property
     def mix_share(self) -> float:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
 from harmonic_triton._common.precision import full_fp32
@@ -27,7 +26,7 @@ from harmonic_triton.fused.results import COLUMNS, TokenResults, TokenWeights, U
 from harmonic_triton.fused.strategy import chunk_tokens, one_pass_serves, unfinished_shapes
 from harmonic_triton.fused.triton import backward as backward_kernels
 from harmonic_triton.fused.triton import forward as forward_kernels
-from harmonic_triton.fused.triton.launch import Launch, launch_scores, vectors
+from harmonic_triton.fused.triton.launch import Launch, cdiv, launch_scores, vectors
 from harmonic_triton.fused.triton.tile_configs import FEATURE_BLOCK, ROW_BLOCK, ROW_OPTIONS
 
 DEFAULT_BUDGET = 256 * 2**20  # bytes of scratch for a slice of A and of fp32 dW
@@ -49,11 +48,12 @@ def forward(operands: Operands, problem: Problem) -> TokenResults:
 
 def _forward_in_chunks(call: Launch, out: TokenResults, problem: Problem) -> None:
     each = 4 * (3 + problem.want_scores + (call.smooth_weight is not None))  # bytes of a token's sums in a tile
-    most = (problem.budget or DEFAULT_BUDGET) // (each * triton.cdiv(call.classes, call.config.block_v))
+    most = (problem.budget or DEFAULT_BUDGET) // (each * cdiv(call.classes, call.config.block_v))
     size = _chunk(call.tokens, most, call.config.block_n)
     for start in range(0, call.tokens, size):
         at = slice(start, min(start + size, call.tokens))
-        _forward(call.select(at), out.select(at), problem.want_scores)
+        part = call.select(at)
+        _forward(part, out if part is call else out.select(at), problem.want_scores)
 
 
 def _room(operands: Operands, problem: Problem) -> TokenResults:
@@ -72,7 +72,7 @@ class Kept:
 def _forward(call: Launch, out: TokenResults, want_scores: bool, kept: Kept | None = None) -> None:
     """Per-token results into ``out``; A~ and what belongs to it into ``kept``."""
     smoothing, keep = call.smooth_weight is not None, kept is not None
-    new, tiles = call.x.new_empty, triton.cdiv(call.classes, call.config.block_v)
+    new, tiles = call.x.new_empty, cdiv(call.classes, call.config.block_v)
     partial = vectors(call.x, 2 + want_scores + smoothing + 2 * keep, tiles * call.tokens)
     index, column = new((tiles, call.tokens), dtype=torch.int32), new(call.tokens, dtype=torch.int32)
     near_, p_sum = partial[:2]
@@ -126,13 +126,15 @@ class TokenFactors:
     """What the backward needs to know of every token, (N,) each, in the storage ``rows`` (8, at least N)."""
 
     def __init__(self, call: Launch, rows: Tensor) -> None:
-        self.a_target, self.a_rival, self.r_part, self.unscale, self.far, self.plain, self.by_gap, self.rounded = rows
+        self.a_target, self.a_rival, self.r_part, self.unscale, self.far, self.plain, self.by_gap, self.rounded = (
+            rows.unbind(0)
+        )
         self.p_coef, self.v_coef, self.log_norm = vectors(call.x, 3, call.tokens)
 
     def compute(self, call: Launch, results: TokenResults, upstream: Upstream, kept: Kept | None = None) -> None:
         """Fill in, from per-token results and upstream gradients; with ``kept`` the rival's A~ becomes 0."""
         scale, x_sq, *_ = call.vectors
-        backward_kernels.coefficient_kernel[(triton.cdiv(call.tokens, 128),)](
+        backward_kernels.coefficient_kernel[(cdiv(call.tokens, 128),)](
             call.target, call.target_ref, scale, x_sq, call.norms, call.n, call.smooth_weight, call.smooth_sum,
             *upstream, results.nll, results.rival, results.rival_score,
             call.logits_of(results.rival) if call.softcap else None,
@@ -158,7 +160,7 @@ class RightOperand:
             self.column_scale = _into_fp16(scaled)
         self.values = call.x.new_empty((call.tokens, call.width))
         self.columns = call.x.new_empty((call.tokens, COLUMNS)) if wanted.bias or not call.dot else None
-        backward_kernels.operand_kernel[call.row_grid + (triton.cdiv(call.width, FEATURE_BLOCK),)](
+        backward_kernels.operand_kernel[call.row_grid + (cdiv(call.width, FEATURE_BLOCK),)](
             call.x, center, unscale, used, self.product_scale, self.column_scale, self.values, self.columns,
             call.tokens, call.width, *call.x.stride(), DOT=call.dot, BIAS=wanted.bias, COLUMNS=COLUMNS, UPCAST=call.upcast, **call.rows,
         )  # fmt: skip
@@ -195,7 +197,7 @@ def _finish_x(
     call: Launch, factors: TokenFactors, rival: Tensor, center: Tensor, g: Tensor, product: Tensor, dx: Tensor
 ) -> None:
     """dX from its product."""
-    backward_kernels.finish_x_kernel[call.row_grid + (triton.cdiv(call.width, FEATURE_BLOCK),)](
+    backward_kernels.finish_x_kernel[call.row_grid + (cdiv(call.width, FEATURE_BLOCK),)](
         call.x, call.w, call.target, rival, factors.a_target, factors.a_rival, factors.r_part, factors.far,
         factors.unscale, factors.plain, factors.by_gap, factors.rounded, center, g, product, dx,
         call.tokens, call.width, *call.strides, DOT=call.dot, UPCAST=call.upcast, **call.rows,
@@ -208,24 +210,16 @@ def _finish_w(
 ) -> None:  # fmt: skip
     """dW and db of the classes from ``first`` on from their product (width, D) and column sums, where there are such."""
     if len(product):
-        backward_kernels.finish_w_kernel[(len(product), triton.cdiv(call.width, FEATURE_BLOCK))](
+        backward_kernels.finish_w_kernel[(len(product), cdiv(call.width, FEATURE_BLOCK))](
             call.x, call.w, product, None if call.dot else columns, *by_class, center, g, dw, *scales,
             call.width, first, *call.strides, DOT=call.dot, COLUMNS=COLUMNS, UPCAST=call.upcast, **call.rows,
         )  # fmt: skip
     if len(db):
         starts, _, coefficients = by_class
         backward_kernels.finish_bias_kernel[(len(columns),)](
-            columns,
-            starts,
-            coefficients,
-            g,
-            scales[1],
-            db,
-            first,
-            COLUMNS=COLUMNS,
-            BLOCK_N=FEATURE_BLOCK,
-            **ROW_OPTIONS,
-        )
+            columns, starts, coefficients, g, scales[1], db, first,
+            COLUMNS=COLUMNS, BLOCK_N=FEATURE_BLOCK, **ROW_OPTIONS,
+        )  # fmt: skip
 
 
 def _center(call: Launch, w: Tensor) -> Tensor:
@@ -269,16 +263,16 @@ def _recompute(
         per_class = (
             call.tokens * x.element_size()
             + 4 * (call.width * wanted.w + COLUMNS * by_classes)
-            + triton.cdiv(8 * call.tokens, block)
+            + cdiv(8 * call.tokens, block)
         )
         width = min(block * max(1, (problem.budget or DEFAULT_BUDGET) // per_class // block), call.classes)
-        slice_ = x.new_empty((call.tokens, triton.cdiv(width, 64) * 64))
-        partial = x.new_empty(2 * triton.cdiv(width, block) * call.tokens, dtype=torch.float32)
+        slice_ = x.new_empty((call.tokens, cdiv(width, 64) * 64))
+        partial = x.new_empty(2 * cdiv(width, block) * call.tokens, dtype=torch.float32)
         room_w = partial.new_empty((width, call.width) if wanted.w else 0)
         room_columns = partial.new_empty((width, COLUMNS) if with_columns else 0)
         for first in range(0, call.classes, width):
             a = slice_[:, : min(width, call.classes - first)]
-            tiles = triton.cdiv(a.shape[1], block)
+            tiles = cdiv(a.shape[1], block)
             sums = partial[: 2 * tiles * call.tokens].view(2, tiles, call.tokens)
             launch_scores(
                 call, a, first, a.shape[1], (None, None, results.rival, factors.p_coef, factors.v_coef, factors.log_norm),
@@ -328,10 +322,11 @@ def forward_backward(
             return out, unfinished._replace(x=dx, w=dw, bias=db)
         center = unfinished.center.copy_(_center(whole, w))
         size = _chunk(tokens, chunk_tokens(tokens, classes, problem.budget, x.device), whole.config.block_n)
-        entries = x.new_empty((min(size, tokens), triton.cdiv(classes, 64) * 64))[:, :classes]
+        entries = x.new_empty((min(size, tokens), cdiv(classes, 64) * 64))[:, :classes]
         for start in range(0, tokens, size):
             at = slice(start, min(start + size, tokens))
-            call, results = whole.select(at), out.select(at)
+            call = whole.select(at)
+            results = out if call is whole else out.select(at)
             factors = TokenFactors(call, unfinished.tokens[:, at])
             kept = Kept(entries[: call.tokens], factors.plain, factors.by_gap)
             _forward(call, results, problem.want_scores, kept)
@@ -376,4 +371,4 @@ def finish(
 def _chunk(tokens: int, most: int, block: int) -> int:
     """Size of equal chunks of at most ``most`` tokens, in whole tiles; at least one tile."""
     most = max(most // block, 1) * block
-    return int(triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), block) * block)
+    return cdiv(cdiv(tokens, cdiv(tokens, most)), block) * block

@@ -34,6 +34,8 @@ class Samples:
             self.columns = data
         elif isinstance(data, IterableDataset):
             self.columns = self._read(name, list(data))
+        elif isinstance(data, (tuple, dict)) and any(_is_array(leaf) for leaf in _values(data)):
+            raise TypeError(f"{name} holds arrays that are no tensors; pass each as torch.as_tensor(...)")
         elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
             if len(data) == 0:
                 raise ValueError(f"{name} has no samples")
@@ -66,6 +68,8 @@ class Samples:
         if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise TypeError(f"{name} must batch to tensors, got {[type(leaf).__name__ for leaf in leaves]}")
         if any(leaf.dim() == 0 or len(leaf) != len(leaves[0]) for leaf in leaves) or len(leaves[0]) == 0:
+            if all(leaf.dim() > 0 and len(leaf) == 0 for leaf in leaves):
+                raise ValueError(f"{name} has no samples")
             shapes = [tuple(leaf.shape) for leaf in leaves]
             raise ValueError(f"{name}: every tensor needs the samples along its first dimension, got shapes {shapes}")
 
@@ -116,5 +120,14 @@ def _is_columns(data: Any) -> bool:
     if isinstance(data, Tensor):
         validate.tensors(data=data)
         return True
-    values = data.values() if isinstance(data, dict) else data if isinstance(data, tuple) else ()
+    values = _values(data) if isinstance(data, (dict, tuple)) else ()
     return len(values) > 0 and all(isinstance(value, Tensor) for value in values)
+
+
+def _values(data: Any) -> Any:
+    return data.values() if isinstance(data, dict) else data
+
+
+def _is_array(value: Any) -> bool:
+    """An array of samples that is not torch's: a list of such is a dataset of samples, a tuple or dict of them columns."""
+    return not isinstance(value, Tensor) and isinstance(getattr(value, "shape", None), tuple) and len(value.shape) > 0

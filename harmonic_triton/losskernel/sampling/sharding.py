@@ -281,16 +281,21 @@ class ShardedParameters(FlatParameters):
                     p.grad = gradient
 
     def call(self, parts: list[Tensor], batch: Any) -> Any:
+        mixed: RuntimeError | None = None
+        losses: Any = None
         try:
-            return functional_call(self.probe, dict(self.private), (batch,), tie_weights=False)
+            losses = functional_call(self.probe, dict(self.private), (batch,), tie_weights=False)
         except RuntimeError as error:
             if "DTensor" not in str(error):
                 raise
+            mixed = error
+        if mixed is not None or is_dtensor(losses):
             raise TypeError(
                 "per_sample_loss, or the model's forward, reads weights that fully_shard has sharded outside of the forward"
                 " pass of the module that holds them, where they are not gathered: call model(...), and let a loss that needs"
-                f" the head's weights be computed in the model's forward ({str(error).splitlines()[0]})"
-            ) from error
+                " the head's weights be computed in the model's forward"
+            ) from mixed
+        return losses
 
     def gradient(self, values: list[Tensor], batch: Any, share: float) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():

@@ -44,6 +44,8 @@ def stability_bound(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
+    if not isinstance(config, SGLDConfig):
+        raise TypeError(f"config must be an SGLDConfig, got {validate.describe(config)}")
     validate.seed(seed)
     validate.integer("num_iterations", num_iterations, 1)
     parameters = flat_parameters(model, per_sample_loss, mask)
