@@ -74,10 +74,9 @@ class Pretend(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace == "harmonic_triton":
             with self:  # what it does inside is seen as well
-                outs = (differentiable._loss_covariance if name == "loss_covariance" else getattr(_ops, f"_{name}"))(
-                    *args, **kwargs
-                )
-            return outs
+                if name == "loss_covariance":
+                    return differentiable._loss_covariance(*args, **kwargs)
+                return _ops._operator(_ops._BODIES[name], _ops._RETURNS[name][0])(*args, **kwargs)
         there = any(map(on_gpu, tensors))
         indices = name.startswith(("index", "_unsafe_index")) and bool(tensors) and on_gpu(tensors[0])
         if there and name not in ANYWHERE and not indices:
@@ -174,7 +173,7 @@ def install() -> None:
 
     torch.tensor = tensor
     Tensor.new_tensor = lambda self, *args, **kwargs: moved(true_new(self, *args, **kwargs), device(self))
-    Tensor.device = property(device)
+    Tensor.device, Tensor.is_cpu = property(device), property(lambda self: device(self).type == "cpu")
     Tensor.to, Tensor.numpy, Tensor.__array__ = to, numpy, numpy
     Tensor.cpu = lambda self: to(self, "cpu")
     Tensor.cuda = lambda self, *_: to(self, "cuda")

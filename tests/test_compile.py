@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import harmonic_triton as ht
 from harmonic_triton.fused.ops import _BODIES as BODIES
 from harmonic_triton.fused.ops import backend_module
-from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted, unpack
-from harmonic_triton.fused.results import TokenResults, TokenWeights, Unfinished, Upstream
+from harmonic_triton.fused.problem import Finishing, Operands, Problem, Wanted
+from harmonic_triton.fused.results import TokenWeights, Upstream
 
 COUNTERS = torch._dynamo.utils.counters
 
@@ -194,14 +194,13 @@ def test_no_operator_reads_a_value_of_a_gpu(backend, tokens_of_call, monkeypatch
             target, n = torch.empty(tokens_of_call, device=gpu, dtype=torch.int64), torch.empty((), device=gpu)
             operands = Operands(x, w, target, n, classes if smoothing else None)
             smooth = token if smoothing else None
-            results = BODIES["forward"](*operands, *problem)
-            out = BODIES["backward"](*operands, *results, *Upstream(token, smooth, None), *problem, *wanted)
+            results = BODIES["forward"](operands, problem)
+            out = BODIES["backward"](operands, results, Upstream(token, smooth, None), problem, wanted)
             if not smoothing:  # one pass takes bfloat16 without smoothing
                 weights = TokenWeights(token, smooth, None)
-                _, _, *rest = BODIES["forward_backward"](*operands, *weights, *problem, *wanted)
-                unfinished, results = unpack(tuple(rest), Unfinished, TokenResults)
+                _, _, unfinished, results = BODIES["forward_backward"](operands, weights, problem, wanted)
                 finishing = Finishing(results.rival, torch.empty((), device=gpu), True)
-                out = *out, *BODIES["finish"](*operands, *unfinished, *finishing, *problem, *wanted)
+                out = *out, *BODIES["finish"](operands, unfinished, finishing, problem, wanted)
         assert all(value.device == gpu for value in (*results, *out))
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.empty((), device=gpu).item()  # so that the test can fail
@@ -249,3 +248,19 @@ def test_cuda_graphs(dtype, reduction):
         got = torch.autograd.grad(loss, (batch[0], w, n), 0.7 * torch.ones_like(loss))
         assert all(relative(*pair) < 1e-2 for pair in zip(got, expected, strict=True))
     assert not COUNTERS["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_graph_names_the_version_of_its_operators(reduction):
+    """By which a compiler's cache on disk tells it from the graph of another version's operators of the same names."""
+    graphs = []
+
+    def record(graph, arguments):
+        graphs.append("".join(module.code for module in graph.modules() if hasattr(module, "code")))
+        return graph.forward
+
+    x, w, target, _ = inputs(dtype=torch.float32)
+    torch.compile(lambda x, w: ht.linear_harmonic_loss(x, w, target, reduction=reduction), backend=record)(x, w)
+    (code,) = graphs
+    assert code.count("torch.ops.harmonic_triton.") == code.count(f"'{ht.__version__}'") == 2

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> LossKernel:
 
     data = inputs, results
     config = SGLDConfig(
-        lr=1e-6, nbeta=100.0, localization=1e4, batch_size=128, num_chains=options.chains, num_draws=options.draws,
+        lr=1e-6, nbeta=100.0, localization=1e4, batch_size=min(128, len(results)), num_chains=options.chains, num_draws=options.draws,
         num_burnin_steps=20,
     )  # fmt: skip
     some = inputs[:200], results[:200]

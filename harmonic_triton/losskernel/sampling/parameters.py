@@ -22,7 +22,7 @@ from harmonic_triton.losskernel import checkpoint
 from harmonic_triton.losskernel.sampling.data import Samples
 from harmonic_triton.losskernel.sampling.rng import CounterRNG
 
-SQUARED = 2**18  # entries of a vector that are squared at once
+SQUARED = 2**15  # entries of a vector that are squared at once: 256 KiB in fp64
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
 Mask = str | Sequence[str] | Mapping[str, Tensor | bool] | None
@@ -197,7 +197,7 @@ class FlatParameters:
     def square_sum(self, vectors: Tensor) -> Tensor:
         """(k, 1) sums of the squares of (k, P), the same bits in whatever order and parts they are added.
 
-        The squares are rounded to multiples of a unit of which int64 holds all their sum: 2^62 of them make P times the
+        The squares are cut to multiples of a unit of which int64 holds all their sum: 2^62 of them make P times the
         largest.
         """
         pieces = [piece for piece in vectors.split(SQUARED, 1) if piece.numel()]
@@ -206,9 +206,9 @@ class FlatParameters:
             largest = torch.maximum(largest, piece.abs().amax(1).double().square())  # NaN stays
         largest = self.over_all(largest, "max")
         unit = torch.exp2(torch.frexp(largest).exponent.double() - 62 + math.ceil(math.log2(self.num_entries)))
-        counts = vectors.new_zeros(len(vectors), dtype=torch.int64)
+        counts, inverse = vectors.new_zeros(len(vectors), dtype=torch.int64), unit.reciprocal()[:, None]
         for piece in pieces:
-            counts += (piece.double().square_() / unit[:, None]).nan_to_num_(0.0, 0.0, 0.0).round_().long().sum(1)
+            counts += piece.double().square_().mul_(inverse).long().sum(1)
         total = self.over_all(counts, "sum").double() * unit
         return torch.where(largest.isfinite(), total, math.nan).to(vectors.dtype).unsqueeze(1)
 

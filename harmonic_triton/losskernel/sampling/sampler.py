@@ -259,7 +259,7 @@ class Sampler:
         if not fresh or not self.groups or self.config.method == "rmsprop":
             return
         bound = self.stability_bound()
-        if self.config.lr >= bound:
+        if self.config.lr >= bound and self.share.leads:
             warnings.warn(
                 f"lr {self.config.lr:g} is beyond the stability bound 4/lambda_max(nbeta H + gamma I) = {bound:.3g}"
                 " estimated on a minibatch: the chains will diverge or be dominated by discretisation error; take a"
