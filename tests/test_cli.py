@@ -55,10 +55,10 @@ def test_verify_fails_when_a_backend_is_wrong(broken, capsys, monkeypatch):
         return results
 
     def wrong_backward(*args):
-        dx, dw = backward(*args)
+        dx, dw, db = backward(*args)
         dx[1] *= 1 + 2e-4 * (broken == "dX")
         dw[3] *= 1 + 2e-4 * (broken == "dW")
-        return dx, dw
+        return dx, dw, db
 
     monkeypatch.setattr(backend, "forward", wrong_forward)
     monkeypatch.setattr(backend, "backward", wrong_backward)

@@ -184,7 +184,7 @@ def test_diagnostics_see_what_is_wrong():
     slow = LossKernel.from_losses(walk).diagnostics
     assert slow.autocorrelation_time.median() > 20 and slow.effective_draws < 100
     verdicts = {verdict.name: verdict for verdict in slow.verdicts()}
-    assert verdicts["split R̂ (mean loss)"].good is False
+    assert verdicts["split R̂"].good is False
     assert verdicts["autocorrelation time (draws)"].good is False
     labelled = independent + 0.05 * torch.randn(4, 400, 5, generator=generator)[:, :, torch.arange(30) % 5]
     confound = LossKernel.from_losses(labelled, labels=torch.arange(30) % 5).diagnostics
