@@ -30,9 +30,9 @@ from harmonic_triton.fused.options import (
     collect,
     signature,
 )
-from harmonic_triton.fused.parallel.dtensor import as_given, localized
+from harmonic_triton.fused.parallel.dtensor import Local, as_given, localized
 from harmonic_triton.fused.parallel.predictions import behind, best_of_all, copied
-from harmonic_triton.fused.parallel.shard import shard_of
+from harmonic_triton.fused.parallel.shard import Shard, shard_of
 
 TOPK_CHUNK = 2**24  # bytes of the part of the N x V matrix held at a time
 
@@ -253,6 +253,8 @@ def harmonic_logits(
             "normalize=False is relative to the nearest class of one process; leave it True with process_group"
         )
     x, w, n = _checked_head(local.input, local.linear_weight, n, eps, local.group)
+    if local.group is not None:
+        _agreed("harmonic_logits", local, x, w, n, {"eps": eps})
     with torch.autocast(x.device.type, enabled=False):  # the operands are cast; their products stay in fp32
         if local.group is not None:
             *given, n = copied(local.group, *(x,) * local.reduce_input, n)
@@ -295,11 +297,7 @@ def harmonic_topk(
     """
     local = localized(input, linear_weight, None, process_group)
     x, w, n = _checked_head(local.input, local.linear_weight, n, eps, local.group)
-    shard = (
-        None
-        if local.group is None
-        else shard_of(local.group, len(w), x.device, {"input.shape": tuple(x.shape), "k": k})
-    )
+    shard = None if local.group is None else _agreed("harmonic_topk", local, x, w, n, {"eps": eps, "k": k})
     classes = len(w) if shard is None else shard.classes
     validate.integer("k", k)
     if not 1 <= k <= classes:
@@ -314,6 +312,13 @@ def harmonic_topk(
         if shard is not None:
             values, indices = best_of_all(values, indices + shard.first, highest, k, shard.group)
     return values.reshape(*local.input.shape[:-1], k), indices.reshape(*local.input.shape[:-1], k)
+
+
+def _agreed(function: str, local: Local, x: Tensor, w: Tensor, n: Tensor, options: dict[str, Any]) -> Shard:
+    """This process's shard; all processes have made the same call."""
+    facts = {"function": function, "input.shape": tuple(x.shape), "dtype": x.dtype}
+    facts["requires_grad"] = torch.is_grad_enabled() and (x.requires_grad, w.requires_grad, n.requires_grad)
+    return shard_of(local.group, len(w), x, {**facts, **options}, {"n": n})
 
 
 def _nearest_here(x: Tensor, w: Tensor, n: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,9 @@ def loss_and_statistics(
     input, linear_weight = _check(local.input, local.linear_weight, local.target, options, local.group is not None)
     shard = None
     if local.group is not None:
-        shard = shard_of(local.group, len(linear_weight), input.device, _facts(input, local.target, options, harmonic))
+        equal = {name: value if isinstance(value, Tensor) else None for name, value in _shared(options).items()}
+        facts = _facts(input, local.target, options, harmonic)
+        shard = shard_of(local.group, len(linear_weight), input, facts, {"target": local.target, **equal})
         validate.class_weight(options.class_weight, shard.classes, linear_weight.device)
     prepared = _prepare(input, linear_weight, local.target, options, harmonic, shard, local.reduce_input)
     losses, statistics = _run_reference(prepared) if prepared.backend == "reference" else _run_fused(prepared)
@@ -57,9 +59,9 @@ def loss_and_statistics(
 
 
 def _facts(input: Tensor, target: Tensor, options: Options, harmonic: bool) -> dict[str, Any]:
-    """What every process of a group must have been given; values only where they are at hand."""
-    facts: dict[str, Any] = {"loss": "harmonic" if harmonic else "cross-entropy", "input.shape": tuple(input.shape)}
-    facts["dtype"] = input.dtype
+    """What every process of a group must have been given, but for the values of tensors."""
+    facts: dict[str, Any] = {"function": "linear_harmonic_loss" if harmonic else "linear_cross_entropy"}
+    facts |= {"input.shape": tuple(input.shape), "target.shape": tuple(target.shape), "dtype": input.dtype}
     facts["requires_grad of input"] = input.requires_grad and torch.is_grad_enabled()
     for name, value in vars(options).items():
         if name in ("process_group", "memory_budget"):
@@ -67,12 +69,14 @@ def _facts(input: Tensor, target: Tensor, options: Options, harmonic: bool) -> d
         if name == "bias":  # each process has that of its own rows
             value = value is not None
         elif isinstance(value, Tensor):
-            value = (tuple(value.shape), value.tolist() if value.numel() == 1 and value.device.type == "cpu" else None)
+            value = tuple(value.shape)
         facts[name] = value
-    if target.device.type == "cpu":
-        order = torch.arange(1, target.numel() + 1)
-        facts["target"] = (tuple(target.shape), int((target.flatten() * order).sum()))
     return facts
+
+
+def _shared(options: Options) -> dict[str, Any]:
+    """The options that may be tensors which every process has as a whole."""
+    return {"n": options.n, "class_weight": options.class_weight, "num_items": options.num_items}
 
 
 def _check(

@@ -272,7 +272,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def _first_order_only(
+def first_order_only(
     dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, operands: Operands, *upstream: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same gradients; an error where they are differentiated again."""
@@ -284,7 +284,7 @@ def _first_order_only(
     return gradients
 
 
-def _slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
+def slots(count: int, dx: Tensor, dw: Tensor, dn: Tensor, db: Tensor, need: Wanted) -> tuple[Tensor | None, ...]:
     """What ``backward`` of a Function returns whose ``count`` arguments begin with the operands."""
     given = Operands(
         x=dx if need.x else None, w=dw if need.w else None, target=None,  # type: ignore[arg-type]
@@ -331,8 +331,8 @@ class ForwardFunction(torch.autograd.Function):
         dn = results.nll.new_zeros(())
         if need.n:
             dn = exponent_gradient(results, operands.n, upstream).to(operands.n.dtype)
-        dx, dw, dn, db = _first_order_only(dx, dw, dn, db, operands, *upstream)
-        return _slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, db, need)
+        dx, dw, dn, db = first_order_only(dx, dw, dn, db, operands, *upstream)
+        return slots(len(Operands._fields) + len(Problem._fields), dx, dw, dn, db, need)
 
 
 _IN_BATCHES = "Batched"  # the dispatch key of tensors that ``is_grads_batched`` hands in: not torch.func's
@@ -371,7 +371,7 @@ class ForwardBackwardFunction(torch.autograd.Function):
         if g is None:
             return (None,) * ctx.arguments
         dx, dw, dn, db, need = _finished(ctx, _needed(ctx), g)
-        return _slots(ctx.arguments, dx, dw, dn, db, need)
+        return slots(ctx.arguments, dx, dw, dn, db, need)
 
 
 class _PlainForwardBackward(torch.autograd.Function):
@@ -403,7 +403,7 @@ def _finished(ctx: Any, need: Wanted, g: Tensor) -> tuple[Tensor, Tensor, Tensor
         raise RuntimeError("harmonic_triton: a gradient is asked for that the forward pass was not told of")
     finishing = Finishing(rival, g, _last_backward(g))
     dx, dw, db = perform("finish", operands, unfinished, finishing, ctx.problem, need)
-    return *_first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
+    return *first_order_only(dx, dw, dn * g if need.n else dn, db, operands, g, None, None), need
 
 
 for _name, _function in (("forward", ForwardFunction), ("forward_backward", ForwardBackwardFunction)):

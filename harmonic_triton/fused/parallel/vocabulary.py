@@ -28,6 +28,7 @@ from harmonic_triton.fused.results import DIFFERENTIABLE, TokenResults, Upstream
 
 MEASURED_AT_ONCE = 2**22  # entries of the fp64 operands of directly measured distances
 GIVEN = len(Operands._fields)
+IGNORED = -100  # what ignored targets are among the classes of one process, where no other target is negative
 
 
 class Found(NamedTuple):
@@ -71,10 +72,11 @@ class _Vocabulary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         given = Operands._make(flat[:GIVEN])
-        ctx.problem, ctx.shard, want_rival, ctx.reduce_input = flat[GIVEN:]
-        local = _local(given, ctx.problem, ctx.shard)
+        problem, ctx.shard, want_rival, ctx.reduce_input = flat[GIVEN:]
+        local = _local(given, problem, ctx.shard)
+        ctx.problem = problem._replace(ignore_index=IGNORED)
         found = _find(given, local, ctx.problem, ctx.shard, want_rival) if ctx.shard.own else None
-        results, shares = _combine(given, ctx.problem, ctx.shard, found, want_rival)
+        results, shares = _combine(given, problem, ctx.shard, found, want_rival)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(field for name, field in zip(TokenResults._fields, results, strict=True) if name not in DIFFERENTIABLE)
@@ -112,7 +114,12 @@ class _Vocabulary(torch.autograd.Function):
             dx = ctx.shard.all_reduce(dx.contiguous(), dist.ReduceOp.SUM, "add up the gradient of input")
         if need.n and local.n is not None:
             dn = exponent_gradient(results, local.n, Upstream(g, g_smooth, None)).to(local.n.dtype)
-        return dx if need.x else None, dw if need.w else None, None, dn, None, db if need.bias else None, *(None,) * 4
+        nothing = results.nll.new_zeros(0)
+        dx, dw, dn, db = ops.first_order_only(
+            dx, dw, nothing if dn is None else dn, nothing if db is None else db, local, g, g_smooth, given.target_ref
+        )
+        wanted = Wanted(need.x, need.w, need.n and local.n is not None, need.bias)  # type: ignore[arg-type]
+        return ops.slots(GIVEN + 4, dx, dw, dn, db, wanted)
 
 
 def _local(given: Operands, problem: Problem, shard: Shard) -> Operands:
@@ -121,7 +128,7 @@ def _local(given: Operands, problem: Problem, shard: Shard) -> Operands:
     if shard.own:
         in_turn = torch.arange(len(target), device=target.device) % shard.own
         target = torch.where((target >= 0) & (target < shard.own), target, in_turn)
-    target = torch.where(given.target == problem.ignore_index, problem.ignore_index, target)
+    target = target.masked_fill(given.target == problem.ignore_index, IGNORED)
     smooth_weight = given.smooth_weight
     if smooth_weight is not None:
         smooth_weight = _own(smooth_weight, shard).contiguous()
@@ -134,8 +141,8 @@ def _own(values: Tensor, shard: Shard) -> Tensor:
 
 
 def _find(given: Operands, local: Operands, problem: Problem, shard: Shard, want_rival: bool) -> Found:
-    """Results of this process's classes, and what they weigh together."""
-    counted = given.target != problem.ignore_index
+    """Results of this process's classes, and what they weigh together; the problem is this process's own."""
+    counted = local.target != problem.ignore_index
     owned = (given.target >= shard.first) & (given.target < shard.first + shard.own) & counted
     results = TokenResults._make(ops.perform("forward", local, problem))
     measured, score = _measured(local, torch.where(counted, local.target, 0), owned, problem)
@@ -211,6 +218,10 @@ def _combine(
         twin = on_target & _lies_on(given.x, n, top)
         nll = torch.where(on_target & ~nll.isnan(), torch.where(twin, math.log(2.0), 0.0), nll)
         rival_score = torch.where(on_target, torch.where(twin, 0.0, -math.inf), rival_score)
+    unsound = nll.isnan()
+    rival_score = rival_score.masked_fill(unsound, math.nan)
+    if n is None:
+        target_ref = target_ref.masked_fill(unsound, math.nan)
     log_sum = score + nll
 
     elsewhere = (whole - own).clamp_min(0.0) * (anchor - log_sum).exp()
@@ -234,7 +245,9 @@ def _combine(
     rounded = {name: field.masked_fill(ignored, 0.0) if len(field) else field for name, field in fields.items()}
     rival = torch.zeros_like(given.target)
     if want_rival:
-        rival = _rival(given, shard, found, best_of_all).masked_fill(ignored, 0)
+        rival = _rival(given, shard, found, best_of_all)
+        wrong = (given.target == 0).long().clamp_max(shard.classes - 1)  # NaN is no hit
+        rival = torch.where(unsound, wrong, rival).masked_fill(ignored, 0)
     results = TokenResults(**{name: field.to(dtype) for name, field in rounded.items() if name != "rival"}, rival=rival)
     return results, shares
 
@@ -293,8 +306,9 @@ def _local_upstream(
         exact, mass = g_smooth.double(), _own(smooth_weight, shard).double().sum()
         total = smooth_weight.double().sum()
         whole, own, missing = whole + exact * total, exact * mass, exact * (total - mass)
-    missing = missing - whole * shares.elsewhere
+    dropped = whole == 0  # a token that somebody drops for its NaN must not bring it back as 0 * NaN
+    missing = missing - (whole * shares.elsewhere).masked_fill(dropped, 0.0)
     if g_score is not None:
         missing = missing + g_score.double()
-    nll = (shares.rho * whole - own).to(dtype)
+    nll = ((shares.rho * whole).masked_fill(dropped, 0.0) - own).to(dtype)
     return Upstream(nll, g_smooth, torch.where(owned, missing.to(dtype), nll))
