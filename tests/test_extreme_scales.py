@@ -127,3 +127,19 @@ def test_a_single_class_has_no_loss_whatever_the_smoothing(backend, distance):
     smoothed = lambda x, w, n: ht.linear_harmonic_loss(x, w, target, n=n, label_smoothing=0.9, backend=backend)
     for part in run(smoothed, x, w, 2.3, torch.float32):
         assert part.norm() == 0
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_huge_operands_keeps_finite_gradients(backend, dtype, reduction, scale):
+    """One class has all the mass by far. What coefficients of 0 were multiplied by was e^80, beyond fp32 times x: NaN in dW."""
+    x, w, target = operands()
+    leaves = [(scale * value).to(dtype).requires_grad_() for value in (x, w)]
+    loss = ht.linear_cross_entropy(*leaves, target, reduction=reduction, backend=backend).sum()
+    got = torch.autograd.grad(-1.5 * loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    want = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), target, reduction="sum")
+    assert abs(loss - want) <= 1e-6 * want
+    for mine, truth in zip(got, torch.autograd.grad(-1.5 * want, exact), strict=True):
+        assert (mine - truth).abs().max() <= (1e-6 + torch.finfo(dtype).eps) * truth.abs().max()

@@ -387,6 +387,19 @@ def test_a_prediction_beyond_the_cap_is_the_larger_logit(backend):
     assert (loss - F.cross_entropy(logits_of(x, w, None, 1.0), target, reduction="none")).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("size", [1e9, 1e18, 1e30])
+@pytest.mark.parametrize("backend", FUSED)
+def test_logits_far_beyond_the_cap_differ_by_two_caps(backend, size):
+    """Of huge numbers of both signs |a| + |b| - |a - b| is rounding, and not the 0 that an exponential is taken of."""
+    x, w, bias, _, _ = make(tokens=9, classes=9)
+    bias, target = size * bias, torch.arange(9, device=DEVICE)
+    options = {"bias": bias, "softcap": 30.0, "backend": backend, "reduction": "none", "return_lse": True}
+    loss, lse = ht.linear_cross_entropy(x, w, target, **options)
+    logits = logits_of(x, w, bias, 30.0)
+    assert (loss - F.cross_entropy(logits, target, reduction="none")).abs().max() < 1e-5
+    assert (lse - logits.logsumexp(1)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_under_torch_func(backend):
     """Per-sample gradients by vmap, and a second backward pass."""

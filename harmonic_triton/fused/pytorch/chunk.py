@@ -206,6 +206,7 @@ class Chunk(ABC):
             total = per_token.where(on_target, rival_score, total)
         nll = per_token.softplus(total)
         to_prob = self.off_target(per_token.exp(per_token.at_most(offset - nll, 80.0)), tile)  # finite in fp32
+        to_prob = per_token.where(part(self.mass, tile) == 0, 0.0, to_prob)  # of nothing; finite times x, too
         self.keep(tile, nll=nll, rival_score=rival_score, to_prob=to_prob)
         dtype = self.x.dtype
         target_ref = tensor_of(part(self.target_ref, tile), dtype)

@@ -136,7 +136,9 @@ def capped_difference(a: Values, b: Values, cap: float) -> Values:
     """cap tanh(a/cap) - cap tanh(b/cap) as cap sinh(u - v)/(cosh u cosh v): right also where both are at the cap."""
     u, v, apart = abs(a / cap), abs(b / cap), abs((a - b) / cap)
     ends = (per_token.exp(-2 * u) + 1) * (per_token.exp(-2 * v) + 1)
-    grown = -2 * per_token.expm1(-2 * apart) * per_token.exp(apart - u - v) / ends
+    # (u + v - apart)/2, which huge ones of different signs would round
+    lost = per_token.where((a < 0) == (b < 0), per_token.where(u < v, u, v), 0.0)
+    grown = -2 * per_token.expm1(-2 * apart) * per_token.exp(-2 * lost) / ends
     return cap * per_token.where(a < b, -grown, grown)
 
 

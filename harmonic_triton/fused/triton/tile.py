@@ -93,9 +93,9 @@ def capped_difference(a, b, cap):
     v = tl.abs(b / cap)
     apart = tl.abs((a - b) / cap)
     ends = (1.0 + tl.exp2(u * (-2.0 * LOG2E))) * (1.0 + tl.exp2(v * (-2.0 * LOG2E)))
-    grown = (
-        tanh_exactly(apart) * (1.0 + tl.exp2(apart * (-2.0 * LOG2E))) * tl.exp2((apart - u - v) * LOG2E) * 2.0 / ends
-    )
+    # (u + v - apart)/2, which huge ones of different signs would round
+    lost = tl.where((a < 0.0) == (b < 0.0), tl.minimum(u, v), 0.0)
+    grown = tanh_exactly(apart) * (1.0 + tl.exp2(apart * (-2.0 * LOG2E))) * tl.exp2(lost * (-2.0 * LOG2E)) * 2.0 / ends
     return cap * tl.where(a < b, -grown, grown)
 
 
