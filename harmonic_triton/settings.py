@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +86,8 @@ def init_last_norm_(norm: nn.Module, head: nn.Module) -> nn.Module:
     scaled = [gain] if bias is None else [gain, bias.detach()]
     before = [tensor.clone() for tensor in scaled]
     probes = torch.randn(PROBES, gain.shape[0], generator=torch.Generator().manual_seed(0), device="cpu").to(gain)
-    with torch.no_grad():
-        was = _size(norm(probes))
+    with torch.no_grad(), _evaluating(norm):
+        was = _output_size(norm, probes)
         if not 0 < was < math.inf:
             raise ValueError(f"the norm's output is of size {was}; initialise its weight first")
         found = {}
@@ -95,7 +97,7 @@ def init_last_norm_(norm: nn.Module, head: nn.Module) -> nn.Module:
                 for old, start in zip(before, (stored_from, 0.0), strict=False)
             ]
             _copy(scaled, after)
-            found[abs(_size(norm(probes)) - size)] = after
+            found[abs(_output_size(norm, probes) - size)] = after
         _copy(scaled, found[min(found)] if min(found) <= AS_ASKED * size else before)
     if min(found) > AS_ASKED * size:
         raise ValueError(
@@ -113,12 +115,37 @@ def _weight(name: str, module: Any, dimensions: int) -> Tensor:
     if weight is None:
         mend = "draw class vectors at the size of its output instead: HarmonicHead(..., std=1.0)"
         raise TypeError(f"{name} must have a weight, and {type(module).__name__} has none; {mend}")
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            f"the weight of {name} is spread over processes; call init_last_norm_ before the model is sharded"
+        )
     validate.tensors(**{f"the weight of {name}": weight})
     if weight.dim() != dimensions or not weight.is_floating_point() or not weight.numel():
         wanted = "(D,), the gain of a norm" if dimensions == 1 else "(V, D), the class vectors"
         swapped = "; norm comes first, then head" if weight.dim() == 3 - dimensions else ""
         raise ValueError(f"the weight of {name} must be {wanted}, got {validate.describe(weight)}{swapped}")
     return weight.detach()
+
+
+def _output_size(norm: nn.Module, probes: Tensor) -> float:
+    output = norm(probes)
+    if not isinstance(output, Tensor) or output.shape != probes.shape:
+        raise TypeError(
+            f"norm must map (N, D) to a tensor of that shape, {type(norm).__name__} gave {validate.describe(output)}"
+        )
+    return _size(output)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and with running statistics left alone; every part's mode is put back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _size(values: Tensor) -> float:

@@ -150,6 +150,54 @@ def test_zeros_and_nans_are_refused():
         ht.init_last_norm_(nn.LayerNorm(48), head)
 
 
+def test_probing_leaves_no_trace():
+    """Neither on running statistics, nor on the generator that a dropout draws from, nor on a part's mode."""
+
+    class Dropped(nn.LayerNorm):
+        def __init__(self, width):
+            super().__init__(width)
+            self.drop, self.off = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+
+        def forward(self, x):
+            return self.off(self.drop(super().forward(x)))
+
+    norm, statistics, head = Dropped(48), nn.BatchNorm1d(48), ht.HarmonicHead(48, 9)
+    random = torch.get_rng_state()
+    ht.init_last_norm_(norm, head)
+    ht.init_last_norm_(statistics, head)
+    assert torch.equal(random, torch.get_rng_state())
+    assert norm.training and norm.drop.training and not norm.off.training and statistics.training
+    assert not statistics.running_mean.any() and not statistics.num_batches_tracked
+    assert length(norm.weight) == pytest.approx(length(head.weight), rel=1e-5)
+
+
+def test_a_norm_of_another_form_is_refused():
+    class Pair(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x), x
+
+    norm = Pair(48)
+    with pytest.raises(TypeError, match=r"norm must map \(N, D\) to a tensor of that shape, Pair gave"):
+        ht.init_last_norm_(norm, ht.HarmonicHead(48, 9))
+    assert torch.equal(norm.weight, torch.ones(48)) and norm.training
+
+
+def test_a_sharded_model_is_refused():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        head = fully_shard(ht.HarmonicHead(48, 9), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            TypeError, match="head is spread over processes; call init_last_norm_ before the model is shard"
+        ):
+            ht.init_last_norm_(nn.LayerNorm(48), head)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "Gemma2"])
 def test_models_of_transformers(name):
     """Before or after they are patched; Gemma stores its gain as the difference from 1, GPT-2's norm has a bias."""

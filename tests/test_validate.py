@@ -1,5 +1,6 @@
 """Bad input gets a typed error before any work; the message names the argument, what it was and the mend."""
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -254,7 +255,11 @@ def test_a_flag_is_true_or_false(name, call):
     for value in ("no", 0.5, 1, None, np.bool_(True)):
         with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
             call(value)
-    call(False)
+    try:
+        call(False)
+    except ImportError:  # linear_operator looks at the flag first, and then for the package of an extra
+        if importlib.util.find_spec("scipy"):
+            raise
 
 
 RUN_WITH = {  # what a new user passes, by the name of the argument and the mend that the message must hold
