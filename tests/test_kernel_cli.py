@@ -242,7 +242,7 @@ def test_every_field_of_the_configuration_is_an_option():
         assert type(getattr(options, name)) is type(value)
 
 
-def test_groups_correlate_as_the_covariance_of_their_mean_standardised_losses():
+def test_groups_correlate_as_the_covariance_of_their_mean_standardised_losses(tmp_path):
     generator = torch.Generator().manual_seed(0)
     losses = torch.randn(2, 200, 9, generator=generator)
     losses[..., 3:6] += losses[..., :3]
@@ -256,7 +256,7 @@ def test_groups_correlate_as_the_covariance_of_their_mean_standardised_losses():
         # traces are stored in bfloat16, which moves a correlation by a few 1e-4
         torch.testing.assert_close(found[[0, 1, 3]][:, [0, 1, 3]], torch.corrcoef(means.T), atol=2e-3, rtol=0)
         assert not found[2].any()
-    lines = tables.write_groups(Path(os.devnull), found, ["a", "b", "empty", "c"])
+    lines = tables.write_groups(tmp_path / "groups.tsv", found, ["a", "b", "empty", "c"])
     assert len(lines) == 4
     assert lines[1].startswith("a\tb 0.")
     assert "empty" not in "".join(lines)

@@ -220,6 +220,7 @@ def nearest(points, k=5):
     return torch.cdist(points, points).fill_diagonal_(math.inf).topk(k, largest=False).indices
 
 
+@pytest.mark.slow
 def test_umap_keeps_the_groups_together_unless_their_edges_are_removed():
     whole = kernel(losses(draws=400))
     together = whole.embed(num_neighbors=10)

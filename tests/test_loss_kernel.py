@@ -431,7 +431,7 @@ def kill_and_resume(processes, folder, count, keep, steps):
     return killed
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("keep", ["traces", pytest.param("covariance", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_an_uninterrupted_one(keep, tmp_path, processes):
     assert kill_and_resume(processes, tmp_path, 2, keep, 3) >= 1
 

@@ -996,7 +996,9 @@ FIRST_CALL = """
 """
 
 
-@pytest.mark.parametrize(("backend", "reduction"), [("inductor", "mean"), ("aot_eager", "none")])
+@pytest.mark.parametrize(
+    ("backend", "reduction"), [pytest.param("inductor", "mean", marks=pytest.mark.slow), ("aot_eager", "none")]
+)
 def test_compiled_as_the_first_call_of_a_process(backend, reduction):
     """Nothing has run eagerly before: no operator, backend or cache is there yet. Inductor may sum in another order."""
     run = fresh.run(FIRST_CALL, backend, reduction)

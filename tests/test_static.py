@@ -262,6 +262,7 @@ def test_a_bad_file_is_named(tiles, text):
         configs.tile_config(torch.device("cpu"), torch.float32, 64)
 
 
+@pytest.mark.slow
 def test_the_sweep_rejects_what_spills_or_does_not_fit():
     """The stored configuration passes; half of the warps spill; six stages exceed shared memory."""
     program = """if True:
