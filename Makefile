@@ -5,8 +5,6 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
-# of the fast tests: one more than there are cores, at most four, for many wait for processes of their own
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, 1 + len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 4))")
 
 .PHONY: demo kernel test slow pretend emulate matrix lint docs doctor verify bench clean
 demo: $(VENV)/examples ## train a small GPT with both losses and write runs/demo/report.html
@@ -17,7 +15,7 @@ kernel: $(VENV)/analysis ## a first look at the loss kernel of the GPT that demo
 		--entry-arg run=runs/demo --entry-arg tokens=2000 --quick $(ARGS)
 
 test: $(VENV)/test ## every test but the slow ones; the twenty that took longest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q --durations=20 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -q --durations=20 $(ARGS)
 
 slow: $(VENV)/test ## the tests that take long
 	$(BIN)/python -m pytest -m slow $(ARGS)

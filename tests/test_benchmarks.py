@@ -641,6 +641,7 @@ def test_the_covariance_targets_follow_the_figures():
     assert covariance.TARGETS[-1].judge(records).endswith("devinterp skipped: not installed")
 
 
+@pytest.mark.slow
 def test_the_sampler_suite_measures_its_own_sampler(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampler, "CASES", (sampler.Case(batch=4, chains=2, steps=1, inputs=4, draws=2),))
     assert main(["--suite", "sampler", "--threads", "1", "--out", str(tmp_path)]) == 0

@@ -77,6 +77,7 @@ def uninterrupted(method):
     return every.unflatten(0, (2, 2)).transpose(1, 2).flatten(0, 2)  # groups of two chains, draw by draw
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_three_kills(tmp_path):
     got, _ = killed_run(tmp_path, "sgld", 3, 0.1, "begun")

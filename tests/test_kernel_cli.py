@@ -321,6 +321,7 @@ def test_a_run_goes_on_with_the_settings_it_began_with(here, monkeypatch, capsys
     assert command(*arguments, "--lr", repr(began["lr"]), "--nbeta", repr(began["nbeta"])) == 0
 
 
+@pytest.mark.slow
 def test_another_estimate_is_no_reason_to_refuse_a_checkpoint(here, capsys):
     """Another number of threads, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

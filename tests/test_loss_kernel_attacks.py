@@ -400,6 +400,7 @@ def test_label_names_that_matplotlib_would_hide(tmp_path):
     assert shown == [" _", " _private", "–", "a" * 23 + r"\$"]
 
 
+@pytest.mark.slow
 def test_an_embedding_leaves_the_threads_as_they_are():
     """umap-learn set them anew, and what was sampled behind it had other last digits."""
     pytest.importorskip("umap")

@@ -309,6 +309,7 @@ def test_kinds_of_tokens():
     assert [tokens.kind_of(text) for text in texts] == list(texts.values())
 
 
+@pytest.mark.slow
 def test_both_token_kernels_are_measured_and_compared(run, tmp_path):
     settings = tokens.Tokens(
         run=str(run), tokens=400, batch_size=4, nbeta=200, localization=1e4, num_steps_bw_draws=1, neighbors=5, **FEW

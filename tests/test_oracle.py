@@ -102,6 +102,7 @@ def test_torch_drawn(shape, dtype, place, scale, n, seed, options):
     compare(*tensors, "torch", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PLACES), st.sampled_from([1e-4, 0.02, 1.0, 1e4]),
@@ -234,6 +235,7 @@ def test_cross_entropy_torch_drawn(shape, dtype, peak, seed, options, of_logits)
     compare(*logits_inputs(*shape, DTYPES[dtype], peak, seed), "torch", **chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(["fp32", "bf16", "fp16"]), st.sampled_from(PEAKS), st.integers(0, 10**6), option_sets,

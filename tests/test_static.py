@@ -96,6 +96,7 @@ def compiled(program: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_one_pass_compiles_within_limits():
     """For 16-bit operands on every architecture, with descriptors where those are; on one also with a learnable n."""
     lines = compiled("""

@@ -71,6 +71,7 @@ def test_one_pass_grid_of_cross_entropy(peak):
     compare(*logits_inputs(*SHAPE, torch.bfloat16, peak), BUDGET, n=None)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(PLACES), st.sampled_from([1e-4, 0.02, 1.0, 1e4]),
        exponents, st.integers(0, 10**6), option_sets)  # fmt: skip

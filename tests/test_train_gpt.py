@@ -350,6 +350,7 @@ def test_a_long_run_names_a_shorter_one():
 # --- stopping and going on -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_and_an_interrupted_run_go_on_to_the_same_bits(text, tmp_path, monkeypatch):
     """SIGKILL at a random moment, then SIGINT, then the end: weights and history of a run that nothing stopped."""
     options = {"data": str(text), "loss": "harmonic", "steps": 300, "checkpoint_every": 5, "dropout": 0.1}
